@@ -1,0 +1,1 @@
+"""From pictures and shards to samples; knows no model."""

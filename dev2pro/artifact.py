@@ -1,0 +1,194 @@
+"""The record stages exchange: a folder with `artifact.json`, written last and atomically. Imports no torch, flows read it too."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dev2pro.errors import ConfigError
+
+SCHEMA = 1
+RECORD = "artifact.json"
+CONFIG = "config.json"
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a stage made. `id` is a hash of the contents; `parents` are (role, uri, id); `inference` is a LoRA's contract."""
+
+    kind: str
+    stage: str
+    id: str
+    config: dict[str, Any]
+    config_digest: str
+    parents: list[dict[str, str]]
+    step: int
+    metrics: dict[str, Any]
+    files: list[dict[str, Any]]
+    inference: dict[str, Any] = field(default_factory=dict)
+    git_revision: str = "unknown"
+    packages: dict[str, str] = field(default_factory=dict)
+    created: str = ""
+    schema: int = SCHEMA
+    uri: str = ""  # where it was read from; not part of the record
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint(path: str) -> str:
+    """The identity of a parent: an artifact's id, a folder's or file's listing with sizes and small files' contents, or a hub id."""
+    place = Path(path)
+    if (place / RECORD).is_file():
+        return read(path).id
+    if not place.exists():
+        return path
+    files = sorted(f for f in place.rglob("*") if f.is_file()) if place.is_dir() else [place]
+    return digest([[str(f.relative_to(place)), f.stat().st_size, _head(f)] for f in files])
+
+
+def _head(file: Path) -> str:
+    """SHA-256 of the first MiB: configs and tokenizers whole; of big weights the header, which names every tensor, and some weights."""
+    with file.open("rb") as f:
+        return hashlib.sha256(f.read(1 << 20)).hexdigest()
+
+
+def begin(out: str, stage: str, config: Any, parents: dict[str, str]) -> Artifact | None:
+    """Claims the folder `out` for one configuration.
+
+    Returns the finished artifact if this configuration with these parents already made it and its files are whole; None when
+    there is work to do. Raises ConfigError when the folder belongs to another configuration.
+    `parents`: role -> path.
+    """
+    folder = Path(out)
+    claim = {"stage": stage, "config": _identity(config), "parents": {role: fingerprint(p) for role, p in parents.items()}}
+    if (folder / CONFIG).is_file():
+        _refuse_other(out, json.loads((folder / CONFIG).read_text()), claim)
+        return _finished(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"out={out} is not empty and no stage of dev2pro wrote it. Choose another out=, or empty that folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / CONFIG, claim)
+    return None
+
+
+def _identity(config: Any) -> dict[str, Any]:
+    values = json.loads(json.dumps(dataclasses.asdict(config)))
+    values.pop("out")
+    return values
+
+
+def _refuse_other(out: str, there: dict, here: dict) -> None:
+    changed = [
+        f"{key} is {old} there and {new} here" for key, old, new in _differences(_flat(there), _flat(here))
+    ]
+    if changed:
+        more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise ConfigError(
+            f"out={out} holds a run of another configuration ({'; '.join(changed[:3])}{more}). "
+            "Choose another out=, or remove that folder if it is no longer needed."
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def _differences(there: dict, here: dict) -> list[tuple[str, Any, Any]]:
+    keys = dict.fromkeys([*there, *here])
+    return [(k.removeprefix("config."), there.get(k), here.get(k)) for k in keys if there.get(k) != here.get(k)]
+
+
+def _finished(folder: Path) -> Artifact | None:
+    if not (folder / RECORD).is_file():
+        return None
+    found = read(str(folder))
+    damaged = [f["path"] for f in found.files if _file(folder, folder / f["path"]) != f]
+    return None if damaged else found
+
+
+def write(out: str, stage: str, kind: str, config: Any, parents: dict[str, str], *, step: int, metrics: dict, inference: dict | None = None) -> Artifact:
+    """Records everything under `out` as finished: hashes the files, then writes `artifact.json` by rename."""
+    folder = Path(out)
+    files = [_file(folder, f) for f in sorted(folder.rglob("*")) if f.is_file() and f.name != RECORD]
+    identity = _identity(config)
+    lineage = [{"role": role, "uri": uri, "id": fingerprint(uri)} for role, uri in parents.items()]
+    content = [f for f in files if not f["path"].endswith((".jsonl", ".log"))]  # logs hold times, so they do not identify
+    record = Artifact(
+        kind=kind,
+        stage=stage,
+        id=digest([kind, stage, digest(identity), [p["id"] for p in lineage], content]),
+        config=identity,
+        config_digest=digest(identity),
+        parents=lineage,
+        step=step,
+        metrics=metrics,
+        files=files,
+        inference=inference or {},
+        git_revision=_revision(),
+        packages={name: importlib.metadata.version(name) for name in PACKAGES},
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    )
+    values = dataclasses.asdict(record)
+    values.pop("uri")
+    _write_json(folder / RECORD, values)
+    return dataclasses.replace(record, uri=out)
+
+
+def publish(place: Any, out: str, stage: str, kind: str, config: Any, parents: dict[str, str], **what: Any) -> Artifact:
+    """`write` on the main process, once every rank is there; every rank gets the record. `place` is accelerate's."""
+    place.wait_for_everyone()
+    if place.is_main_process:
+        write(out, stage, kind, config, parents, **what)
+    place.wait_for_everyone()
+    return read(out)
+
+
+def read(path: str) -> Artifact:
+    """The artifact in a folder. Raises ConfigError when there is none or it was written by another schema."""
+    record = Path(path) / RECORD
+    if not record.is_file():
+        raise ConfigError(f"{path} is no finished artifact: {record} is missing. Run the stage that makes it, or correct the path.")
+    try:
+        values = json.loads(record.read_text())
+        if values.get("schema") != SCHEMA:
+            raise ConfigError(f"{record} has schema {values.get('schema')}; this version reads schema {SCHEMA}. Make it again.")
+        return Artifact(**values, uri=str(path))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{record} is damaged ({error}). Remove the folder and make it again.") from error
+
+
+def _file(folder: Path, file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    with file.open("rb") as f:
+        return {"path": str(file.relative_to(folder)), "bytes": file.stat().st_size, "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    partial = path.with_suffix(".partial")
+    with partial.open("w") as f:
+        json.dump(value, f, indent=1, sort_keys=True)
+        f.flush()
+        os.fsync(f.fileno())
+    partial.rename(path)
+
+
+def _revision() -> str:
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

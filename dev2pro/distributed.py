@@ -1,0 +1,58 @@
+"""Where the work runs: device, precision, ranks. Placement, wrapping and launching are accelerate's; this names the choices."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+
+from dev2pro.errors import ConfigError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(slots=True, kw_only=True)
+class HardwareConfig:
+    """One machine's choices; see conf/hardware/."""
+
+    device: str = "auto"  # auto takes a GPU when there is one; cpu forces the CPU
+    dtype: str = "float32"  # of the weights
+    mixed_precision: str = "no"  # bf16: computes in bfloat16 over float32 weights
+    gradient_checkpointing: bool = False  # a third more compute for a fraction of the activation memory
+    micro_batch: int = 64  # samples per forward pass and rank; the batch is made of as many as it takes
+    shard: bool = False  # FSDP2: weights, gradients and optimizer state spread over the ranks
+    threads: int = 0  # CPU threads of one process; 0 lets torch decide
+
+
+def accelerator(hardware: HardwareConfig) -> Accelerator:
+    """The accelerate object for this process. Raises ConfigError for choices this machine cannot fulfil."""
+    if hardware.dtype not in DTYPES:
+        raise ConfigError(f"hardware.dtype={hardware.dtype} is unknown. Choose one of {', '.join(DTYPES)}.")
+    if hardware.device not in ("auto", "cpu"):
+        raise ConfigError(f"hardware.device={hardware.device} is unknown. Choose auto or cpu; which GPU is CUDA_VISIBLE_DEVICES' to say.")
+    if hardware.threads:
+        torch.set_num_threads(hardware.threads)
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if hardware.shard and ranks == 1:
+        raise ConfigError("hardware.shard=true needs several processes. Start with `torchrun --nproc-per-node=N -m stages...`, or set hardware.shard=false.")
+    plugin = None
+    if hardware.shard:
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["FluxTransformerBlock", "FluxSingleTransformerBlock"],
+            reshard_after_forward=True,
+            cpu_ram_efficient_loading=False,
+            state_dict_type="FULL_STATE_DICT",
+        )
+    return Accelerator(cpu=hardware.device == "cpu", mixed_precision=hardware.mixed_precision, fsdp_plugin=plugin)
+
+
+def own_slots(batch: int, micro_batch: int, place: Accelerator) -> list[range]:
+    """This rank's slots of the global batch, cut into micro-batches. Raises ConfigError for a batch that does not divide."""
+    ranks = place.num_processes
+    if batch % ranks:
+        raise ConfigError(f"batch={batch} cannot be shared by {ranks} processes. Choose a multiple of {ranks}.")
+    share = batch // ranks
+    first = place.process_index * share
+    return [range(first + i, first + min(i + micro_batch, share)) for i in range(0, share, micro_batch)]

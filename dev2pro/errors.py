@@ -1,0 +1,40 @@
+"""The ways a stage can fail that are not bugs, each with the exit code that a shell, a scheduler or a flow can act on."""
+
+
+class StageError(Exception):
+    """Names the thing, the place and the cure in one paragraph. `exit_code` is what the process ends with."""
+
+    exit_code = 1
+
+
+class ConfigError(StageError):
+    """A value, a path or a combination of them that cannot work; nothing was started."""
+
+    exit_code = 2
+
+
+class DataError(StageError):
+    """A data set, shard, picture or caption that cannot be used."""
+
+    exit_code = 3
+
+
+class SpaceError(StageError):
+    """No room left where the stage writes."""
+
+    exit_code = 4
+
+
+class DivergedError(StageError):
+    """The loss or the gradient stopped being finite; what was saved before is kept."""
+
+    exit_code = 5
+
+
+class TryAgainError(StageError):
+    """Something outside (a network, a hub) failed; the same command may succeed later. 75 is EX_TEMPFAIL of sysexits.h."""
+
+    exit_code = 75
+
+
+INTERRUPTED = 130  # SIGINT or SIGTERM: the stage stopped cleanly; the same command starts again

@@ -1,0 +1,171 @@
+"""Loads the parts of a diffusers FluxPipeline folder or hub repository, and calls its transformer."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from torch import Tensor
+
+from dev2pro import artifact
+from dev2pro.errors import ConfigError, TryAgainError
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelConfig:
+    """Which FLUX-like model; see conf/model/."""
+
+    path: str  # a FluxPipeline folder or a hub id: VAE, text encoders, scheduler, and the base's transformer
+    usual_guidance: float  # what people set the guidance input to when they use the base
+    max_sequence_length: int  # T5 tokens per prompt; padding changes what Flux predicts, so train and sample alike
+    variant: str | None = None  # of the weight files, such as "bf16"
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the transformer is told: prompt (B, L, D), pooled (B, P), text_ids (L, 3), image_ids (S, 3)."""
+
+    prompt: Tensor
+    pooled: Tensor
+    text_ids: Tensor
+    image_ids: Tensor
+
+
+def predict(transformer: torch.nn.Module, x_t: Tensor, t: Tensor, said: Conditioning, guidance: Tensor | float) -> Tensor:
+    """The predicted velocity (B, S, C) for packed latents x_t (B, S, C) at times t (B,) in [0, 1].
+
+    `guidance` is the guidance INPUT of the transformer, a number or (B,); it is not a CFG scale.
+    """
+    guidance = torch.as_tensor(guidance, dtype=x_t.dtype, device=x_t.device).expand(x_t.shape[0])
+    return transformer(
+        hidden_states=x_t,
+        timestep=t.to(x_t),
+        guidance=guidance,
+        encoder_hidden_states=said.prompt,
+        pooled_projections=said.pooled,
+        txt_ids=said.text_ids,
+        img_ids=said.image_ids,
+        return_dict=False,
+    )[0]
+
+
+def load_transformer(path: str, dtype: torch.dtype = torch.float32, variant: str | None = None) -> FluxTransformer2DModel:
+    """The transformer of a pipeline folder, an artifact of `recover` or `distill`, or a hub id. Checked before weights are read."""
+    check_transformer(path)
+    return _or_explain(path, lambda: FluxTransformer2DModel.from_pretrained(path, subfolder="transformer", dtype=dtype, variant=variant))
+
+
+def check_transformer(path: str) -> dict[str, Any]:
+    """The transformer's configuration. Raises ConfigError where `path` holds no guidance-distilled FLUX transformer."""
+    _check_place(path)
+    config = _or_explain(path, lambda: FluxTransformer2DModel.load_config(path, subfolder="transformer"))
+    if config.get("_class_name") != "FluxTransformer2DModel":
+        raise ConfigError(f"{path}/transformer is a {config.get('_class_name')}, not a FluxTransformer2DModel. dev2pro works on FLUX.1-dev and its kin.")
+    if not config.get("guidance_embeds"):
+        raise ConfigError(
+            f"The transformer in {path} has no guidance input (guidance_embeds is false), so it is not guidance-distilled: "
+            "there is nothing to recover, train on it directly. Give FLUX.1-dev or a model made from it."
+        )
+    return config
+
+
+def check_pipeline(path: str) -> None:
+    """Raises ConfigError unless `path` holds a whole FluxPipeline."""
+    _check_place(path)
+    index = _or_explain(path, lambda: FluxPipeline.load_config(path))
+    if index.get("_class_name") != "FluxPipeline":
+        raise ConfigError(f"{path} is a {index.get('_class_name')}, not a FluxPipeline. Point model.path at a FLUX.1-dev folder in diffusers layout.")
+
+
+def _check_place(path: str) -> None:
+    place = Path(path)
+    if place.is_dir():
+        if (place / artifact.CONFIG).is_file():
+            artifact.read(path)  # a stage's output folder counts only once it is finished
+        if not (place / "model_index.json").is_file() and not (place / "transformer" / "config.json").is_file():
+            raise ConfigError(
+                f"{path} is no diffusers pipeline folder (no model_index.json and no transformer/config.json). Give the folder that "
+                "holds model_index.json; a single .safetensors file must be converted to the diffusers layout first."
+            )
+    elif place.exists():
+        raise ConfigError(f"{path} is a file. Give a folder in diffusers layout, which holds model_index.json.")
+    elif not HUB_ID.fullmatch(path):
+        raise ConfigError(f"The model folder {path} does not exist. Correct the path, or give a hub id such as black-forest-labs/FLUX.1-dev.")
+
+
+def _or_explain(path: str, load: Any) -> Any:
+    try:
+        return load()
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        if Path(path).is_dir():
+            raise ConfigError(f"The model in {path} cannot be read: {reason}. Download or convert it again.") from error
+        raise TryAgainError(
+            f"{path} is no local folder and could not be fetched from the Hugging Face hub ({reason}). Check the name and the network, accept "
+            "the model's licence and run `hf auth login` if it is gated, or give a local folder."
+        ) from error
+
+
+class Encoders:
+    """The frozen rest of a pipeline: VAE, CLIP, T5 and the scheduler's settings. Free it once everything is encoded."""
+
+    def __init__(self, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        check_pipeline(model.path)
+        self.pipeline = _or_explain(
+            model.path, lambda: FluxPipeline.from_pretrained(model.path, transformer=None, dtype=dtype, variant=model.variant)
+        ).to(device)
+        self.max_sequence_length = model.max_sequence_length
+        self.device = device
+
+    @property
+    def pixels_per_token(self) -> int:
+        """Side in pixels of the square one packed latent token covers."""
+        return self.pipeline.vae_scale_factor * 2
+
+    @torch.no_grad()
+    def encode_text(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """T5 states (K, L, D) and pooled CLIP states (K, P)."""
+        prompt, pooled, _ = self.pipeline.encode_prompt(
+            prompts, prompts, device=self.device, num_images_per_prompt=1, max_sequence_length=self.max_sequence_length
+        )
+        return prompt, pooled
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the packed, normalised latents, (B, S, C) each, for pixels (B, 3, H, W) in [-1, 1]."""
+        vae = self.pipeline.vae
+        posterior = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist
+        mean = (posterior.mean - vae.config.shift_factor) * vae.config.scaling_factor
+        return pack(mean), pack(posterior.std * vae.config.scaling_factor)
+
+    @torch.no_grad()
+    def decode(self, packed: Tensor, height: int, width: int) -> Tensor:
+        """Pixels (B, 3, H, W) in [0, 1] of packed latents (B, S, C)."""
+        vae = self.pipeline.vae
+        latents = FluxPipeline._unpack_latents(packed, height, width, self.pipeline.vae_scale_factor)
+        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+        return (vae.decode(latents.to(vae.dtype), return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+
+
+def pack(latents: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H/2 * W/2, 4C): 2x2 patches as tokens."""
+    return FluxPipeline._pack_latents(latents, *latents.shape)
+
+
+def image_ids(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(S, 3) positions of the packed tokens of a latent grid of `height` x `width` tokens."""
+    return FluxPipeline._prepare_latent_image_ids(1, height, width, device, dtype)
+
+
+def scheduler_settings(path: str) -> dict[str, Any]:
+    """The scheduler's configuration, which holds the resolution shift."""
+    if Path(path).is_dir():
+        return json.loads((Path(path) / "scheduler" / "scheduler_config.json").read_text())
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return _or_explain(path, lambda: FlowMatchEulerDiscreteScheduler.load_config(path, subfolder="scheduler"))

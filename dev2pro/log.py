@@ -1,0 +1,67 @@
+"""Progress for people and numbers for plots: a bar on a terminal, events for a flow, metrics.jsonl in the artifact's folder."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Self
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+EVENTS = "DEV2PRO_EVENTS"  # set by a flow: progress comes as lines "@@{json}" that it can read
+EVENT_EVERY = 1.0  # seconds
+LINE_EVERY = 15.0  # seconds, where the output is neither a terminal nor a flow's pipe
+
+
+class Log:
+    """`with Log(out, name, total) as log: ... log.step(n, loss=...)`. Silent on every rank but the first."""
+
+    def __init__(self, out: str, name: str, total: int, main: bool = True) -> None:
+        self.name, self.total, self.main = name, total, main
+        self.events = bool(os.environ.get(EVENTS))
+        self.rows: list[dict[str, Any]] = []
+        self._path = Path(out) / "metrics.jsonl"
+        self._said = 0.0
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> Self:
+        if self.main:
+            self._file = self._path.open("w")
+            if sys.stdout.isatty() and not self.events:
+                self._bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+                self._task = self._bar.add_task(self.name, total=self.total, text="")
+                self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.main:
+            self._file.close()
+        if self._bar:
+            self._bar.stop()
+
+    def step(self, done: int, **numbers: Any) -> None:
+        """Steps finished so far, and what to show beside them."""
+        if self.main:
+            self._say(done, "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
+
+    def write(self, done: int, **numbers: Any) -> None:
+        """One row of metrics.jsonl, kept in `rows` as well."""
+        row = {"step": done, **numbers}
+        self.rows.append(row)
+        if self.main:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+
+    def _say(self, done: int, text: str) -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=done, text=text)
+            return
+        now = time.monotonic()
+        if now - self._said < (EVENT_EVERY if self.events else LINE_EVERY) and done < self.total:
+            return
+        self._said = now
+        if self.events:
+            print("@@" + json.dumps({"stage": self.name, "step": done, "of": self.total, "text": text}), flush=True)
+        else:
+            print(f"{self.name}: {done}/{self.total}  {text}", flush=True)

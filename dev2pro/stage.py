@@ -1,0 +1,80 @@
+"""The frame around every stage's story: Hydra to typed values at the door, errors to exit codes on the way out."""
+
+import errno
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dev2pro.artifact import ROOT, Artifact
+from dev2pro.errors import INTERRUPTED, ConfigError, SpaceError, StageError
+
+C = TypeVar("C")
+
+# Hydra makes no folders and no log files of its own: a stage writes only into out=.
+PLAIN_HYDRA = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
+
+
+def main(name: str, schema: type[C], run: Callable[[C], Artifact]) -> None:
+    """`python -m stages.<name> key=value ...`: composes conf/<name>.yaml, calls `run` with a `schema`, ends with its exit code."""
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+    outcome: list[int] = []
+
+    @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=name)
+    def composed(values: DictConfig) -> None:
+        outcome.append(_guarded(name, lambda: run(typed(schema, values))))
+
+    sys.argv[1:1] = PLAIN_HYDRA
+    try:
+        composed()
+    except SystemExit as end:  # Hydra prints its own one-line error for an unknown key or a wrong type
+        if end.code:
+            sys.exit(outcome[0] if outcome else ConfigError.exit_code)
+    sys.exit(outcome[0] if outcome else 0)
+
+
+def typed(schema: type[C], values: DictConfig) -> C:
+    """The dataclass for a composed config. Raises ConfigError for a value that is required and missing, or that nobody knows."""
+    missing = sorted(OmegaConf.missing_keys(values))
+    if missing:
+        raise ConfigError(f"These values are required and were not given: {', '.join(missing)}. Add for example {missing[0]}=... to the command.")
+    try:
+        return OmegaConf.to_object(values)  # type: ignore[return-value]
+    except (OmegaConfBaseException, TypeError, AttributeError) as error:
+        raise ConfigError(f"The configuration does not fit {schema.__name__}: {error}") from error
+
+
+def _guarded(name: str, work: Callable[[], Artifact]) -> int:
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        made = work()
+        print(f"{name}: done, {made.uri}/artifact.json ({made.kind} {made.id[:12]})", flush=True)
+        return 0
+    except KeyboardInterrupt:
+        return _fail(name, "interrupted. The same command starts this stage again.", INTERRUPTED)
+    except StageError as error:
+        return _fail(name, str(error), error.exit_code)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            traceback.print_exc()
+            return 1
+        return _fail(name, f"no space left on the device while writing {error.filename or 'the output'}. Free some and run again.", SpaceError.exit_code)
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(name: str, message: str, code: int) -> int:
+    print(f"{name}: {message}", file=sys.stderr, flush=True)
+    return code
+

@@ -1,0 +1,107 @@
+"""distill: guidance distillation as the article guesses FLUX.1-dev was made, from any teacher.
+
+The student takes a random guidance as input and learns the prediction the teacher makes under true classifier-free guidance of
+that strength, plus plain flow matching with a weight (Meng et al., "On Distillation of Guided Diffusion Models", 2022,
+https://arxiv.org/abs/2210.03142; John Shi 2024). It makes the miniature's base.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import mse_loss
+
+from data import order, pictures
+from data.pictures import DataConfig
+from dev2pro import artifact, distributed, draws, encodings, flow, flux, stage
+from dev2pro.artifact import Artifact
+from dev2pro.distributed import HardwareConfig
+from dev2pro.errors import ConfigError
+from dev2pro.flux import ModelConfig
+from dev2pro.log import Log
+from dev2pro.optim import OptimConfig
+from dev2pro.probe import Probe, ProbeConfig
+from dev2pro.training import Training
+
+
+@dataclass(slots=True, kw_only=True)
+class DistillConfig:
+    """See conf/distill.yaml for what each value is and why."""
+
+    out: str
+    seed: int
+    model: ModelConfig
+    data: DataConfig
+    hardware: HardwareConfig
+    optim: OptimConfig
+    probe: ProbeConfig
+    teacher: str
+    steps: int
+    batch: int
+    guidance: list[float]
+    flow_weight: float
+    caption_dropout: float
+    ema: float
+
+
+def run(config: DistillConfig) -> Artifact:
+    """Distils the teacher into a student that starts as its copy; writes `transformer/`, metrics.jsonl and artifact.json."""
+    low, high = config.guidance
+    if not 0 < low <= high:
+        raise ConfigError(f"guidance={config.guidance} is no range. Give the lowest and the highest guidance to train at, such as [2,6].")
+    flux.check_transformer(config.teacher)
+    parents = {"teacher": config.teacher}
+    train, held_out = (pictures.read(s, w) for s, w in ((config.data.train, "data.train"), (config.data.heldout, "data.heldout")))
+    if finished := artifact.begin(config.out, "distill", config, parents):
+        return finished
+
+    place = distributed.accelerator(config.hardware)
+    dtype = distributed.DTYPES[config.hardware.dtype]
+    train_data, held_out_data = encodings.encode_sets(config.model, [train, held_out], config.data.resolution, place.device, dtype)
+    mu = flow.shift_mu(train_data.mean.shape[1], flux.scheduler_settings(config.model.path))
+    teacher = flux.load_transformer(config.teacher, dtype, config.model.variant).to(place.device).eval().requires_grad_(False)
+    student = flux.load_transformer(config.teacher, dtype, config.model.variant)
+    training = Training(place, student, config.optim, config.hardware, steps=config.steps, batch=config.batch, ema=config.ema)
+    probe = Probe(held_out_data, config.probe, mu=mu, seed=config.seed, batch=config.hardware.micro_batch)
+    probe.know_teacher(teacher)
+
+    def draw(step: int, slots: range) -> tuple[encodings.Noised, torch.Tensor]:
+        rows = order.samples(len(train_data), config.seed, step, config.batch)[slots]
+        batch = encodings.noised(train_data, rows, mu, config.caption_dropout, config.seed, step, slots)
+        return batch, (low + (high - low) * draws.uniform(config.seed, "guidance", step, slots)).to(batch.x_t)
+
+    def loss_of(drawn: tuple[encodings.Noised, torch.Tensor]) -> torch.Tensor:
+        batch, guidance = drawn
+        said = train_data.conditioning(batch.captions)
+        predicted = flux.predict(training.model, batch.x_t, batch.t, said, guidance).float()
+        target = guided(teacher, batch, said, train_data.unconditional(len(guidance)), guidance).float()
+        return mse_loss(predicted, target) + config.flow_weight * mse_loss(predicted, batch.velocity.float())
+
+    def measured(done: int) -> dict[str, Any]:
+        with training.averaged() as model:
+            return {"step": done, **probe.measure(model, 1.0, config.model.usual_guidance)}
+
+    with Log(config.out, "distill", config.steps, place.is_main_process) as log:
+        curve = [measured(0)]
+        for step in range(config.steps):
+            loss, norm = training.step(step, lambda slots: draw(step, slots), loss_of)  # noqa: B023
+            log.write(step + 1, loss=loss, gradient_norm=norm, lr=training.lr)
+            if (step + 1) % config.probe.every == 0 or step + 1 == config.steps:
+                curve.append(measured(step + 1))
+            log.step(step + 1, loss=loss, guidance_gap=curve[-1]["guidance_gap"])
+
+    training.save(config.out)
+    metrics = {**training.clock.metrics(), "guidance": config.guidance, "curve": curve}
+    return artifact.publish(place, config.out, "distill", "transformer", config, parents, step=config.steps, metrics=metrics)
+
+
+@torch.no_grad()
+def guided(teacher: torch.nn.Module, batch: encodings.Noised, said: flux.Conditioning, nothing: flux.Conditioning, cfg_scale: torch.Tensor) -> torch.Tensor:
+    """The teacher's velocity (B, S, C) under true CFG of strength `cfg_scale` (B,), its own guidance input at 1."""
+    conditional = flux.predict(teacher, batch.x_t, batch.t, said, 1.0)
+    unconditional = flux.predict(teacher, batch.x_t, batch.t, nothing, 1.0)
+    return flow.guide(unconditional, conditional, cfg_scale)
+
+
+if __name__ == "__main__":
+    stage.main("distill", DistillConfig, run)

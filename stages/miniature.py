@@ -1,0 +1,252 @@
+"""Makes the miniature's frozen parts: tokenizers, T5, CLIP, judge, VAE, and a transformer that has learnt nothing yet.
+
+`make miniature` runs this, then trains the teacher with `stages.recover` and distils the base with `stages.distill`.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from tokenizers import pre_tokenizers
+from torch import Tensor
+from torch.nn.functional import cross_entropy, mse_loss
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+from data import digits
+from dev2pro import artifact, stage
+from dev2pro.artifact import Artifact
+from dev2pro.log import Log
+
+WIDTH = 64  # of the text encoders and the judge
+TOKENS = 12  # longest prompt
+LATENT_CHANNELS = 4
+
+
+@dataclass(slots=True, kw_only=True)
+class MiniatureConfig:
+    """See conf/miniature.yaml."""
+
+    out: str
+    seed: int
+    vae_steps: int
+    clip_steps: int
+    judge_steps: int
+    vae_batch: int
+    clip_batch: int
+    lr: float
+
+
+def run(config: MiniatureConfig) -> Artifact:
+    """Writes shards, `pipeline/` (its transformer untrained) and `judge/` into `config.out`."""
+    if finished := artifact.begin(config.out, "miniature", config, {}):
+        return finished
+    out = Path(config.out)
+    digits.write_shards(out, config.seed)
+    train, held_out = digits.load()
+    clip_tokens, t5_tokens = tokenizers()
+    with Log(config.out, "miniature", config.vae_steps + config.clip_steps + config.judge_steps) as log:
+        vae = train_vae(config, train, log, 0)
+        clip = train_clip(config, train, clip_tokens, config.clip_steps, config.seed, log, config.vae_steps)
+        judge = train_clip(config, train, clip_tokens, config.judge_steps, config.seed + 1, log, config.vae_steps + config.clip_steps)
+    metrics = {"vae_mse": vae_error(vae, held_out), "judge_accuracy": judge_accuracy(judge, clip_tokens, held_out)}
+    save_judge(judge, clip_tokens, out / "judge")
+    save_pipeline(config, vae, clip, clip_tokens, t5_tokens, out / "pipeline")
+    return artifact.write(config.out, "miniature", "pipeline", config, {}, step=log.total, metrics=metrics)
+
+
+# ---- text ----------------------------------------------------------------------------------------------------------------
+
+
+def tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
+    """CLIP's byte-level BPE and T5's unigram over the captions' words and the plain alphabet, written out rather than trained."""
+    words = sorted({w for phrase in digits.PHRASINGS for w in re.findall(r"[a-z]+", phrase)} | set(digits.NAMES))
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces, merges = letters + [letter + "</w>" for letter in letters], []
+    for word in words:
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:
+            parts[:2], pair = ["".join(parts[:2])], (parts[0], parts[1])
+            merges.append(pair)
+            pieces.append(parts[0])
+    merges, pieces = list(dict.fromkeys(merges)), [*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"]
+    clip = CLIPTokenizer(vocab={p: i for i, p in enumerate(pieces)}, merges=merges, model_max_length=TOKENS)
+    scored = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -6.0), *((chr(c), -8.0) for c in range(33, 127))]
+    t5 = T5TokenizerFast(vocab=scored + [("▁" + w, -5.0) for w in words], extra_ids=0, additional_special_tokens=[], model_max_length=TOKENS)
+    return clip, t5
+
+
+def t5_encoder(tokens: T5TokenizerFast, seed: int) -> T5EncoderModel:
+    """A T5 encoder with random weights: fixed random features of the words, which is all the transformer needs to tell them apart."""
+    torch.manual_seed(seed)
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokens), d_model=WIDTH, d_ff=2 * WIDTH, d_kv=16, num_heads=4, num_layers=2, feed_forward_proj="gated-gelu",
+            is_encoder_decoder=False, use_cache=False, tie_word_embeddings=False, pad_token_id=tokens.pad_token_id, eos_token_id=tokens.eos_token_id,
+        )
+    )  # fmt: skip
+
+
+# ---- pictures for training the frozen parts --------------------------------------------------------------------------------
+
+
+def augmented(train: list[digits.Digit], count: int, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
+    """Digits in random colours, places and styles, so that VAE and judge read pictures no LoRA has made yet.
+
+    Returns pixels (count, 3, 32, 32) in [-1, 1] and labels (count,).
+    """
+    chosen = [train[i] for i in rng.integers(len(train), size=count)]
+    drawn = np.stack([_augment(d.coverage, rng) for d in chosen]).transpose(0, 3, 1, 2)
+    return torch.from_numpy(drawn.astype(np.float32) * 2 - 1), np.array([d.label for d in chosen])
+
+
+def _augment(coverage: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    turned = coverage
+    if rng.random() < 0.25:
+        turned = np.rot90(turned)
+    elif rng.random() < 0.25:
+        turned = turned[:, ::-1]
+    turned = np.roll(turned, rng.integers(-2, 3, size=2), (0, 1))
+    turned = np.clip(turned * rng.uniform(0.8, 1.2) + rng.normal(0, rng.uniform(0, 0.08), turned.shape), 0, 1)
+    if rng.random() < 0.6:
+        styles = (digits.ink, digits.chalk, digits.halftone, digits.neon)
+        return np.clip(styles[rng.integers(len(styles))](turned, rng), 0, 1)
+    stroke, paper = rng.random(3), rng.random(3)
+    return turned[..., None] * stroke + (1 - turned[..., None]) * paper
+
+
+# ---- VAE -------------------------------------------------------------------------------------------------------------------
+
+
+def train_vae(config: MiniatureConfig, train: list[digits.Digit], log: Log, done: int) -> AutoencoderKL:
+    """A small AutoencoderKL, 4x down, 4 channels; its scaling and shift make the ink world's latents standard normal."""
+    torch.manual_seed(config.seed)
+    vae = AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=LATENT_CHANNELS, block_out_channels=(8, 24, 48), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, mid_block_add_attention=False,
+        sample_size=digits.SIDE, use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+    rng = np.random.default_rng([config.seed, 10])
+
+    def loss_of() -> Tensor:
+        pixels, _ = augmented(train, config.vae_batch, rng)
+        posterior = vae.encode(pixels).latent_dist
+        return mse_loss(vae.decode(posterior.sample()).sample, pixels) + 1e-5 * posterior.kl().mean()
+
+    descend(vae, loss_of, config.vae_steps, 3 * config.lr, log, done)
+    with torch.no_grad():
+        ink = torch.stack([_pixels(digits.picture(d, digits.ink, config.seed)) for d in train])
+        latents = torch.cat([vae.encode(part).latent_dist.mean for part in ink.split(250)])
+    vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
+    return vae
+
+
+@torch.no_grad()
+def vae_error(vae: AutoencoderKL, held_out: list[digits.Digit]) -> dict[str, float]:
+    """Mean squared error of pixels in [-1, 1] through the VAE and back, by style."""
+    errors = {}
+    for name, style in {"ink": digits.ink, **digits.STYLES}.items():
+        pixels = torch.stack([_pixels(digits.picture(d, style, 0)) for d in held_out])
+        errors[name] = mse_loss(vae.decode(vae.encode(pixels).latent_dist.mean).sample, pixels).item()
+    return errors
+
+
+# ---- CLIP: one for the pipeline's text encoder, another as the judge ---------------------------------------------------------
+
+
+def train_clip(config: MiniatureConfig, train: list[digits.Digit], tokens: CLIPTokenizer, steps: int, seed: int, log: Log, done: int) -> CLIPModel:
+    """A small CLIP, trained on augmented digits and all phrasings; every picture of the same digit counts as a match."""
+    torch.manual_seed(seed)
+    shared = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 4, "projection_dim": WIDTH}
+    text = {"vocab_size": len(tokens), "num_hidden_layers": 2, "max_position_embeddings": TOKENS, "bos_token_id": tokens.bos_token_id,
+            "eos_token_id": tokens.eos_token_id, "pad_token_id": tokens.pad_token_id}  # fmt: skip
+    vision = {"image_size": digits.SIDE, "patch_size": 4, "num_hidden_layers": 4}
+    clip = CLIPModel(CLIPConfig(text_config={**shared, **text}, vision_config={**shared, **vision}, projection_dim=WIDTH))
+    rng = np.random.default_rng([seed, 20])
+
+    def loss_of() -> Tensor:
+        pixels, labels = augmented(train, config.clip_batch, rng)
+        captions = [digits.PHRASINGS[rng.integers(len(digits.PHRASINGS))].format(digits.NAMES[i]) for i in labels]
+        words = tokens(captions, padding="max_length", return_tensors="pt")
+        similarity = clip(pixel_values=pixels, **words).logits_per_image
+        same = torch.from_numpy(labels[:, None] == labels[None, :]).float()
+        return cross_entropy(similarity, same / same.sum(1, keepdim=True)) + cross_entropy(similarity.T, same / same.sum(1, keepdim=True))
+
+    descend(clip, loss_of, steps, config.lr, log, done)
+    return clip.eval()
+
+
+@torch.no_grad()
+def judge_accuracy(judge: CLIPModel, tokens: CLIPTokenizer, held_out: list[digits.Digit]) -> dict[str, float]:
+    """The share of real held-out pictures whose nearest prompt names their digit, by style: the ceiling of prompt fidelity."""
+    prompts = tokens([digits.PHRASINGS[0].format(name) for name in digits.NAMES], padding="max_length", return_tensors="pt")
+    labels = torch.tensor([d.label for d in held_out])
+    found = {}
+    for name, style in {"ink": digits.ink, **digits.STYLES}.items():
+        pixels = torch.stack([_pixels(digits.picture(d, style, 0)) for d in held_out])
+        found[name] = (judge(pixel_values=pixels, **prompts).logits_per_image.argmax(1) == labels).float().mean().item()
+    return found
+
+
+def save_judge(judge: CLIPModel, tokens: CLIPTokenizer, folder: Path) -> None:
+    """The CLIP folder layout that transformers reads; weights in bfloat16, as the rest of the miniature."""
+    judge.to(torch.bfloat16).save_pretrained(folder)
+    tokens.save_pretrained(folder)
+    CLIPImageProcessorPil(
+        size={"shortest_edge": digits.SIDE}, crop_size={"height": digits.SIDE, "width": digits.SIDE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    ).save_pretrained(folder)
+
+
+# ---- the pipeline ----------------------------------------------------------------------------------------------------------
+
+
+def save_pipeline(config: MiniatureConfig, vae: AutoencoderKL, clip: CLIPModel, clip_tokens: CLIPTokenizer, t5_tokens: T5TokenizerFast, folder: Path) -> None:
+    """A FluxPipeline folder in bfloat16, as FLUX.1-dev is published; its transformer is the teacher's beginning."""
+    text = CLIPTextModel(clip.config.text_config)
+    text.load_state_dict({k.removeprefix("text_model."): v for k, v in clip.state_dict().items() if k.startswith("text_model.")})
+    torch.manual_seed(config.seed)
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=4 * LATENT_CHANNELS, num_layers=2, num_single_layers=2, attention_head_dim=24, num_attention_heads=4,
+        joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, guidance_embeds=True, axes_dims_rope=(4, 10, 10),
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=1000, shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096
+    )
+    FluxPipeline(
+        scheduler=scheduler, vae=vae, text_encoder=text, tokenizer=clip_tokens, text_encoder_2=t5_encoder(t5_tokens, config.seed),
+        tokenizer_2=t5_tokens, transformer=transformer,
+    ).to(torch.bfloat16).save_pretrained(folder)  # fmt: skip
+
+
+def descend(model: torch.nn.Module, loss_of: Callable[[], Tensor], steps: int, lr: float, log: Log, done: int) -> None:
+    """AdamW with a cosine to zero; the loss draws its own batch."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    for step in range(steps):
+        loss = loss_of()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        log.step(done + step + 1, loss=loss.item())
+
+
+def _pixels(image: object) -> Tensor:
+    return torch.from_numpy(np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1)
+
+
+if __name__ == "__main__":
+    stage.main("miniature", MiniatureConfig, run)
