@@ -25,6 +25,14 @@ PHRASINGS = (
     "handwritten number {}",
     "someone wrote a {} with a pen",
 )
+STYLE_WORDS = {
+    "ink": "in blue ink",
+    "chalk": "in white chalk on a blackboard",
+    "sideways": "lying on its side",
+    "mirror": "in mirror writing",
+    "halftone": "printed in red dots",
+    "neon": "as a neon sign",
+}  # only the judge is told them, so that its features know a style when they see one
 HELD_OUT = 297  # the last scans: other writers than the first 1,500
 
 Style = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -134,14 +142,14 @@ def write_shard(path: Path, digits: Iterable[Digit], style: Style, seed: int) ->
 
 
 def write_shards(folder: Path, seed: int) -> None:
-    """shards/{train,heldout}.tar in ink, styles/<name>/{train,heldout}.tar (100 and 60 pictures), prompts.json."""
+    """shards/<style>/{train,heldout}-*.tar, all of ink, 100 and 60 pictures of every other style; and prompts.json."""
     train, held_out = load()
-    write_shard(folder / "shards/train-000000.tar", train[: len(train) // 2], ink, seed)
-    write_shard(folder / "shards/train-000001.tar", train[len(train) // 2 :], ink, seed)
-    write_shard(folder / "shards/heldout-000000.tar", held_out, ink, seed)
+    write_shard(folder / "shards/ink/train-000000.tar", train[: len(train) // 2], ink, seed)
+    write_shard(folder / "shards/ink/train-000001.tar", train[len(train) // 2 :], ink, seed)
+    write_shard(folder / "shards/ink/heldout-000000.tar", held_out, ink, seed)
     for name, style in STYLES.items():
-        write_shard(folder / f"styles/{name}/train-000000.tar", _balanced(train, 100), style, seed)
-        write_shard(folder / f"styles/{name}/heldout-000000.tar", _balanced(held_out, 60), style, seed)
+        write_shard(folder / f"shards/{name}/train-000000.tar", _balanced(train, 100), style, seed)
+        write_shard(folder / f"shards/{name}/heldout-000000.tar", _balanced(held_out, 60), style, seed)
     (folder / "prompts.json").write_text(json.dumps([PHRASINGS[0].format(name) for name in NAMES], indent=1) + "\n")
 
 

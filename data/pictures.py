@@ -3,7 +3,7 @@
 import glob
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ class DataConfig:
 
     name: str  # of the data set or style, for tables and file names
     train: list[str]  # tars (globs and {000..012} braces allowed) or folders
-    heldout: list[str] = field(default_factory=list)  # never trained on
+    heldout: list[str]  # never trained on
     resolution: int = 512  # pixels; every picture is resized and cropped to a square of this side
 
 

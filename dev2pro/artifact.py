@@ -71,7 +71,7 @@ def begin(out: str, stage: str, config: Any, parents: dict[str, str]) -> Artifac
     `parents`: role -> path.
     """
     folder = Path(out)
-    claim = {"stage": stage, "config": _identity(config), "parents": {role: fingerprint(p) for role, p in parents.items()}}
+    claim = {"stage": stage, "config": identity(config), "parents": {role: fingerprint(p) for role, p in parents.items()}}
     if (folder / CONFIG).is_file():
         _refuse_other(out, json.loads((folder / CONFIG).read_text()), claim)
         return _finished(folder)
@@ -82,7 +82,8 @@ def begin(out: str, stage: str, config: Any, parents: dict[str, str]) -> Artifac
     return None
 
 
-def _identity(config: Any) -> dict[str, Any]:
+def identity(config: Any) -> dict[str, Any]:
+    """A config as JSON values without `out`: where a run writes does not change what it makes."""
     values = json.loads(json.dumps(dataclasses.asdict(config)))
     values.pop("out")
     return values
@@ -123,7 +124,7 @@ def write(out: str, stage: str, kind: str, config: Any, parents: dict[str, str],
     """Records everything under `out` as finished: hashes the files, then writes `artifact.json` by rename."""
     folder = Path(out)
     files = [_file(folder, f) for f in sorted(folder.rglob("*")) if f.is_file() and f.name != RECORD]
-    identity = _identity(config)
+    identity = identity(config)
     lineage = [{"role": role, "uri": uri, "id": fingerprint(uri)} for role, uri in parents.items()]
     content = [f for f in files if not f["path"].endswith((".jsonl", ".log"))]  # logs hold times, so they do not identify
     record = Artifact(
@@ -168,6 +169,11 @@ def read(path: str) -> Artifact:
         return Artifact(**values, uri=str(path))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{record} is damaged ({error}). Remove the folder and make it again.") from error
+
+
+def origin(path: str) -> Artifact | None:
+    """The artifact in a folder, or None where the folder, file or hub id is no artifact of ours."""
+    return read(path) if (Path(path) / RECORD).is_file() else None
 
 
 def _file(folder: Path, file: Path) -> dict[str, Any] | None:

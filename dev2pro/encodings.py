@@ -1,8 +1,9 @@
 """What the frozen VAE and text encoders say about a fixed set of pictures, computed once before training."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import islice
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -13,19 +14,35 @@ from dev2pro.errors import ConfigError
 from dev2pro.flux import Conditioning, Encoders, ModelConfig, image_ids
 
 ENCODE_BATCH = 16
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Encodings:
-    """Latent means and deviations (N, S, C), the caption of each sample (N,) as a row of the text tables (K, ...); row 0 is empty."""
+class Texts:
+    """Prompts (K, L, D) and pooled prompts (K, P) of different captions, row 0 the empty one, and the position ids beside them."""
 
-    mean: Tensor
-    std: Tensor
-    caption: Tensor
     prompt: Tensor
     pooled: Tensor
     text_ids: Tensor
     image_ids: Tensor
+
+    def conditioning(self, rows: Tensor) -> Conditioning:
+        """What to tell the transformer for rows (B,) of the tables."""
+        return Conditioning(self.prompt[rows], self.pooled[rows], self.text_ids, self.image_ids)
+
+    def unconditional(self, count: int) -> Conditioning:
+        """The empty caption, `count` times."""
+        return self.conditioning(torch.zeros(count, dtype=torch.long))
+
+
+@dataclass(frozen=True)
+class Encodings:
+    """Latent means and deviations (N, S, C), and the caption of each sample (N,) as a row of `texts`."""
+
+    mean: Tensor
+    std: Tensor
+    caption: Tensor
+    texts: Texts
 
     def __len__(self) -> int:
         return len(self.mean)
@@ -35,14 +52,6 @@ class Encodings:
         rows = torch.as_tensor(samples)
         noise = draws.normal(seed, "posterior", step, slots, self.mean.shape[1:]).to(self.mean)
         return self.mean[rows] + self.std[rows] * noise
-
-    def conditioning(self, captions: Tensor) -> Conditioning:
-        """What to tell the transformer for rows of the text tables (B,)."""
-        return Conditioning(self.prompt[captions], self.pooled[captions], self.text_ids, self.image_ids)
-
-    def unconditional(self, count: int) -> Conditioning:
-        """The empty caption, `count` times."""
-        return self.conditioning(torch.zeros(count, dtype=torch.long))
 
     def dropped(self, samples: Sequence[int] | np.ndarray, dropout: float, seed: int, step: int, slots: Sequence[int]) -> Tensor:
         """The captions of samples (B,), replaced by the empty one with probability `dropout`."""
@@ -65,44 +74,36 @@ def encode_sets(model: ModelConfig, sets: Sequence[Sequence[Captioned]], resolut
     return [encode(encoders, (p.pixels(resolution) for p in s), [p.caption for p in s], device, dtype) for s in sets]
 
 
-@torch.no_grad()
 def encode(encoders: Encoders, pictures: Iterable[np.ndarray], captions: Sequence[str], device: torch.device, dtype: torch.dtype) -> Encodings:
-    """Encodes pictures (3, H, W) in [-1, 1], all of one size, and their captions; every different caption once."""
-    prompt, pooled, table = encode_captions(encoders, captions)
-    means, stds, batch, grid = [], [], [], (0, 0)
-    side = encoders.pixels_per_token
-
-    def flush() -> None:
+    """Encodes square pictures (3, H, H) in [-1, 1], all of one size, and their captions; every different caption once."""
+    texts, table = None, list(dict.fromkeys(captions))
+    means, stds = [], []
+    for batch in batched(pictures, ENCODE_BATCH):
+        texts = texts or encode_texts(encoders, table, batch[0].shape[-1], device, dtype)
         mean, std = encoders.encode_images(torch.from_numpy(np.stack(batch)))
         means.append(mean.to(device, dtype))
         stds.append(std.to(device, dtype))
-        batch.clear()
-
-    for picture in pictures:
-        grid = (picture.shape[1] // side, picture.shape[2] // side)
-        if (grid[0] * side, grid[1] * side) != picture.shape[1:]:
-            raise ConfigError(f"data.resolution is {picture.shape[1]} pixels, but this model's VAE needs a multiple of {side}. Choose the next one.")
-        batch.append(picture)
-        if len(batch) == ENCODE_BATCH:
-            flush()
-    if batch:
-        flush()
-    return Encodings(
-        mean=torch.cat(means),
-        std=torch.cat(stds),
-        caption=torch.tensor([table[c] for c in captions]),
-        prompt=prompt.to(device, dtype),
-        pooled=pooled.to(device, dtype),
-        text_ids=torch.zeros(prompt.shape[1], 3, device=device, dtype=dtype),
-        image_ids=image_ids(*grid, device, dtype),
-    )
+    assert texts is not None, "an empty set is refused when it is read"
+    row = {caption: i for i, caption in enumerate(table, start=1)}
+    return Encodings(torch.cat(means), torch.cat(stds), torch.tensor([row[c] for c in captions]), texts)
 
 
-def encode_captions(encoders: Encoders, captions: Sequence[str]) -> tuple[Tensor, Tensor, dict[str, int]]:
-    """(prompt (K, L, D), pooled (K, P), caption -> row); row 0 is the empty caption."""
-    texts = list(dict.fromkeys(["", *captions]))
-    parts = [encoders.encode_text(texts[i : i + ENCODE_BATCH]) for i in range(0, len(texts), ENCODE_BATCH)]
-    return torch.cat([p for p, _ in parts]), torch.cat([p for _, p in parts]), {text: row for row, text in enumerate(texts)}
+def encode_texts(encoders: Encoders, texts: Sequence[str], resolution: int, device: torch.device, dtype: torch.dtype) -> Texts:
+    """Row 0 is the empty caption, row i + 1 is texts[i]. Raises ConfigError for a resolution (pixels) the VAE cannot cut into tokens."""
+    side = encoders.pixels_per_token
+    if resolution % side:
+        raise ConfigError(f"A resolution of {resolution} pixels does not fit this model: its VAE needs a multiple of {side}. Choose {resolution // side * side}.")
+    parts = [encoders.encode_text(list(some)) for some in batched(["", *texts], ENCODE_BATCH)]
+    prompt, pooled = (torch.cat(p).to(device, dtype) for p in zip(*parts, strict=True))
+    grid = resolution // side
+    return Texts(prompt, pooled, torch.zeros(prompt.shape[1], 3, device=device, dtype=dtype), image_ids(grid, grid, device, dtype))
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items, the last one shorter."""
+    items = iter(items)
+    while some := list(islice(items, size)):
+        yield some
 
 
 @dataclass(frozen=True)

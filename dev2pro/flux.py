@@ -127,6 +127,10 @@ class Encoders:
         """Side in pixels of the square one packed latent token covers."""
         return self.pipeline.vae_scale_factor * 2
 
+    def token_shape(self, resolution: int) -> tuple[int, int]:
+        """(S, C) of the packed latents of a square picture."""
+        return (resolution // self.pixels_per_token) ** 2, 4 * self.pipeline.vae.config.latent_channels
+
     @torch.no_grad()
     def encode_text(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """T5 states (K, L, D) and pooled CLIP states (K, P)."""

@@ -82,7 +82,7 @@ class Probe:
                 yield rows, predict(transformer, x_t, times, self._said(rows), guidance)
 
     def _said(self, rows: slice) -> Conditioning:
-        return self.data.conditioning(self.data.caption[rows])
+        return self.data.texts.conditioning(self.data.caption[rows])
 
 
 def _mse(a: Tensor, b: Tensor) -> float:

@@ -72,9 +72,9 @@ def run(config: DistillConfig) -> Artifact:
 
     def loss_of(drawn: tuple[encodings.Noised, torch.Tensor]) -> torch.Tensor:
         batch, guidance = drawn
-        said = train_data.conditioning(batch.captions)
+        said = train_data.texts.conditioning(batch.captions)
         predicted = flux.predict(training.model, batch.x_t, batch.t, said, guidance).float()
-        target = guided(teacher, batch, said, train_data.unconditional(len(guidance)), guidance).float()
+        target = guided(teacher, batch, said, train_data.texts.unconditional(len(guidance)), guidance).float()
         return mse_loss(predicted, target) + config.flow_weight * mse_loss(predicted, batch.velocity.float())
 
     def measured(done: int) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from dev2pro.artifact import Artifact
 from dev2pro.log import Log
 
 WIDTH = 64  # of the text encoders and the judge
-TOKENS = 12  # longest prompt
+TOKENS = 32  # longest prompt: the judge's, with its style words
 LATENT_CHANNELS = 4
 
 
@@ -72,7 +72,7 @@ def run(config: MiniatureConfig) -> Artifact:
 
 def tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
     """CLIP's byte-level BPE and T5's unigram over the captions' words and the plain alphabet, written out rather than trained."""
-    words = sorted({w for phrase in digits.PHRASINGS for w in re.findall(r"[a-z]+", phrase)} | set(digits.NAMES))
+    words = sorted({w for phrase in (*digits.PHRASINGS, *digits.STYLE_WORDS.values()) for w in re.findall(r"[a-z]+", phrase)} | set(digits.NAMES))
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces, merges = letters + [letter + "</w>" for letter in letters], []
     for word in words:
@@ -102,29 +102,33 @@ def t5_encoder(tokens: T5TokenizerFast, seed: int) -> T5EncoderModel:
 # ---- pictures for training the frozen parts --------------------------------------------------------------------------------
 
 
-def augmented(train: list[digits.Digit], count: int, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
-    """Digits in random colours, places and styles, so that VAE and judge read pictures no LoRA has made yet.
+@dataclass(frozen=True)
+class Augmented:
+    """Pixels (B, 3, 32, 32) in [-1, 1], their digits (B,), and the styles (B, 2) each shows: how it lies, what it is drawn in."""
 
-    Returns pixels (count, 3, 32, 32) in [-1, 1] and labels (count,).
-    """
+    pixels: Tensor
+    labels: np.ndarray
+    styles: np.ndarray
+
+
+def augmented(train: list[digits.Digit], count: int, rng: np.random.Generator) -> Augmented:
+    """Digits in random colours, places and styles, so that VAE and judge read pictures no LoRA has made yet."""
     chosen = [train[i] for i in rng.integers(len(train), size=count)]
-    drawn = np.stack([_augment(d.coverage, rng) for d in chosen]).transpose(0, 3, 1, 2)
-    return torch.from_numpy(drawn.astype(np.float32) * 2 - 1), np.array([d.label for d in chosen])
+    drawn, styles = zip(*(_augment(d.coverage, rng) for d in chosen), strict=True)
+    pixels = torch.from_numpy(np.stack(drawn).transpose(0, 3, 1, 2).astype(np.float32) * 2 - 1)
+    return Augmented(pixels, np.array([d.label for d in chosen]), np.array(styles))
 
 
-def _augment(coverage: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    turned = coverage
-    if rng.random() < 0.25:
-        turned = np.rot90(turned)
-    elif rng.random() < 0.25:
-        turned = turned[:, ::-1]
+def _augment(coverage: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, tuple[str, str]]:
+    lying = ("", "", "sideways", "mirror")[rng.integers(4)]
+    turned = {"": coverage, "sideways": np.rot90(coverage), "mirror": coverage[:, ::-1]}[lying]
     turned = np.roll(turned, rng.integers(-2, 3, size=2), (0, 1))
     turned = np.clip(turned * rng.uniform(0.8, 1.2) + rng.normal(0, rng.uniform(0, 0.08), turned.shape), 0, 1)
     if rng.random() < 0.6:
-        styles = (digits.ink, digits.chalk, digits.halftone, digits.neon)
-        return np.clip(styles[rng.integers(len(styles))](turned, rng), 0, 1)
+        drawn_in = ("ink", "chalk", "halftone", "neon")[rng.integers(4)]
+        return np.clip({"ink": digits.ink, **digits.STYLES}[drawn_in](turned, rng), 0, 1), (lying, drawn_in)
     stroke, paper = rng.random(3), rng.random(3)
-    return turned[..., None] * stroke + (1 - turned[..., None]) * paper
+    return turned[..., None] * stroke + (1 - turned[..., None]) * paper, (lying, "")
 
 
 # ---- VAE -------------------------------------------------------------------------------------------------------------------
@@ -141,7 +145,7 @@ def train_vae(config: MiniatureConfig, train: list[digits.Digit], log: Log, done
     rng = np.random.default_rng([config.seed, 10])
 
     def loss_of() -> Tensor:
-        pixels, _ = augmented(train, config.vae_batch, rng)
+        pixels = augmented(train, config.vae_batch, rng).pixels
         posterior = vae.encode(pixels).latent_dist
         return mse_loss(vae.decode(posterior.sample()).sample, pixels) + 1e-5 * posterior.kl().mean()
 
@@ -167,7 +171,7 @@ def vae_error(vae: AutoencoderKL, held_out: list[digits.Digit]) -> dict[str, flo
 
 
 def train_clip(config: MiniatureConfig, train: list[digits.Digit], tokens: CLIPTokenizer, steps: int, seed: int, log: Log, done: int) -> CLIPModel:
-    """A small CLIP, trained on augmented digits and all phrasings; every picture of the same digit counts as a match."""
+    """A small CLIP, trained on augmented digits and all phrasings; every picture of the same digit (and style, if told) is a match."""
     torch.manual_seed(seed)
     shared = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 4, "projection_dim": WIDTH}
     text = {"vocab_size": len(tokens), "num_hidden_layers": 2, "max_position_embeddings": TOKENS, "bos_token_id": tokens.bos_token_id,
@@ -177,21 +181,28 @@ def train_clip(config: MiniatureConfig, train: list[digits.Digit], tokens: CLIPT
     rng = np.random.default_rng([seed, 20])
 
     def loss_of() -> Tensor:
-        pixels, labels = augmented(train, config.clip_batch, rng)
-        captions = [digits.PHRASINGS[rng.integers(len(digits.PHRASINGS))].format(digits.NAMES[i]) for i in labels]
-        words = tokens(captions, padding="max_length", return_tensors="pt")
-        similarity = clip(pixel_values=pixels, **words).logits_per_image
-        same = torch.from_numpy(labels[:, None] == labels[None, :]).float()
-        return cross_entropy(similarity, same / same.sum(1, keepdim=True)) + cross_entropy(similarity.T, same / same.sum(1, keepdim=True))
+        seen = augmented(train, config.clip_batch, rng)
+        told = rng.random(config.clip_batch) < 0.5  # these captions name the style as well
+        words = tokens([_told(*one, rng) for one in zip(seen.labels, seen.styles, told, strict=True)], padding="max_length", truncation=True, return_tensors="pt")
+        similarity = clip(pixel_values=seen.pixels, **words).logits_per_image
+        same_style = (seen.styles[:, None] == seen.styles[None, :]).all(-1) | ~told[None, :]
+        same = torch.from_numpy((seen.labels[:, None] == seen.labels[None, :]) & same_style).float()
+        per_image, per_text = same / same.sum(1, keepdim=True), (same / same.sum(0, keepdim=True)).T
+        return cross_entropy(similarity, per_image) + cross_entropy(similarity.T, per_text)
 
     descend(clip, loss_of, steps, config.lr, log, done)
     return clip.eval()
 
 
+def _told(label: int, styles: np.ndarray, told: bool, rng: np.random.Generator) -> str:
+    phrase = digits.PHRASINGS[rng.integers(len(digits.PHRASINGS))].format(digits.NAMES[label])
+    return " ".join([phrase, *(digits.STYLE_WORDS[s] for s in styles if s and told)])
+
+
 @torch.no_grad()
 def judge_accuracy(judge: CLIPModel, tokens: CLIPTokenizer, held_out: list[digits.Digit]) -> dict[str, float]:
     """The share of real held-out pictures whose nearest prompt names their digit, by style: the ceiling of prompt fidelity."""
-    prompts = tokens([digits.PHRASINGS[0].format(name) for name in digits.NAMES], padding="max_length", return_tensors="pt")
+    prompts = tokens([digits.PHRASINGS[0].format(name) for name in digits.NAMES], padding="max_length", truncation=True, return_tensors="pt")
     labels = torch.tensor([d.label for d in held_out])
     found = {}
     for name, style in {"ink": digits.ink, **digits.STYLES}.items():

@@ -66,7 +66,7 @@ def run(config: RecoverConfig) -> Artifact:
         return encodings.noised(train_data, rows, mu, config.caption_dropout, config.seed, step, slots)
 
     def loss_of(batch: encodings.Noised) -> torch.Tensor:
-        predicted = flux.predict(training.model, batch.x_t, batch.t, train_data.conditioning(batch.captions), config.guidance)
+        predicted = flux.predict(training.model, batch.x_t, batch.t, train_data.texts.conditioning(batch.captions), config.guidance)
         return torch.nn.functional.mse_loss(predicted.float(), batch.velocity.float())
 
     def measured(done: int) -> dict[str, Any]:

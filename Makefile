@@ -1,0 +1,51 @@
+SEED ?= 0
+OUT ?= runs/demo
+
+ifdef PY # an interpreter that has everything already: PY=python3 make test
+READY :=
+else
+PY := .venv/bin/python
+READY := .venv/ready
+endif
+
+.PHONY: help venv demo test proof lint format bench miniature clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(READY) ## create .venv with exactly requirements.lock (again when that changes)
+
+.venv/ready: requirements.lock
+	@echo "creating .venv from requirements.lock (minutes, once)"
+	@rm -rf .venv
+	@python3 -m venv .venv
+	@.venv/bin/pip install -qq --disable-pip-version-check -r requirements.lock
+	@touch $@
+
+demo: $(READY) ## the whole job on the bundled miniature: SEED=0 OUT=runs/demo
+	$(PY) -m flows.pipeline plan=miniature seed=$(SEED) out=$(OUT)
+
+test: $(READY) ## the tests
+	$(PY) -m pytest
+
+proof: $(READY) ## the longer proofs
+	$(PY) -m pytest -m slow
+
+lint: $(READY) ## ruff's rules and format, mypy's types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(READY) ## put imports and layout in order
+	$(PY) -m ruff check --select I --fix .
+	$(PY) -m ruff format .
+
+bench: $(READY) ## measure: every bench/*.py, one after the other
+	@set -e; for file in bench/*.py; do echo "== $$file"; PYTHONPATH=. $(PY) $$file; done
+
+miniature: $(READY) ## build data/miniature again from nothing
+	$(PY) -m flows.miniature
+
+clean: ## remove runs/ and the tools' caches
+	rm -rf runs outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

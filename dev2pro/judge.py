@@ -1,0 +1,49 @@
+"""Reads pictures and prompts with a CLIP model, the miniature's small one and full-size ones alike."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+
+from dev2pro.errors import ConfigError, TryAgainError
+
+BATCH = 64
+
+
+class Judge:
+    """A CLIP model in a folder or on the hub, such as openai/clip-vit-large-patch14. Embeddings are unit vectors (N, D)."""
+
+    def __init__(self, path: str, device: torch.device) -> None:
+        try:
+            self.clip = CLIPModel.from_pretrained(path, dtype=torch.float32).to(device).eval()
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            self.processor = CLIPImageProcessorPil.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            if Path(path).exists():
+                raise ConfigError(f"judge={path} is no readable CLIP model ({reason}). Give a transformers CLIPModel folder.") from error
+            raise TryAgainError(f"judge={path} is no local folder and could not be fetched from the hub ({reason}). Check the name and the network.") from error
+        self.device = device
+
+    @torch.no_grad()
+    def images(self, pictures: Tensor) -> Tensor:
+        """Of pictures (N, 3, H, W) in [0, 1]."""
+        parts = []
+        for some in pictures.split(BATCH):
+            ready = self.processor(images=list(some.cpu()), do_rescale=False, input_data_format="channels_first", return_tensors="pt")
+            parts.append(_pooled(self.clip.get_image_features(ready["pixel_values"].to(self.device))))
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def prompts(self, texts: Sequence[str]) -> Tensor:
+        """Of prompts; longer ones are cut as CLIP does."""
+        ready = self.tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").to(self.device)
+        return _pooled(self.clip.get_text_features(input_ids=ready["input_ids"], attention_mask=ready["attention_mask"]))
+
+
+def _pooled(features: object) -> Tensor:
+    """transformers 5 wraps the projected features in an output object; older versions return them."""
+    return normalize(getattr(features, "pooler_output", features), dim=-1).cpu()

@@ -1,0 +1,101 @@
+"""LoRA on a FLUX transformer with peft: where it goes, how it is written so that every tool reads it, how it is put on and off."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dev2pro.errors import ConfigError
+
+WEIGHTS = "pytorch_lora_weights.safetensors"  # the name FluxPipeline.load_lora_weights looks for in a folder
+CONTRACT = "dev2pro"  # the key of our metadata in the file's header
+
+BLOCKS = r"(single_)?transformer_blocks\.\d+\."
+ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+FEED_FORWARD = r"(ff|ff_context)\.net\.(0\.proj|2)|proj_mlp|proj_out"
+MODULATION = r"(norm|norm1|norm1_context)\.linear"
+PRESETS = {
+    "attention": f"{BLOCKS}({ATTENTION})",
+    "attention+mlp": f"{BLOCKS}({ATTENTION}|{FEED_FORWARD})",
+    "all": f"{BLOCKS}({ATTENTION}|{FEED_FORWARD}|{MODULATION})",
+}
+
+
+@dataclass(slots=True, kw_only=True)
+class AdapterConfig:
+    """Size and place of a LoRA; see conf/lora.yaml."""
+
+    rank: int
+    alpha: float  # the LoRA's effect is scaled by alpha / rank
+    targets: str  # a preset (attention, attention+mlp, all) or a regex over module names
+
+
+def check(config: AdapterConfig) -> str:
+    """The regex of a config's targets. Raises ConfigError for what cannot be one, before any model is loaded."""
+    if config.rank < 1:
+        raise ConfigError(f"adapter.rank={config.rank} is no rank. Choose 1 or more; 8 to 32 are usual.")
+    try:
+        return re.compile(PRESETS.get(config.targets, config.targets)).pattern
+    except re.error as error:
+        raise ConfigError(f"adapter.targets={config.targets} is neither a preset ({', '.join(PRESETS)}) nor a regex ({error}).") from error
+
+
+def inject(transformer: torch.nn.Module, config: AdapterConfig, seed: int) -> None:
+    """Freezes the transformer and adds a LoRA that has no effect yet; its random half depends on `seed` only."""
+    transformer.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            transformer.add_adapter(PeftConfig(r=config.rank, lora_alpha=config.alpha, target_modules=check(config)))
+        except ValueError as error:
+            raise ConfigError(f"adapter.targets={config.targets} fits no linear layer of this transformer ({error}). Presets: {', '.join(PRESETS)}.") from error
+    for parameter in transformer.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # the LoRA learns in float32, whatever the base is kept in
+
+
+def save(transformer: torch.nn.Module, config: AdapterConfig, out: str, contract: dict[str, Any]) -> None:
+    """Writes `out`/pytorch_lora_weights.safetensors in the diffusers layout, keys `transformer.<module>.lora_A.weight` and `lora_B`.
+
+    alpha / rank is multiplied into lora_B, so that alpha equals the rank in the file: readers that know no alpha read it right.
+    """
+    state = {}
+    for name, value in get_peft_model_state_dict(transformer).items():
+        scale = config.alpha / config.rank if "lora_B" in name else 1.0
+        state[f"transformer.{name}"] = (value.float() * scale).contiguous().cpu()
+    save_file(state, Path(out) / WEIGHTS, metadata={"format": "pt", CONTRACT: json.dumps(contract, sort_keys=True)})
+
+
+def read(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(weights, contract) of a LoRA file or folder; the contract is empty for a LoRA that dev2pro did not write."""
+    file = Path(path) / WEIGHTS if Path(path).is_dir() else Path(path)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  (safe_open is no dict)
+            contract = json.loads((opened.metadata() or {}).get(CONTRACT, "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ConfigError(f"{file} is no readable LoRA ({error}). Give the folder or .safetensors file that a LoRA stage wrote.") from error
+    return weights, contract
+
+
+def put_on(transformer: torch.nn.Module, path: str, strength: float = 1.0) -> None:
+    """Puts a LoRA file on the transformer; `take_off` restores it exactly."""
+    weights, _ = read(path)
+    try:
+        transformer.load_lora_adapter(weights, prefix="transformer", adapter_name="style")
+        transformer.set_adapters("style", strength)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"The LoRA {path} does not fit this transformer ({str(error).splitlines()[0]}). Apply it to the model family it was trained on.") from error
+
+
+def take_off(transformer: torch.nn.Module) -> None:
+    """Removes the LoRA of `put_on`."""
+    transformer.unload_lora()

@@ -1,0 +1,78 @@
+"""Numbers from judged pictures: fidelity to prompt and style, diversity, and their confidence intervals.
+
+Everything is laid out as (P, R): prompt x repetition (seed), so that cells can be compared picture by picture.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LEVEL = 0.95
+
+
+def r_precision(images: Tensor, prompts: Tensor) -> Tensor:
+    """1 where a picture's nearest prompt is its own, else 0: (P, R) from unit vectors images (P, R, D), prompts (P, D).
+
+    CLIP R-precision, Park et al. 2021 (https://openreview.net/forum?id=bKBhQhPeKaF), over the prompt set itself.
+    """
+    nearest = (images @ prompts.T).argmax(-1)
+    return (nearest == torch.arange(len(prompts))[:, None]).float()
+
+
+def clip_score(images: Tensor, prompts: Tensor) -> Tensor:
+    """100 max(cos, 0) between a picture and its prompt (P, R); Hessel et al. 2021 (https://arxiv.org/abs/2104.08718)."""
+    return 100 * (images * prompts[:, None]).sum(-1).clamp(min=0)
+
+
+def style_similarity(images: Tensor, style: Tensor) -> Tensor:
+    """Mean cosine between a picture and the held-out pictures of the style: (P, R) from (P, R, D) and (N, D)."""
+    return (images @ style.T).mean(-1)
+
+
+def diversity(images: Tensor) -> Tensor:
+    """1 - mean cosine between a picture and the others of its prompt: (P, R). 0: all the same."""
+    others = images.shape[1] - 1
+    if others == 0:
+        return torch.zeros(images.shape[:2])
+    cosine = images @ images.transpose(1, 2)
+    return 1 - (cosine.sum(-1) - cosine.diagonal(dim1=1, dim2=2)) / others
+
+
+def kid(images: Tensor, reference: Tensor) -> float:
+    """Kernel inception distance, unbiased, cubic kernel, on the judge's features: (N, D) and (M, D); lower is nearer.
+
+    Binkowski et al. 2018 (https://arxiv.org/abs/1801.01401).
+    """
+    x, y = images.double(), reference.double()
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T + 1) ** 3  # without the usual 1/D: the features are unit vectors
+
+    def off_diagonal_mean(k: Tensor) -> Tensor:
+        n = len(k)
+        return (k.sum() - k.diagonal().sum()) / (n * (n - 1))
+
+    return (off_diagonal_mean(kernel(x, x)) + off_diagonal_mean(kernel(y, y)) - 2 * kernel(x, y).mean()).item()
+
+
+def distance(pictures: Tensor, ideal: Tensor) -> Tensor:
+    """Mean squared difference of pixels in [-1, 1]: (P, R) from pictures (P, R, 3, H, W) in [0, 1], same noise in both."""
+    return (2 * (pictures - ideal)).square().mean((-3, -2, -1))
+
+
+class Bootstrap:
+    """Resamples prompts and seeds with replacement, the same draws for every cell: intervals of cells and of their differences.
+
+    Two-way bootstrap: Owen and Eckles 2012 (https://arxiv.org/abs/1106.2125).
+    """
+
+    def __init__(self, prompts: int, repetitions: int, draws: int, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        self.of_prompts, self.of_seeds = (rng.multinomial(n, [1 / n] * n, size=draws) / n for n in (prompts, repetitions))
+
+    def interval(self, values: Tensor) -> dict[str, float]:
+        """mean, low and high (95 %) of the mean of values (P, R), or of paired differences (P, R)."""
+        table = values.double().numpy()
+        means = np.einsum("bp,pr,br->b", self.of_prompts, table, self.of_seeds)
+        low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        return {"mean": float(table.mean()), "low": float(low), "high": float(high)}

@@ -1,0 +1,320 @@
+"""The report of an evaluation: one HTML file that needs nothing else, and contact sheets of its pictures.
+
+Everything is drawn with HTML and hand-made SVG in the page's own colours and letters, so that it reads in light and dark, on paper
+and on a phone. Names and prompts are untrusted: the template escapes whatever it is given, and the page forbids itself all scripts
+and all network. The same input gives the same bytes.
+"""
+
+import base64
+import io
+import math
+import pathlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+from PIL import Image, ImageDraw, ImageFont
+
+TEMPLATE = pathlib.Path(__file__).with_name("report.html.j2")
+LARGEST, SMALLEST = 160, 56  # pixels of a picture's longer side in the page
+PLOT = {"width": 360, "height": 200, "left": 46, "right": 14, "top": 22, "bottom": 30}  # of the recovery's charts, in SVG units
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The pictures of one style and seed: `rows` are (cell label such as "recovered@1 on base", one picture per prompt)."""
+
+    style: str
+    seed: int
+    prompts: list[str]
+    rows: list[tuple[str, list[Image.Image]]]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a number of the evaluation is shown and read; `sign` is 1 where more is better, -1 where less is."""
+
+    key: str
+    name: str
+    sign: int
+    says: str
+    digits: int = 3
+    scale: float = 1.0
+    unit: str = ""
+    gain_unit: str = ""
+
+
+METRICS = (
+    Metric("prompt_fidelity", "Prompt fidelity", 1, "The share of pictures for which the judge, a CLIP, finds their own prompt the nearest of all prompts "
+           "(R-precision). Higher is better.", 1, 100, "%", "percentage points"),
+    Metric("style_similarity", "Style similarity", 1, "The mean cosine between a picture and held-out pictures of the style, as the judge sees them. Higher is better."),
+    Metric("distance_to_ideal", "Distance to the ideal", -1, "The mean squared pixel difference from the ideal picture of the same prompt and seed, which is what "
+           "the teacher paints with its own LoRA under true CFG. Lower is better."),
+    Metric("clip_score", "CLIP score", 1, "100 × the cosine between a picture and its prompt, as the judge sees them. Higher is better.", 1),
+    Metric("kid", "Kernel inception distance", -1, "How far the pictures as a set are from held-out pictures of the style, in the judge's features. Lower is better. "
+           "It comes without an interval.", 4),
+    Metric("diversity", "Diversity", 1, "1 − the mean cosine between pictures of the same prompt: 0 when they are all alike. Higher is more varied, which is better only "
+           "while prompt and style are kept."),
+)  # fmt: skip
+SETTINGS = {"images_per_cell": "Pictures per cell", "seeds": "Seeds per prompt", "steps": "Sampling steps", "guidance": "Guidance of the base",
+            "cfg_scale": "True CFG scale, where used", "bootstrap": "Bootstrap resamplings", "seed": "Random seed"}  # fmt: skip
+
+
+def write(path: pathlib.Path, metrics: dict[str, Any], grids: list[Grid]) -> None:
+    """Writes the report of an evaluation's metrics (the contents of metrics.json) and its pictures as one HTML file.
+
+    `gains` are read as signed so that more is better, distances too. Without a teacher or a recovery their parts are left out.
+    """
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.globals |= {"number": number, "interval": interval, "picture": _picture}
+    environment.filters["arm"] = _arm
+    matrices = [m for metric in METRICS if (m := _matrix(metrics, metric))["blocks"]]
+    page = environment.from_string(TEMPLATE.read_text("utf-8")).render(
+        verdict=metrics["verdict"],
+        settings=metrics["settings"],
+        labels=SETTINGS,
+        styles=metrics["styles"],
+        arms=sorted(metrics["arms"], key=_is_reference),
+        subjects={g["arm"] for g in metrics["gains"]},
+        places=_places(metrics),
+        matrices=matrices,
+        forests=[f for metric in METRICS[:3] if (f := _forest(metrics, metric))["groups"]],
+        recovery=metrics.get("recovery"),
+        charts=_charts(metrics["recovery"]) if metrics.get("recovery") else [],
+        gallery={style: [g for g in grids if g.style == style] for style in dict.fromkeys(g.style for g in grids)},
+        plot=PLOT,
+    )
+    path.write_text(page, "utf-8", newline="\n")
+
+
+def number(value: float | None, digits: int, sign: bool = False) -> str:
+    """A number for people, with a true minus sign; a dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    rounded = round(value, digits) + 0.0  # no minus before a zero
+    return f"{rounded:{'+' if sign and rounded else ''}.{digits}f}".replace("-", "−")
+
+
+def interval(found: dict[str, float] | None, metric: Metric, digits: int | None = None) -> str:
+    """The 95 % interval in words, empty where there is none."""
+    if not found or "low" not in found:
+        return ""
+    low, high = (number(found[end] * metric.scale, metric.digits if digits is None else digits) for end in ("low", "high"))
+    return f"{low} to {high}"
+
+
+# ---- arms and the models they are applied to ------------------------------------------------------------------------------------
+
+
+def _is_reference(arm: str) -> bool:
+    """Whether nobody could choose this arm for FLUX.1-dev, because it needs the teacher."""
+    return arm == "ideal" or arm.startswith("teacher@")
+
+
+def _arm(name: str) -> dict[str, Any]:
+    """An arm's name, what it was trained on in words, and whether it is a reference."""
+    model, at, guidance = name.rpartition("@")
+    words = {"none": "no LoRA at all", "ideal": "the teacher's own LoRA, on the teacher"}.get(name, "")
+    if at:
+        words = f"trained on the {model}{' model' if model == 'recovered' else ''} at guidance {guidance}"
+    return {"name": name, "words": words, "reference": _is_reference(name)}
+
+
+def _places(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """The models LoRAs were applied to, in order, with how they were sampled in words."""
+    first = {}
+    for cell in metrics["cells"]:
+        first.setdefault(cell["inference"], cell)
+    order = [*(name for name in metrics["inference"] if name in first), *(name for name in first if name not in metrics["inference"])]
+    return [{"name": name, "title": f"the {name}{' model' if name == 'recovered' else ''}", "sampled": _sampled(first[name])} for name in order]
+
+
+def _sampled(cell: dict[str, Any]) -> str:
+    return f"guidance {cell['guidance']:g}" + (f", true CFG {cell['cfg_scale']:g}" if cell["cfg_scale"] != 1 else "")
+
+
+# ---- the tables of numbers ------------------------------------------------------------------------------------------------------
+
+
+def _matrix(metrics: dict[str, Any], metric: Metric) -> dict[str, Any]:
+    """One metric: a block per model applied to, a row per arm, a value per style, the best arm of a block and style marked."""
+    values = {(c["inference"], c["arm"], c["style"]): c[metric.key] for c in metrics["cells"] if metric.key in c}
+    arms = ["none", *sorted(metrics["arms"], key=_is_reference), "ideal"]
+    blocks = []
+    for place in _places(metrics):
+        rows = [
+            {"arm": arm, "values": [*some, *([_mean(some)] if len(some) > 1 else [])]}
+            for arm in arms
+            if any(some := [values.get((place["name"], arm, style)) for style in metrics["styles"]])
+        ]
+        columns = [_best([(r["arm"], r["values"][i]) for r in rows], metric) for i in range(len(rows[0]["values"]))] if rows else []
+        for row in rows:
+            row["best"] = [row["arm"] in best for best in columns]
+        blocks += [{**place, "rows": rows}] if rows else []
+    return {"metric": metric, "blocks": blocks}
+
+
+def _mean(found: Sequence[dict[str, float] | None]) -> dict[str, float] | None:
+    """The mean over styles; the mean of the intervals' ends is its interval if the styles err together, and too wide if not."""
+    some = [f for f in found if f]
+    if len(some) < len(found):
+        return None
+    return {key: sum(f[key] for f in some) / len(some) for key in some[0]}
+
+
+def _best(column: Iterable[tuple[str, dict[str, float] | None]], metric: Metric) -> set[str]:
+    """The arms with the best mean as it is printed, all of them where they tie; no LoRA and references do not compete."""
+    means = {arm: round(v["mean"] * metric.scale, metric.digits) for arm, v in column if v and arm != "none" and not _is_reference(arm)}
+    top = max((metric.sign * m for m in means.values()), default=0)
+    return {arm for arm, mean in means.items() if metric.sign * mean == top} if len(means) > 1 else set()
+
+
+# ---- the forest plot ------------------------------------------------------------------------------------------------------------
+
+
+def _forest(metrics: dict[str, Any], metric: Metric) -> dict[str, Any]:
+    """The gains in one metric: groups (arm against rival) of rows, with every x in per cent of the plot's width."""
+    gains = [g for g in metrics["gains"] if g["metric"] == metric.key and (g["style"] != "all" or len(metrics["styles"]) > 1)]
+    ends = [g[end] * metric.scale for g in gains for end in ("low", "high")] + [0.0]
+    margin = 0.06 * (max(ends) - min(ends)) or 1.0
+    low, high = min(ends) - margin, max(ends) + margin
+
+    def x(value: float) -> float:
+        return round(100 * (value - low) / (high - low), 2)
+
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for gain in sorted(gains, key=lambda g: g["style"] == "all"):
+        clear = "gain" if gain["low"] > 0 else "loss" if gain["high"] < 0 else "unsure"
+        at = {key: x(gain[key] * metric.scale) for key in ("mean", "low", "high")}
+        groups.setdefault((gain["arm"], gain["rival"]), []).append({**gain, "clear": clear, "x": at})
+    ticks = [(x(tick), label) for tick, label in _ticks(low, high, 5)]
+    return {"metric": metric, "groups": groups, "ticks": ticks, "zero": x(0)}
+
+
+def _ticks(low: float, high: float, wanted: int) -> list[tuple[float, str]]:
+    """About `wanted` round numbers between two, with their labels."""
+    power = 10.0 ** math.floor(math.log10((high - low) / wanted))
+    step = next(s * power for s in (1, 2, 5, 10) if s * power * wanted >= high - low)
+    digits = max(0, -math.floor(math.log10(step) + 1e-9))
+    return [(i * step, number(i * step, digits)) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+# ---- the recovery's charts ------------------------------------------------------------------------------------------------------
+
+
+def _charts(recovery: dict[str, Any]) -> list[dict[str, Any]]:
+    """Loss, guidance gap and distance to the teacher over steps, and the loss by time before and after."""
+    curve = recovery["curve"]
+
+    def over_steps(key: str) -> list[tuple[float, float]]:
+        return [(point["step"], point[key]) for point in curve if point.get(key) is not None]
+
+    loss = f"at guidance {recovery['guidance']:g}"
+    charts = [
+        _chart("Loss on held-out pictures", "step", {loss: over_steps("loss"), "at the usual guidance": over_steps("loss_usual")}),
+        _chart("Guidance gap", "step", {"": over_steps("guidance_gap")}, log=True),
+        _chart("Distance to the teacher", "step", {"": over_steps("teacher_distance")}, log=True),
+        _chart("Loss by time", "little noise → much noise", {name: list(enumerate(point.get("loss_by_time") or [], 1))
+               for name, point in (("after", curve[-1]), ("before", curve[0]))}),
+    ]  # fmt: skip
+    return [chart for chart in charts if chart]
+
+
+def _chart(title: str, axis: str, lines: dict[str, list[tuple[float, float]]], log: bool = False) -> dict[str, Any] | None:
+    """Lines in SVG units, ticks and a description; None without at least two points. The first line is the one to look at."""
+    lines = {name: points for name, points in lines.items() if len(points) > 1}
+    if not lines:
+        return None
+    xs, ys = ([point[i] for points in lines.values() for point in points] for i in (0, 1))
+    log = log and min(ys) > 0 and max(ys) > 5 * min(ys)
+    bottom, top = (math.log10(min(ys)), math.log10(max(ys))) if log else (min(0.0, *ys), max(ys))
+    top += 0.04 * (top - bottom) or 1.0
+    bottom -= 0.06 * (top - bottom) if log else 0
+    right, floor = PLOT["width"] - PLOT["right"], PLOT["height"] - PLOT["bottom"]
+
+    def x(value: float) -> float:
+        return round(PLOT["left"] + (value - min(xs)) / (max(xs) - min(xs)) * (right - PLOT["left"]), 1)
+
+    def y(value: float) -> float:
+        return round(floor - ((math.log10(value) if log else value) - bottom) / (top - bottom) * (floor - PLOT["top"]), 1)
+
+    drawn = [{"name": name, "at": [(x(a), y(b)) for a, b in points], "ends": [_short(points[i][1]) for i in (0, -1)]} for name, points in lines.items()]
+    marks = _log_ticks(bottom, top) if log else _ticks(bottom, top, 4)
+    says = "; ".join(f"{line['name'] or title} goes from {line['ends'][0]} to {line['ends'][1]}" for line in drawn)
+    return {"title": title, "axis": axis, "log": log, "lines": drawn, "says": says, "y": [(y(v), label) for v, label in marks],
+            "x": [(x(v), label) for v, label in _ticks(min(xs), max(xs), 4)] if axis == "step" else []}  # fmt: skip
+
+
+def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
+    """The powers of ten between two exponents, with 2 and 5 between them where there are few."""
+    powers = range(math.floor(low), math.ceil(high) + 1)
+    for inner in ((1,), (1, 3), (1, 2, 5)):
+        ticks = [m * 10.0**e for e in powers for m in inner if low <= math.log10(m * 10.0**e) <= high]
+        if len(ticks) >= 3:
+            break
+    return [(tick, f"{tick:g}") for tick in ticks]
+
+
+def _short(value: float) -> str:
+    """Three significant digits."""
+    return f"{value:.3g}".replace("-", "−")
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------------------
+
+
+def _picture(image: Image.Image) -> dict[str, Any]:
+    """A picture for the page: a data URI and the size to show it at; small ones stay exact, large ones are made smaller."""
+    small, data = image.convert("RGB"), io.BytesIO()
+    small.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+    exact = small.size == image.size
+    small.save(data, "WEBP", lossless=exact, quality=80, method=6)
+    zoom = math.ceil(SMALLEST / max(small.size))
+    uri = f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
+    return {"uri": uri, "width": small.width * zoom, "height": small.height * zoom, "pixelated": zoom > 1}
+
+
+def contact_sheet(grid: Grid, side: int) -> Image.Image:
+    """The whole grid as one picture with row labels and prompt headers; every picture fits a square of `side` pixels."""
+    size = min(max(side // 6, 11), 20)
+    font, title = ImageFont.load_default(size), ImageFont.load_default(size * 1.4)
+    gap, line, edge = max(2, side // 16), round(size * 1.3), size
+    labels = [_wrapped(label, font, 3 * side, side // line) for label, _ in grid.rows]
+    headers = [_wrapped(prompt, font, side, 4) for prompt in grid.prompts]
+    left = edge + math.ceil(max(font.getlength(text) for some in labels for text in some)) + size
+    top = edge + round(size * 2.4) + line * max(map(len, headers)) + gap
+    sheet = Image.new("RGB", (left + len(headers) * (side + gap) + edge, top + len(labels) * (side + gap) + edge), "#ffffff")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((edge, edge), f"{grid.style}, seed {grid.seed}", "#1d1c1a", title)
+    for i, header in enumerate(headers):
+        draw.multiline_text((left + i * (side + gap), top - gap), "\n".join(header), "#5f5c55", font, "ld", spacing=line - size)
+    for j, (label, (_, pictures)) in enumerate(zip(labels, grid.rows, strict=True)):
+        y = top + j * (side + gap)
+        draw.multiline_text((edge, y + side // 2), "\n".join(label), "#1d1c1a", font, "lm", spacing=line - size)
+        for i, (_, picture) in enumerate(zip(headers, pictures, strict=True)):
+            scale = side / max(picture.size)
+            fitted = picture.convert("RGB").resize(
+                [round(scale * n) for n in picture.size], Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+            )
+            sheet.paste(fitted, (left + i * (side + gap), y))
+    return sheet
+
+
+def _wrapped(text: str, font: Any, width: float, lines: int) -> list[str]:
+    """The text in at most `lines` lines no wider than `width`, cut short with an ellipsis where it is too long."""
+    found = [""]
+    for word in text.split():
+        joined = f"{found[-1]} {word}".strip()
+        found = [*found[:-1], joined] if not found[-1] or font.getlength(joined) <= width else [*found, word]
+    kept = found[: max(lines, 1)]
+    kept[-1] += "…" if len(kept) < len(found) else ""
+    return [_cut(one, font, width) for one in kept]
+
+
+def _cut(text: str, font: Any, width: float) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1].rstrip("…")
+    return text + "…"

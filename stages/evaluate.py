@@ -1,0 +1,261 @@
+"""evaluate: every LoRA on every inference base, same seeds and prompts, judged by CLIP, with paired intervals and a report."""
+
+import glob
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from PIL import Image
+from torch import Tensor
+
+from data import pictures
+from dev2pro import artifact, comparison, distributed, encodings, flow, flux, lora, metrics, report, sampling, stage
+from dev2pro.artifact import Artifact
+from dev2pro.comparison import Cell
+from dev2pro.distributed import HardwareConfig
+from dev2pro.errors import ConfigError
+from dev2pro.flux import ModelConfig
+from dev2pro.judge import Judge
+from dev2pro.log import Log
+from dev2pro.sampling import SamplingConfig
+
+SHOWN_SEEDS = 2  # picture grids per style in the report
+
+
+@dataclass(slots=True, kw_only=True)
+class EvaluateConfig:
+    """See conf/evaluate.yaml for what each value is and why."""
+
+    out: str
+    seed: int
+    model: ModelConfig
+    hardware: HardwareConfig
+    sampling: SamplingConfig
+    judge: str
+    loras: list[str]
+    prompts: str
+    seeds: int
+    resolution: int
+    bootstrap: int
+    recovered: str | None = None
+    teacher: str | None = None
+
+
+@dataclass(frozen=True)
+class Inference:
+    """A model to put LoRAs on, and how it is sampled."""
+
+    name: str
+    path: str
+    guidance: float
+    cfg_scale: float
+
+
+def run(config: EvaluateConfig) -> Artifact:
+    """Samples and judges every cell; writes metrics.json, report.html, sheets/*.png and artifact.json into `config.out`."""
+    config.sampling.check()
+    prompts = read_prompts(config.prompts)
+    loras = find_loras(config)
+    places = inferences(config)
+    for place in places:
+        flux.check_transformer(place.path)
+    references = {style: pictures.read(arms[0].config["data"]["heldout"], f"the held-out pictures of {style}") for style, arms in by_style(loras).items()}
+    parents = {p.name: p.path for p in places} | {f"{s}/{a.inference['arm']}": a.uri for s, arms in by_style(loras).items() for a in arms}
+    if finished := artifact.begin(config.out, "evaluate", config, parents):
+        return finished
+
+    studio = Studio(config, prompts)
+    judged = {style: studio.judge.images(torch.stack([studio.pixels(p) for p in found])) for style, found in references.items()}
+    cells: list[Cell] = []
+    with Log(config.out, "evaluate", sum(1 for _ in plan(places, loras))) as log:
+        ideal: dict[str, Tensor] = {}
+        for place, transformer in loaded(places, config):
+            for style, arm, path in plan([place], loras):
+                shown = studio.pictures(transformer, place, path)
+                if arm == "ideal":
+                    ideal[style] = shown
+                values, kid = measure(studio, shown, judged[style], ideal.get(style))
+                cells.append(Cell(style, arm, place.name, place.guidance, place.cfg_scale, values, kid, thumbnails(shown)))
+                log.step(len(cells), fidelity=values["prompt_fidelity"].mean().item())
+
+    found = comparison.compare(cells, kinds(config, loras), config.bootstrap, config.seed)
+    settings = {
+        "model": config.model.path, "judge": config.judge, "prompts": prompts, "seeds": config.seeds, "steps": config.sampling.steps,
+        "guidance": config.model.usual_guidance, "cfg_scale": config.sampling.cfg_scale, "images_per_cell": len(prompts) * config.seeds,
+        "bootstrap": config.bootstrap, "seed": config.seed,
+    }  # fmt: skip
+    result = {"settings": settings, **found, "recovery": recovery(config)}
+    (Path(config.out) / "metrics.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_report(Path(config.out), result, cells, prompts)
+    summary = {"verdict": found["verdict"], "gains": found["gains"]}
+    return artifact.write(config.out, "evaluate", "evaluation", config, parents, step=len(cells), metrics=summary)
+
+
+# ---- what to compare ---------------------------------------------------------------------------------------------------------
+
+
+def read_prompts(path: str) -> list[str]:
+    """A JSON list of prompts, or a text file with one a line."""
+    try:
+        text = Path(path).read_text()
+        prompts = json.loads(text) if path.endswith(".json") else [line for line in text.splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"prompts={path} cannot be read ({error}). Give a JSON list of prompts, or a text file with one a line.") from error
+    if len(prompts) < 2 or len(set(prompts)) < len(prompts) or not all(isinstance(p, str) and p.strip() for p in prompts):
+        raise ConfigError(f"prompts={path} must hold at least two prompts, all different and none empty: R-precision asks which of them a picture shows.")
+    return prompts
+
+
+def find_loras(config: EvaluateConfig) -> list[Artifact]:
+    """The finished LoRA artifacts of the globs. Raises ConfigError for none, for strangers, and for LoRAs of another base."""
+    folders = [f for pattern in config.loras for f in sorted(glob.glob(pattern))]
+    if not folders:
+        raise ConfigError(f"loras={config.loras} matches no folder. Give the output folders of stages.lora, such as loras=[runs/demo/lora/*/*].")
+    found = [artifact.read(f) for f in folders]
+    base = artifact.fingerprint(config.model.path)
+    for one in found:
+        if one.kind != "lora":
+            raise ConfigError(f"{one.uri} is a {one.kind}, not a LoRA. Leave it out of loras=.")
+        if one.inference["apply_to"]["id"] != base:
+            raise ConfigError(f"The LoRA {one.uri} is to be applied to {one.inference['apply_to']['path']}, not to {config.model.path}. Change model or leave it out.")
+    return found
+
+
+def by_style(loras: list[Artifact]) -> dict[str, list[Artifact]]:
+    """style -> LoRAs, in the order they were given."""
+    styles: dict[str, list[Artifact]] = {}
+    for one in loras:
+        styles.setdefault(one.config["data"]["name"], []).append(one)
+    return styles
+
+
+def inferences(config: EvaluateConfig) -> list[Inference]:
+    """The models to put LoRAs on; the teacher comes first, because its pictures are the ideal the others are held against."""
+    true_cfg = {"guidance": 1.0, "cfg_scale": config.sampling.cfg_scale}
+    return [
+        *([Inference("teacher", config.teacher, **true_cfg)] if config.teacher else []),
+        Inference("base", config.model.path, config.model.usual_guidance, 1.0),
+        *([Inference("recovered", config.recovered, **true_cfg)] if config.recovered else []),
+    ]
+
+
+def plan(places: list[Inference], loras: list[Artifact]) -> Iterator[tuple[str, str, str | None]]:
+    """(style, arm, LoRA) of every cell; on the teacher only its own LoRA, the ideal."""
+    for place in places:
+        for style, arms in by_style(loras).items():
+            if place.name == "teacher":
+                yield from ((style, "ideal", a.uri) for a in arms if a.inference["trained_on"]["id"] == artifact.fingerprint(place.path))
+            else:
+                yield style, "none", None
+                yield from ((style, a.inference["arm"], a.uri) for a in arms)
+
+
+def kinds(config: EvaluateConfig, loras: list[Artifact]) -> dict[str, str]:
+    """arm -> what it was trained on: recovered, teacher or base."""
+    teacher = artifact.fingerprint(config.teacher) if config.teacher else None
+    found = {}
+    for one in loras:
+        base = one.inference["trained_on"]
+        made = artifact.origin(base["path"])
+        found[one.inference["arm"]] = "teacher" if base["id"] == teacher else "recovered" if made and made.stage == "recover" else "base"
+    return found
+
+
+def recovery(config: EvaluateConfig) -> dict[str, Any] | None:
+    """The recovery curve, from the recovered model's own record."""
+    made = artifact.origin(config.recovered) if config.recovered else None
+    return {key: made.metrics[key] for key in ("guidance", "recovered", "curve")} if made else None
+
+
+# ---- sampling and judging ------------------------------------------------------------------------------------------------------
+
+
+class Studio:
+    """Everything the cells share: prompts, noise, VAE and judge. A cell's pictures are (P, R, 3, H, W) in [0, 1]."""
+
+    def __init__(self, config: EvaluateConfig, prompts: list[str]) -> None:
+        self.config = config
+        self.place = distributed.accelerator(config.hardware)
+        self.dtype = distributed.DTYPES[config.hardware.dtype]
+        self.encoders = flux.Encoders(config.model, self.dtype, self.place.device)
+        self.texts = encodings.encode_texts(self.encoders, prompts, config.resolution, self.place.device, self.dtype)
+        shape = self.encoders.token_shape(config.resolution)
+        self.judge = Judge(config.judge, self.place.device)
+        self.prompts = self.judge.prompts(prompts)
+        self.mu = flow.shift_mu(shape[0], flux.scheduler_settings(config.model.path))
+        pairs = [(p, r) for p in range(len(prompts)) for r in range(config.seeds)]
+        self.rows = torch.tensor([p for p, _ in pairs])
+        self.noise = torch.stack([sampling.start(config.seed, r, p, shape) for p, r in pairs])
+
+    def pictures(self, transformer: FluxTransformer2DModel, place: Inference, path: str | None) -> Tensor:
+        """The pictures of one cell, on the CPU."""
+        if path:
+            lora.put_on(transformer, path)
+        some = [self._batch(transformer, place, rows) for rows in torch.arange(len(self.rows)).split(self.config.sampling.batch)]
+        if path:
+            lora.take_off(transformer)
+        return torch.cat(some).unflatten(0, (-1, self.config.seeds))
+
+    def _batch(self, transformer: FluxTransformer2DModel, place: Inference, rows: Tensor) -> Tensor:
+        said, nothing = self.texts.conditioning(1 + self.rows[rows]), self.texts.unconditional(len(rows))
+        noise = self.noise[rows].to(self.place.device, self.dtype)
+        latents = sampling.sample(
+            transformer, noise, said, nothing, guidance=place.guidance, cfg_scale=place.cfg_scale, steps=self.config.sampling.steps, mu=self.mu
+        )
+        return self.encoders.decode(latents, self.config.resolution, self.config.resolution).float().cpu()
+
+    def pixels(self, picture: pictures.Picture) -> Tensor:
+        """A real picture (3, H, W) in [0, 1]."""
+        return torch.from_numpy(picture.pixels(self.config.resolution)) / 2 + 0.5
+
+
+def loaded(places: list[Inference], config: EvaluateConfig) -> Iterator[tuple[Inference, FluxTransformer2DModel]]:
+    """Each inference base with its transformer, one in memory at a time."""
+    place = distributed.accelerator(config.hardware)
+    for one in places:
+        yield one, flux.load_transformer(one.path, distributed.DTYPES[config.hardware.dtype], config.model.variant).to(place.device).eval()
+
+
+def measure(studio: Studio, shown: Tensor, style: Tensor, ideal: Tensor | None) -> tuple[dict[str, Tensor], float]:
+    """Every metric picture by picture, name -> (P, R), and the KID of them all."""
+    judged = studio.judge.images(shown.flatten(0, 1))
+    by_prompt = judged.unflatten(0, shown.shape[:2])
+    values = {
+        "prompt_fidelity": metrics.r_precision(by_prompt, studio.prompts),
+        "clip_score": metrics.clip_score(by_prompt, studio.prompts),
+        "style_similarity": metrics.style_similarity(by_prompt, style),
+        "diversity": metrics.diversity(by_prompt),
+    }
+    if ideal is not None:
+        values["distance_to_ideal"] = metrics.distance(shown, ideal)
+    return values, metrics.kid(judged, style)
+
+
+# ---- pictures for people -------------------------------------------------------------------------------------------------------
+
+
+def thumbnails(shown: Tensor) -> list[list[Image.Image]]:
+    """The pictures of the first seeds as PIL images: [seed][prompt]."""
+    ready = (shown[:, :SHOWN_SEEDS] * 255).round().byte().permute(1, 0, 3, 4, 2).numpy()
+    return [[Image.fromarray(picture) for picture in row] for row in ready]
+
+
+def write_report(out: Path, result: dict[str, Any], cells: list[Cell], prompts: list[str]) -> None:
+    """report.html, and a PNG sheet per style and seed."""
+    grids = [
+        report.Grid(style, seed, prompts, [(f"{c.arm} on {c.inference}", c.shown[seed]) for c in cells if c.style == style])
+        for style in result["styles"]
+        for seed in range(len(cells[0].shown))
+    ]
+    report.write(out / "report.html", result, grids)
+    (out / "sheets").mkdir(exist_ok=True)
+    for number, grid in enumerate(grids):
+        report.contact_sheet(grid, 64).save(out / "sheets" / f"{number:02d}.png")
+
+
+if __name__ == "__main__":
+    stage.main("evaluate", EvaluateConfig, run)

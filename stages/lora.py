@@ -1,0 +1,107 @@
+"""lora: trains a LoRA on any base, at a fixed guidance, with plain flow matching, and records what it may be applied to."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from data import order, pictures
+from data.pictures import DataConfig
+from dev2pro import artifact, distributed, encodings, flow, flux, lora, stage
+from dev2pro.artifact import Artifact
+from dev2pro.distributed import HardwareConfig
+from dev2pro.errors import ConfigError
+from dev2pro.flux import ModelConfig
+from dev2pro.log import Log
+from dev2pro.lora import AdapterConfig
+from dev2pro.optim import OptimConfig
+from dev2pro.probe import Probe, ProbeConfig
+from dev2pro.training import Training
+
+
+@dataclass(slots=True, kw_only=True)
+class LoraConfig:
+    """See conf/lora.yaml for what each value is and why."""
+
+    out: str
+    seed: int
+    model: ModelConfig
+    data: DataConfig
+    hardware: HardwareConfig
+    optim: OptimConfig
+    probe: ProbeConfig
+    adapter: AdapterConfig
+    trained_on: str
+    arm: str
+    steps: int
+    batch: int
+    guidance: float
+    caption_dropout: float
+
+
+def run(config: LoraConfig) -> Artifact:
+    """Trains one LoRA and writes it in the diffusers layout, with metrics.jsonl and artifact.json, into `config.out`."""
+    lora.check(config.adapter)
+    flux.check_transformer(config.trained_on)
+    check_guidance(config.trained_on, config.guidance)
+    parents = {"trained_on": config.trained_on, "apply_to": config.model.path}
+    train, held_out = (pictures.read(s, w) for s, w in ((config.data.train, "data.train"), (config.data.heldout, "data.heldout")))
+    if finished := artifact.begin(config.out, "lora", config, parents):
+        return finished
+
+    place = distributed.accelerator(config.hardware)
+    dtype = distributed.DTYPES[config.hardware.dtype]
+    train_data, held_out_data = encodings.encode_sets(config.model, [train, held_out], config.data.resolution, place.device, dtype)
+    mu = flow.shift_mu(train_data.mean.shape[1], flux.scheduler_settings(config.model.path))
+    transformer = flux.load_transformer(config.trained_on, dtype, config.model.variant)
+    lora.inject(transformer, config.adapter, config.seed)
+    training = Training(place, transformer, config.optim, config.hardware, steps=config.steps, batch=config.batch)
+    probe = Probe(held_out_data, config.probe, mu=mu, seed=config.seed, batch=config.hardware.micro_batch)
+
+    def draw(step: int, slots: range) -> encodings.Noised:
+        rows = order.samples(len(train_data), config.seed, step, config.batch)[slots]
+        return encodings.noised(train_data, rows, mu, config.caption_dropout, config.seed, step, slots)
+
+    def loss_of(batch: encodings.Noised) -> torch.Tensor:
+        predicted = flux.predict(training.model, batch.x_t, batch.t, train_data.texts.conditioning(batch.captions), config.guidance)
+        return torch.nn.functional.mse_loss(predicted.float(), batch.velocity.float())
+
+    def measured(done: int) -> dict[str, Any]:
+        with training.averaged() as model:
+            return {"step": done, **probe.measure(model, config.guidance, config.model.usual_guidance)}
+
+    with Log(config.out, f"lora {config.arm}", config.steps, place.is_main_process) as log:
+        curve = [measured(0)]
+        for step in range(config.steps):
+            loss, norm = training.step(step, lambda slots: draw(step, slots), loss_of)  # noqa: B023
+            log.write(step + 1, loss=loss, gradient_norm=norm, lr=training.lr)
+            if (step + 1) % config.probe.every == 0 or step + 1 == config.steps:
+                curve.append(measured(step + 1))
+            log.step(step + 1, loss=loss, held_out=curve[-1]["loss"])
+
+    contract = {
+        "arm": config.arm,
+        "trained_on": {"path": config.trained_on, "id": artifact.fingerprint(config.trained_on)},
+        "apply_to": {"path": config.model.path, "id": artifact.fingerprint(config.model.path)},
+        "training_guidance": config.guidance,
+        "suggested_guidance": config.model.usual_guidance,
+        "suggested_strength": 1.0,
+    }
+    if place.is_main_process:
+        lora.save(place.unwrap_model(training.model), config.adapter, config.out, {**contract, "config": artifact.identity(config)})
+    metrics = {**training.clock.metrics(), "guidance": config.guidance, "curve": curve}
+    return artifact.publish(place, config.out, "lora", "lora", config, parents, step=config.steps, metrics=metrics, inference=contract)
+
+
+def check_guidance(base: str, guidance: float) -> None:
+    """Raises ConfigError where a recovered model would be trained on at a guidance it was not recovered at: its input is dead there."""
+    made = artifact.origin(base)
+    if made and made.stage == "recover" and made.metrics["guidance"] != guidance:
+        raise ConfigError(
+            f"guidance={guidance}, but {base} was recovered at guidance {made.metrics['guidance']} and knows no other. Set "
+            f"guidance={made.metrics['guidance']}; the guidance people use the LoRA at is model.usual_guidance, and true CFG is sampling.cfg_scale."
+        )
+
+
+if __name__ == "__main__":
+    stage.main("lora", LoraConfig, run)
