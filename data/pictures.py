@@ -2,6 +2,7 @@
 
 import glob
 import io
+import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,20 @@ class DataConfig:
     name: str  # of the data set or style, for tables and file names
     train: list[str]  # tars (globs and {000..012} braces allowed) or folders
     heldout: list[str]  # never trained on
-    resolution: int = 512  # pixels; every picture is resized and cropped to a square of this side
+    resolution: int  # pixels; every picture is resized and cropped to a square of this side
+
+    def read(self) -> tuple[list["Picture"], list["Picture"]]:
+        """(train, held-out) pictures."""
+        return read(self.train, "data.train"), read(self.heldout, "data.heldout")
+
+    def sources(self) -> dict[str, str]:
+        """Every tar and folder that is read, by role: an artifact's parents beside the models."""
+        return {
+            f"{what} {place}": str(place)
+            for what, patterns in (("data.train", self.train), ("data.heldout", self.heldout))
+            for pattern in patterns
+            for place in _expand(pattern, what)
+        }
 
 
 @dataclass(frozen=True)
@@ -43,7 +57,7 @@ class Picture:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{self.place}: {image.width}x{image.height} pixels are more than {MAX_PIXELS:,}. Scale the picture down.")
             upright = ImageOps.exif_transpose(image).convert("RGB")
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
             raise DataError(f"{self.place} is no readable JPEG, PNG or WebP picture ({error}). Replace or remove it.") from error
         square = ImageOps.fit(upright, (resolution, resolution), Image.Resampling.LANCZOS)
         return np.asarray(square, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
@@ -59,7 +73,9 @@ def read(sources: Sequence[str], what: str) -> list[Picture]:
         for place in _expand(source, what):
             for picture in _folder(place) if place.is_dir() else _shard(place):
                 if picture.key in found:
-                    raise DataError(f"{picture.place} and {found[picture.key].place} have the same key, {picture.key}. Keys must differ within {what}.")
+                    raise DataError(
+                        f"{picture.place} and {found[picture.key].place} have the same key, {picture.key}. Keys must differ within {what}."
+                    )
                 found[picture.key] = picture
     if not found:
         raise DataError(f"{what}={list(sources)} holds no pictures. Give WebDataset tars, or a folder with pictures and a .txt caption beside each.")
@@ -86,15 +102,21 @@ def _folder(folder: Path) -> Iterator[Picture]:
 def _shard(tar: Path) -> Iterator[Picture]:
     try:
         # No decoder and no gopen schemes: members come as bytes, and the path is a file that exists.
-        for sample in webdataset.WebDataset(f"file:{tar}", shardshuffle=False, empty_check=False):
+        for sample in webdataset.WebDataset(f"file:{tar}", shardshuffle=False, nodesplitter=_everywhere, empty_check=False):
+            key = sample["__key__"]
             suffix = next((s for s in SUFFIXES if s in sample), None)
-            if suffix is not None:
-                place = f"{tar}:{sample['__key__']}.{suffix}"
-                if "txt" not in sample:
-                    raise DataError(f"{place} has no caption: the shard holds no {sample['__key__']}.txt beside it. Write the shard again.")
-                yield _captioned(sample["__key__"], place, sample[suffix], sample["txt"])
-    except (OSError, ValueError) as error:
+            if suffix is None:
+                raise DataError(f"{tar}:{key} has no picture (one of {', '.join(SUFFIXES)}; a key ends at its first dot). Write the shard again.")
+            if "txt" not in sample:
+                raise DataError(f"{tar}:{key}.{suffix} has no caption: the shard holds no {key}.txt beside it. Write the shard again.")
+            yield _captioned(key, f"{tar}:{key}.{suffix}", sample[suffix], sample["txt"])
+    except (OSError, ValueError, tarfile.TarError) as error:
         raise DataError(f"{tar} cannot be read as a WebDataset tar ({error}). Write or copy the shard again.") from error
+
+
+def _everywhere(shards: Iterator[dict]) -> Iterator[dict]:
+    """Every rank reads every shard: a step's slots, not the shards, are what ranks share."""
+    return shards
 
 
 def _captioned(key: str, place: str, encoded: bytes, caption: bytes) -> Picture:

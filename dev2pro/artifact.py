@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from dev2pro.errors import ConfigError
 SCHEMA = 1
 RECORD = "artifact.json"
 CONFIG = "config.json"
+STARTED = {CONFIG, "config.partial", "metrics.jsonl"}  # what a run has written before it made anything
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,6 +36,8 @@ class Artifact:
     metrics: dict[str, Any]
     files: list[dict[str, Any]]
     inference: dict[str, Any] = field(default_factory=dict)
+    command: list[str] = field(default_factory=list)
+    conf: str = ""  # digest of conf/, which the command was composed with
     git_revision: str = "unknown"
     packages: dict[str, str] = field(default_factory=dict)
     created: str = ""
@@ -47,7 +51,7 @@ def digest(value: Any) -> str:
 
 
 def fingerprint(path: str) -> str:
-    """The identity of a parent: an artifact's id, a folder's or file's listing with sizes and small files' contents, or a hub id."""
+    """The identity of a parent: an artifact's id, a hash of a folder's or file's names, sizes and contents, or a hub id as it stands."""
     place = Path(path)
     if (place / RECORD).is_file():
         return read(path).id
@@ -58,9 +62,9 @@ def fingerprint(path: str) -> str:
 
 
 def _head(file: Path) -> str:
-    """SHA-256 of the first MiB: configs and tokenizers whole; of big weights the header, which names every tensor, and some weights."""
+    """SHA-256 of the first 16 MiB: pictures and configs whole; of big weights the header, which names every tensor, and some weights."""
     with file.open("rb") as f:
-        return hashlib.sha256(f.read(1 << 20)).hexdigest()
+        return hashlib.sha256(f.read(1 << 24)).hexdigest()
 
 
 def begin(out: str, stage: str, config: Any, parents: dict[str, str]) -> Artifact | None:
@@ -72,11 +76,12 @@ def begin(out: str, stage: str, config: Any, parents: dict[str, str]) -> Artifac
     """
     folder = Path(out)
     claim = {"stage": stage, "config": identity(config), "parents": {role: fingerprint(p) for role, p in parents.items()}}
-    if (folder / CONFIG).is_file():
+    there = {f.name for f in folder.iterdir()} if folder.is_dir() else set()
+    if there - STARTED:  # otherwise nothing was made yet, and whoever comes next may have the folder
+        if CONFIG not in there:
+            raise ConfigError(f"out={out} is not empty and no stage of dev2pro wrote it. Choose another out=, or empty that folder.")
         _refuse_other(out, json.loads((folder / CONFIG).read_text()), claim)
         return _finished(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"out={out} is not empty and no stage of dev2pro wrote it. Choose another out=, or empty that folder.")
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / CONFIG, claim)
     return None
@@ -90,9 +95,7 @@ def identity(config: Any) -> dict[str, Any]:
 
 
 def _refuse_other(out: str, there: dict, here: dict) -> None:
-    changed = [
-        f"{key} is {old} there and {new} here" for key, old, new in _differences(_flat(there), _flat(here))
-    ]
+    changed = [f"{key} is {old} there and {new} here" for key, old, new in _differences(_flat(there), _flat(here))]
     if changed:
         more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise ConfigError(
@@ -120,24 +123,28 @@ def _finished(folder: Path) -> Artifact | None:
     return None if damaged else found
 
 
-def write(out: str, stage: str, kind: str, config: Any, parents: dict[str, str], *, step: int, metrics: dict, inference: dict | None = None) -> Artifact:
+def write(
+    out: str, stage: str, kind: str, config: Any, parents: dict[str, str], *, step: int, metrics: dict, inference: dict | None = None
+) -> Artifact:
     """Records everything under `out` as finished: hashes the files, then writes `artifact.json` by rename."""
     folder = Path(out)
     files = [_file(folder, f) for f in sorted(folder.rglob("*")) if f.is_file() and f.name != RECORD]
-    identity = identity(config)
+    asked = identity(config)
     lineage = [{"role": role, "uri": uri, "id": fingerprint(uri)} for role, uri in parents.items()]
     content = [f for f in files if not f["path"].endswith((".jsonl", ".log"))]  # logs hold times, so they do not identify
     record = Artifact(
         kind=kind,
         stage=stage,
-        id=digest([kind, stage, digest(identity), [p["id"] for p in lineage], content]),
-        config=identity,
-        config_digest=digest(identity),
+        id=digest([kind, stage, digest(asked), [p["id"] for p in lineage], content]),
+        config=asked,
+        config_digest=digest(asked),
         parents=lineage,
         step=step,
         metrics=metrics,
         files=files,
         inference=inference or {},
+        command=[word for word in sys.argv[1:] if not word.startswith("hydra")],
+        conf=conf_digest(),
         git_revision=_revision(),
         packages={name: importlib.metadata.version(name) for name in PACKAGES},
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -174,6 +181,24 @@ def read(path: str) -> Artifact:
 def origin(path: str) -> Artifact | None:
     """The artifact in a folder, or None where the folder, file or hub id is no artifact of ours."""
     return read(path) if (Path(path) / RECORD).is_file() else None
+
+
+def conf_digest() -> str:
+    """SHA-256 over every yaml of conf/: the same command and conf compose the same configuration."""
+    return digest([[str(f.relative_to(ROOT)), f.read_text()] for f in sorted((ROOT / "conf").rglob("*.yaml"))])
+
+
+def stands(out: str, command: list[str]) -> Artifact | None:
+    """The finished artifact in `out` if this very command made it, from conf/ and parents that are still the same, and it is whole.
+
+    What lets a flow skip a stage without starting a process. None means: start the stage, it knows.
+    """
+    made = origin(out)
+    if made is None or (made.command, made.conf) != (command, conf_digest()):
+        return None
+    if any(fingerprint(p["uri"]) != p["id"] for p in made.parents):
+        return None
+    return _finished(Path(out))
 
 
 def _file(folder: Path, file: Path) -> dict[str, Any] | None:

@@ -38,7 +38,7 @@ def compare(cells: list[Cell], kinds: dict[str, str], draws: int, seed: int) -> 
         {"style": style, "arm": arm, "rival": rival, "inference": "base", "metric": metric, **bootstrap.interval(difference)}
         for arm in (a for a, kind in kinds.items() if kind == "recovered")
         for rival in (a for a, kind in kinds.items() if kind == "base")
-        for metric in cells[-1].values
+        for metric in dict.fromkeys(name for c in cells for name in c.values)
         for style, difference in _differences(cells, arm, rival, metric).items()
     ]
     return {
@@ -58,7 +58,7 @@ def _row(cell: Cell, bootstrap: Bootstrap) -> dict[str, Any]:
 
 def _differences(cells: list[Cell], arm: str, rival: str, metric: str) -> dict[str, Tensor]:
     """style -> paired differences (P, R), for the styles that have both arms; and their mean as "all"."""
-    on_base = {(c.style, c.arm): c.values[metric] for c in cells if c.inference == "base"}
+    on_base = {(c.style, c.arm): c.values[metric] for c in cells if c.inference == "base" and metric in c.values}
     styles = [style for style, a in on_base if a == arm and (style, rival) in on_base]
     sign = -1 if metric in LOWER_IS_BETTER else 1
     found = {style: sign * (on_base[style, arm] - on_base[style, rival]) for style in styles}

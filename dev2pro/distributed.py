@@ -26,15 +26,16 @@ class HardwareConfig:
 
 def accelerator(hardware: HardwareConfig) -> Accelerator:
     """The accelerate object for this process. Raises ConfigError for choices this machine cannot fulfil."""
-    if hardware.dtype not in DTYPES:
-        raise ConfigError(f"hardware.dtype={hardware.dtype} is unknown. Choose one of {', '.join(DTYPES)}.")
+    check_dtype("hardware.dtype", hardware.dtype)
     if hardware.device not in ("auto", "cpu"):
         raise ConfigError(f"hardware.device={hardware.device} is unknown. Choose auto or cpu; which GPU is CUDA_VISIBLE_DEVICES' to say.")
     if hardware.threads:
         torch.set_num_threads(hardware.threads)
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if hardware.shard and ranks == 1:
-        raise ConfigError("hardware.shard=true needs several processes. Start with `torchrun --nproc-per-node=N -m stages...`, or set hardware.shard=false.")
+        raise ConfigError(
+            "hardware.shard=true needs several processes. Start with `torchrun --nproc-per-node=N -m stages...`, or set hardware.shard=false."
+        )
     plugin = None
     if hardware.shard:
         plugin = FullyShardedDataParallelPlugin(
@@ -46,6 +47,12 @@ def accelerator(hardware: HardwareConfig) -> Accelerator:
             state_dict_type="FULL_STATE_DICT",
         )
     return Accelerator(cpu=hardware.device == "cpu", mixed_precision=hardware.mixed_precision, fsdp_plugin=plugin)
+
+
+def check_dtype(key: str, name: str) -> None:
+    """Raises ConfigError for a precision nobody knows."""
+    if name not in DTYPES:
+        raise ConfigError(f"{key}={name} is unknown. Choose one of {', '.join(DTYPES)}.")
 
 
 def own_slots(batch: int, micro_batch: int, place: Accelerator) -> list[range]:

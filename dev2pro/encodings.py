@@ -37,7 +37,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Encodings:
-    """Latent means and deviations (N, S, C), and the caption of each sample (N,) as a row of `texts`."""
+    """Latent means and deviations (N, S, C) in float32, and the caption of each sample (N,) as a row of `texts`."""
 
     mean: Tensor
     std: Tensor
@@ -62,13 +62,17 @@ class Encodings:
 class Captioned(Protocol):
     """A picture with a caption, decoded on demand."""
 
-    caption: str
+    @property
+    def caption(self) -> str:
+        """What it shows."""
 
     def pixels(self, resolution: int) -> np.ndarray:
         """(3, H, W) float32 in [-1, 1]."""
 
 
-def encode_sets(model: ModelConfig, sets: Sequence[Sequence[Captioned]], resolution: int, device: torch.device, dtype: torch.dtype) -> list[Encodings]:
+def encode_sets(
+    model: ModelConfig, sets: Sequence[Sequence[Captioned]], resolution: int, device: torch.device, dtype: torch.dtype
+) -> list[Encodings]:
     """Loads the encoders, encodes every set, and lets go of the encoders again: only the transformer stays for the training."""
     encoders = Encoders(model, dtype, device)
     return [encode(encoders, (p.pixels(resolution) for p in s), [p.caption for p in s], device, dtype) for s in sets]
@@ -81,8 +85,8 @@ def encode(encoders: Encoders, pictures: Iterable[np.ndarray], captions: Sequenc
     for batch in batched(pictures, ENCODE_BATCH):
         texts = texts or encode_texts(encoders, table, batch[0].shape[-1], device, dtype)
         mean, std = encoders.encode_images(torch.from_numpy(np.stack(batch)))
-        means.append(mean.to(device, dtype))
-        stds.append(std.to(device, dtype))
+        means.append(mean.to(device, torch.float32))
+        stds.append(std.to(device, torch.float32))
     assert texts is not None, "an empty set is refused when it is read"
     row = {caption: i for i, caption in enumerate(table, start=1)}
     return Encodings(torch.cat(means), torch.cat(stds), torch.tensor([row[c] for c in captions]), texts)
@@ -92,7 +96,9 @@ def encode_texts(encoders: Encoders, texts: Sequence[str], resolution: int, devi
     """Row 0 is the empty caption, row i + 1 is texts[i]. Raises ConfigError for a resolution (pixels) the VAE cannot cut into tokens."""
     side = encoders.pixels_per_token
     if resolution % side:
-        raise ConfigError(f"A resolution of {resolution} pixels does not fit this model: its VAE needs a multiple of {side}. Choose {resolution // side * side}.")
+        raise ConfigError(
+            f"A resolution of {resolution} pixels does not fit this model: its VAE needs a multiple of {side}. Choose {resolution // side * side}."
+        )
     parts = [encoders.encode_text(list(some)) for some in batched(["", *texts], ENCODE_BATCH)]
     prompt, pooled = (torch.cat(p).to(device, dtype) for p in zip(*parts, strict=True))
     grid = resolution // side

@@ -41,6 +41,7 @@ def predict(transformer: torch.nn.Module, x_t: Tensor, t: Tensor, said: Conditio
 
     `guidance` is the guidance INPUT of the transformer, a number or (B,); it is not a CFG scale.
     """
+    x_t = x_t.to(said.prompt.dtype)  # latents are kept in float32, the prompt is in the model's precision
     guidance = torch.as_tensor(guidance, dtype=x_t.dtype, device=x_t.device).expand(x_t.shape[0])
     return transformer(
         hidden_states=x_t,
@@ -65,7 +66,9 @@ def check_transformer(path: str) -> dict[str, Any]:
     _check_place(path)
     config = _or_explain(path, lambda: FluxTransformer2DModel.load_config(path, subfolder="transformer"))
     if config.get("_class_name") != "FluxTransformer2DModel":
-        raise ConfigError(f"{path}/transformer is a {config.get('_class_name')}, not a FluxTransformer2DModel. dev2pro works on FLUX.1-dev and its kin.")
+        raise ConfigError(
+            f"{path}/transformer is a {config.get('_class_name')}, not a FluxTransformer2DModel. dev2pro works on FLUX.1-dev and its kin."
+        )
     if not config.get("guidance_embeds"):
         raise ConfigError(
             f"The transformer in {path} has no guidance input (guidance_embeds is false), so it is not guidance-distilled: "
@@ -94,7 +97,7 @@ def _check_place(path: str) -> None:
             )
     elif place.exists():
         raise ConfigError(f"{path} is a file. Give a folder in diffusers layout, which holds model_index.json.")
-    elif not HUB_ID.fullmatch(path):
+    elif not HUB_ID.fullmatch(path) or path.startswith(("runs/", "data/")):
         raise ConfigError(f"The model folder {path} does not exist. Correct the path, or give a hub id such as black-forest-labs/FLUX.1-dev.")
 
 

@@ -25,7 +25,9 @@ class Judge:
             reason = str(error).strip().splitlines()[0]
             if Path(path).exists():
                 raise ConfigError(f"judge={path} is no readable CLIP model ({reason}). Give a transformers CLIPModel folder.") from error
-            raise TryAgainError(f"judge={path} is no local folder and could not be fetched from the hub ({reason}). Check the name and the network.") from error
+            raise TryAgainError(
+                f"judge={path} is no local folder and could not be fetched from the hub ({reason}). Check the name and the network."
+            ) from error
         self.device = device
 
     @torch.no_grad()

@@ -29,7 +29,9 @@ class Log:
         if self.main:
             self._file = self._path.open("w")
             if sys.stdout.isatty() and not self.events:
-                self._bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+                self._bar = Progress(
+                    TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}")
+                )
                 self._task = self._bar.add_task(self.name, total=self.total, text="")
                 self._bar.start()
         return self

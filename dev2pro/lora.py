@@ -56,7 +56,9 @@ def inject(transformer: torch.nn.Module, config: AdapterConfig, seed: int) -> No
         try:
             transformer.add_adapter(PeftConfig(r=config.rank, lora_alpha=config.alpha, target_modules=check(config)))
         except ValueError as error:
-            raise ConfigError(f"adapter.targets={config.targets} fits no linear layer of this transformer ({error}). Presets: {', '.join(PRESETS)}.") from error
+            raise ConfigError(
+                f"adapter.targets={config.targets} fits no linear layer of this transformer ({error}). Presets: {', '.join(PRESETS)}."
+            ) from error
     for parameter in transformer.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # the LoRA learns in float32, whatever the base is kept in
@@ -93,7 +95,9 @@ def put_on(transformer: torch.nn.Module, path: str, strength: float = 1.0) -> No
         transformer.load_lora_adapter(weights, prefix="transformer", adapter_name="style")
         transformer.set_adapters("style", strength)
     except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"The LoRA {path} does not fit this transformer ({str(error).splitlines()[0]}). Apply it to the model family it was trained on.") from error
+        raise ConfigError(
+            f"The LoRA {path} does not fit this transformer ({str(error).splitlines()[0]}). Apply it to the model family it was trained on."
+        ) from error
 
 
 def take_off(transformer: torch.nn.Module) -> None:

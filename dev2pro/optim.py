@@ -4,9 +4,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import get_scheduler
 
 from dev2pro.errors import ConfigError
+
+OPTIMIZERS = ("adamw", "adamw_8bit")
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "polynomial")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -22,22 +25,25 @@ class OptimConfig:
     clip: float = 1.0  # largest norm of the whole gradient
 
 
-def optimizer(config: OptimConfig, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer of a config. Raises ConfigError for a name nobody knows."""
-    settings = {"lr": config.lr, "betas": (0.9, config.beta2), "weight_decay": config.weight_decay}
-    if config.name == "adamw":
-        return torch.optim.AdamW(parameters, fused=True, **settings)
-    if config.name == "adamw_8bit":
-        from torchao.optim import _AdamW  # noqa: F401  (import early: the package is optional and heavy)
-        from torchao.optim import AdamW8bit
+def check(config: OptimConfig) -> None:
+    """Raises ConfigError for an optimizer or a schedule nobody knows, before any model is loaded."""
+    if config.name not in OPTIMIZERS:
+        raise ConfigError(f"optim.name={config.name} is unknown. Choose one of {', '.join(OPTIMIZERS)}.")
+    if config.schedule not in SCHEDULES:
+        raise ConfigError(f"optim.schedule={config.schedule} is unknown. Choose one of {', '.join(SCHEDULES)}.")
 
-        return AdamW8bit(parameters, bf16_stochastic_round=True, **settings)
-    raise ConfigError(f"optim.name={config.name} is unknown. Choose adamw or adamw_8bit.")
+
+def optimizer(config: OptimConfig, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer of a checked config."""
+    betas = (0.9, config.beta2)
+    if config.name == "adamw_8bit":
+        from torchao.optim import AdamW8bit  # here, because importing it takes seconds and few need it
+
+        return AdamW8bit(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay, bf16_stochastic_round=True)
+    return torch.optim.AdamW(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
 
 
 def schedule(config: OptimConfig, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
     """Warm-up, then the named schedule down over the rest of `steps`."""
-    names = [s.value for s in SchedulerType]
-    if config.schedule not in names:
-        raise ConfigError(f"optim.schedule={config.schedule} is unknown. Choose one of {', '.join(names)}.")
+    check(config)
     return get_scheduler(config.schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=steps)

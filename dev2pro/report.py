@@ -1,8 +1,7 @@
 """The report of an evaluation: one HTML file that needs nothing else, and contact sheets of its pictures.
 
-Everything is drawn with HTML and hand-made SVG in the page's own colours and letters, so that it reads in light and dark, on paper
-and on a phone. Names and prompts are untrusted: the template escapes whatever it is given, and the page forbids itself all scripts
-and all network. The same input gives the same bytes.
+Plots are HTML and hand-made SVG in the page's own colours and letters, so they read in light and dark, on paper and on a phone.
+Names and prompts are untrusted: the template escapes them, and the page forbids itself scripts and network.
 """
 
 import base64
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jinja2
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 TEMPLATE = pathlib.Path(__file__).with_name("report.html.j2")
 LARGEST, SMALLEST = 160, 56  # pixels of a picture's longer side in the page
@@ -38,27 +37,21 @@ class Metric:
     key: str
     name: str
     sign: int
-    says: str
-    digits: int = 3
+    digits: int
     scale: float = 1.0
     unit: str = ""
     gain_unit: str = ""
 
 
-METRICS = (
-    Metric("prompt_fidelity", "Prompt fidelity", 1, "The share of pictures for which the judge, a CLIP, finds their own prompt the nearest of all prompts "
-           "(R-precision). Higher is better.", 1, 100, "%", "percentage points"),
-    Metric("style_similarity", "Style similarity", 1, "The mean cosine between a picture and held-out pictures of the style, as the judge sees them. Higher is better."),
-    Metric("distance_to_ideal", "Distance to the ideal", -1, "The mean squared pixel difference from the ideal picture of the same prompt and seed, which is what "
-           "the teacher paints with its own LoRA under true CFG. Lower is better."),
-    Metric("clip_score", "CLIP score", 1, "100 × the cosine between a picture and its prompt, as the judge sees them. Higher is better.", 1),
-    Metric("kid", "Kernel inception distance", -1, "How far the pictures as a set are from held-out pictures of the style, in the judge's features. Lower is better. "
-           "It comes without an interval.", 4),
-    Metric("diversity", "Diversity", 1, "1 − the mean cosine between pictures of the same prompt: 0 when they are all alike. Higher is more varied, which is better only "
-           "while prompt and style are kept."),
-)  # fmt: skip
-SETTINGS = {"images_per_cell": "Pictures per cell", "seeds": "Seeds per prompt", "steps": "Sampling steps", "guidance": "Guidance of the base",
-            "cfg_scale": "True CFG scale, where used", "bootstrap": "Bootstrap resamplings", "seed": "Random seed"}  # fmt: skip
+METRICS = (  # the template has a sentence on each
+    Metric("prompt_fidelity", "Prompt fidelity", 1, 1, 100, "%", "percentage points"),
+    Metric("style_similarity", "Style similarity", 1, 3),
+    Metric("distance_to_ideal", "Distance to the ideal", -1, 3),
+    Metric("clip_score", "CLIP score", 1, 1),
+    Metric("kid", "Kernel inception distance", -1, 4),
+    Metric("diversity", "Diversity", 1, 3),
+)
+GAINS = METRICS[:3]  # the ones whose gains are drawn
 
 
 def write(path: pathlib.Path, metrics: dict[str, Any], grids: list[Grid]) -> None:
@@ -73,13 +66,13 @@ def write(path: pathlib.Path, metrics: dict[str, Any], grids: list[Grid]) -> Non
     page = environment.from_string(TEMPLATE.read_text("utf-8")).render(
         verdict=metrics["verdict"],
         settings=metrics["settings"],
-        labels=SETTINGS,
         styles=metrics["styles"],
         arms=sorted(metrics["arms"], key=_is_reference),
         subjects={g["arm"] for g in metrics["gains"]},
         places=_places(metrics),
+        references=any(map(_is_reference, [*metrics["arms"], *(c["arm"] for c in metrics["cells"])])),
         matrices=matrices,
-        forests=[f for metric in METRICS[:3] if (f := _forest(metrics, metric))["groups"]],
+        forests=[f for metric in GAINS if (f := _forest(metrics, metric))["groups"]],
         recovery=metrics.get("recovery"),
         charts=_charts(metrics["recovery"]) if metrics.get("recovery") else [],
         gallery={style: [g for g in grids if g.style == style] for style in dict.fromkeys(g.style for g in grids)},
@@ -100,8 +93,7 @@ def interval(found: dict[str, float] | None, metric: Metric, digits: int | None 
     """The 95 % interval in words, empty where there is none."""
     if not found or "low" not in found:
         return ""
-    low, high = (number(found[end] * metric.scale, metric.digits if digits is None else digits) for end in ("low", "high"))
-    return f"{low} to {high}"
+    return " to ".join(number(found[end] * metric.scale, metric.digits if digits is None else digits) for end in ("low", "high"))
 
 
 # ---- arms and the models they are applied to ------------------------------------------------------------------------------------
@@ -112,26 +104,27 @@ def _is_reference(arm: str) -> bool:
     return arm == "ideal" or arm.startswith("teacher@")
 
 
+def _model(name: str) -> str:
+    return f"the {name} model" if name == "recovered" else f"the {name}"
+
+
 def _arm(name: str) -> dict[str, Any]:
     """An arm's name, what it was trained on in words, and whether it is a reference."""
     model, at, guidance = name.rpartition("@")
-    words = {"none": "no LoRA at all", "ideal": "the teacher's own LoRA, on the teacher"}.get(name, "")
-    if at:
-        words = f"trained on the {model}{' model' if model == 'recovered' else ''} at guidance {guidance}"
+    words = f"trained on {_model(model)} at guidance {guidance}" if at else ""
     return {"name": name, "words": words, "reference": _is_reference(name)}
 
 
 def _places(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """The models LoRAs were applied to, in order, with how they were sampled in words."""
-    first = {}
+    first: dict[str, dict[str, Any]] = {}
     for cell in metrics["cells"]:
         first.setdefault(cell["inference"], cell)
-    order = [*(name for name in metrics["inference"] if name in first), *(name for name in first if name not in metrics["inference"])]
-    return [{"name": name, "title": f"the {name}{' model' if name == 'recovered' else ''}", "sampled": _sampled(first[name])} for name in order]
-
-
-def _sampled(cell: dict[str, Any]) -> str:
-    return f"guidance {cell['guidance']:g}" + (f", true CFG {cell['cfg_scale']:g}" if cell["cfg_scale"] != 1 else "")
+    places = []
+    for name in [n for n in dict.fromkeys([*metrics["inference"], *first]) if n in first]:
+        cfg = f", true CFG {first[name]['cfg_scale']:g}" if first[name]["cfg_scale"] != 1 else ""
+        places.append({"name": name, "title": _model(name), "sampled": f"guidance {first[name]['guidance']:g}{cfg}"})
+    return places
 
 
 # ---- the tables of numbers ------------------------------------------------------------------------------------------------------
@@ -148,19 +141,16 @@ def _matrix(metrics: dict[str, Any], metric: Metric) -> dict[str, Any]:
             for arm in arms
             if any(some := [values.get((place["name"], arm, style)) for style in metrics["styles"]])
         ]
-        columns = [_best([(r["arm"], r["values"][i]) for r in rows], metric) for i in range(len(rows[0]["values"]))] if rows else []
-        for row in rows:
-            row["best"] = [row["arm"] in best for best in columns]
-        blocks += [{**place, "rows": rows}] if rows else []
+        if rows:
+            best = [_best([(row["arm"], row["values"][i]) for row in rows], metric) for i in range(len(rows[0]["values"]))]
+            blocks.append({**place, "rows": rows, "best": best})
     return {"metric": metric, "blocks": blocks}
 
 
 def _mean(found: Sequence[dict[str, float] | None]) -> dict[str, float] | None:
     """The mean over styles; the mean of the intervals' ends is its interval if the styles err together, and too wide if not."""
     some = [f for f in found if f]
-    if len(some) < len(found):
-        return None
-    return {key: sum(f[key] for f in some) / len(some) for key in some[0]}
+    return {key: sum(f[key] for f in some) / len(some) for key in some[0]} if len(some) == len(found) else None
 
 
 def _best(column: Iterable[tuple[str, dict[str, float] | None]], metric: Metric) -> set[str]:
@@ -185,9 +175,9 @@ def _forest(metrics: dict[str, Any], metric: Metric) -> dict[str, Any]:
 
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for gain in sorted(gains, key=lambda g: g["style"] == "all"):
-        clear = "gain" if gain["low"] > 0 else "loss" if gain["high"] < 0 else "unsure"
+        proof = "gain" if gain["low"] > 0 else "loss" if gain["high"] < 0 else "unsure"
         at = {key: x(gain[key] * metric.scale) for key in ("mean", "low", "high")}
-        groups.setdefault((gain["arm"], gain["rival"]), []).append({**gain, "clear": clear, "x": at})
+        groups.setdefault((gain["arm"], gain["rival"]), []).append({**gain, "proof": proof, "x": at})
     ticks = [(x(tick), label) for tick, label in _ticks(low, high, 5)]
     return {"metric": metric, "groups": groups, "ticks": ticks, "zero": x(0)}
 
@@ -215,7 +205,7 @@ def _charts(recovery: dict[str, Any]) -> list[dict[str, Any]]:
         _chart("Loss on held-out pictures", "step", {loss: over_steps("loss"), "at the usual guidance": over_steps("loss_usual")}),
         _chart("Guidance gap", "step", {"": over_steps("guidance_gap")}, log=True),
         _chart("Distance to the teacher", "step", {"": over_steps("teacher_distance")}, log=True),
-        _chart("Loss by time", "little noise → much noise", {name: list(enumerate(point.get("loss_by_time") or [], 1))
+        _chart("Loss by time", "", {name: list(enumerate(point.get("loss_by_time") or [], 1))
                for name, point in (("after", curve[-1]), ("before", curve[0]))}),
     ]  # fmt: skip
     return [chart for chart in charts if chart]
@@ -239,26 +229,25 @@ def _chart(title: str, axis: str, lines: dict[str, list[tuple[float, float]]], l
     def y(value: float) -> float:
         return round(floor - ((math.log10(value) if log else value) - bottom) / (top - bottom) * (floor - PLOT["top"]), 1)
 
-    drawn = [{"name": name, "at": [(x(a), y(b)) for a, b in points], "ends": [_short(points[i][1]) for i in (0, -1)]} for name, points in lines.items()]
-    marks = _log_ticks(bottom, top) if log else _ticks(bottom, top, 4)
-    says = "; ".join(f"{line['name'] or title} goes from {line['ends'][0]} to {line['ends'][1]}" for line in drawn)
-    return {"title": title, "axis": axis, "log": log, "lines": drawn, "says": says, "y": [(y(v), label) for v, label in marks],
-            "x": [(x(v), label) for v, label in _ticks(min(xs), max(xs), 4)] if axis == "step" else []}  # fmt: skip
+    drawn = [{"name": n, "at": [(x(a), y(b)) for a, b in p], "first": f"{p[0][1]:.3g}", "last": f"{p[-1][1]:.3g}"} for n, p in lines.items()]
+    ends = [(x(min(xs)), "little noise", "start"), (x(max(xs)), "much noise", "end")]
+    return {
+        "title": title,
+        "axis": axis,
+        "log": log,
+        "lines": drawn,
+        "says": "; ".join(f"{line['name'] or title} goes from {line['first']} to {line['last']}" for line in drawn),
+        "y": [(y(tick), label) for tick, label in (_log_ticks(bottom, top) if log else _ticks(bottom, top, 4))],
+        "x": [(x(tick), label, "middle") for tick, label in _ticks(min(xs), max(xs), 4)] if axis else ends,
+    }
 
 
 def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
     """The powers of ten between two exponents, with 2 and 5 between them where there are few."""
     powers = range(math.floor(low), math.ceil(high) + 1)
-    for inner in ((1,), (1, 3), (1, 2, 5)):
-        ticks = [m * 10.0**e for e in powers for m in inner if low <= math.log10(m * 10.0**e) <= high]
-        if len(ticks) >= 3:
-            break
+    choices = [[m * 10.0**e for e in powers for m in inner if low <= math.log10(m * 10.0**e) <= high] for inner in ((1,), (1, 3), (1, 2, 5))]
+    ticks = next((some for some in choices if len(some) >= 3), choices[-1])
     return [(tick, f"{tick:g}") for tick in ticks]
-
-
-def _short(value: float) -> str:
-    """Three significant digits."""
-    return f"{value:.3g}".replace("-", "−")
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------------------
@@ -268,53 +257,44 @@ def _picture(image: Image.Image) -> dict[str, Any]:
     """A picture for the page: a data URI and the size to show it at; small ones stay exact, large ones are made smaller."""
     small, data = image.convert("RGB"), io.BytesIO()
     small.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
-    exact = small.size == image.size
-    small.save(data, "WEBP", lossless=exact, quality=80, method=6)
-    zoom = math.ceil(SMALLEST / max(small.size))
-    uri = f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
-    return {"uri": uri, "width": small.width * zoom, "height": small.height * zoom, "pixelated": zoom > 1}
+    small.save(data, "WEBP", lossless=small.size == image.size, quality=80, method=6)
+    zoom, code = math.ceil(SMALLEST / max(small.size)), base64.b64encode(data.getvalue()).decode()
+    return {"uri": f"data:image/webp;base64,{code}", "width": small.width * zoom, "height": small.height * zoom, "pixelated": zoom > 1}
 
 
 def contact_sheet(grid: Grid, side: int) -> Image.Image:
-    """The whole grid as one picture with row labels and prompt headers; every picture fits a square of `side` pixels."""
-    size = min(max(side // 6, 11), 20)
-    font, title = ImageFont.load_default(size), ImageFont.load_default(size * 1.4)
-    gap, line, edge = max(2, side // 16), round(size * 1.3), size
-    labels = [_wrapped(label, font, 3 * side, side // line) for label, _ in grid.rows]
-    headers = [_wrapped(prompt, font, side, 4) for prompt in grid.prompts]
-    left = edge + math.ceil(max(font.getlength(text) for some in labels for text in some)) + size
-    top = edge + round(size * 2.4) + line * max(map(len, headers)) + gap
-    sheet = Image.new("RGB", (left + len(headers) * (side + gap) + edge, top + len(labels) * (side + gap) + edge), "#ffffff")
+    """The whole grid as one picture with row labels and prompt headers; the longer side of every picture becomes `side` pixels."""
+    size = min(max(side // 5, 12), 20)
+    font, small, title = (ImageFont.load_default(size * part) for part in (1, 0.85, 1.4))
+    gap, line = max(2, side // 16), round(size * 1.3)
+    how = Image.Resampling.NEAREST if max(grid.rows[0][1][0].size) < side else Image.Resampling.LANCZOS
+    rows = [[ImageOps.contain(picture.convert("RGB"), (side, side), how) for picture in pictures] for _, pictures in grid.rows]
+    tall = max(picture.height for row in rows for picture in row)
+    labels = [_wrapped(label, font, 3 * side, tall // line) for label, _ in grid.rows]
+    headers = [_wrapped(prompt, small, side, 4) for prompt in grid.prompts]
+    left = 2 * size + math.ceil(max(font.getlength(text) for some in labels for text in some))
+    top = round(3.6 * size) + line * max(map(len, headers))
+    sheet = Image.new("RGB", (left + len(headers) * (side + gap) + size, top + len(labels) * (tall + gap) + size), "#fbfaf6")
     draw = ImageDraw.Draw(sheet)
-    draw.text((edge, edge), f"{grid.style}, seed {grid.seed}", "#1d1c1a", title)
+    draw.text((size, size), f"{grid.style}, seed {grid.seed}", "#1f1e1b", title)
     for i, header in enumerate(headers):
-        draw.multiline_text((left + i * (side + gap), top - gap), "\n".join(header), "#5f5c55", font, "ld", spacing=line - size)
-    for j, (label, (_, pictures)) in enumerate(zip(labels, grid.rows, strict=True)):
-        y = top + j * (side + gap)
-        draw.multiline_text((edge, y + side // 2), "\n".join(label), "#1d1c1a", font, "lm", spacing=line - size)
-        for i, (_, picture) in enumerate(zip(headers, pictures, strict=True)):
-            scale = side / max(picture.size)
-            fitted = picture.convert("RGB").resize(
-                [round(scale * n) for n in picture.size], Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-            )
-            sheet.paste(fitted, (left + i * (side + gap), y))
+        draw.multiline_text((left + i * (side + gap), top - gap), "\n".join(header), "#615e56", small, "ld", spacing=line - size)
+    for j, (label, row) in enumerate(zip(labels, rows, strict=True)):
+        y = top + j * (tall + gap)
+        draw.multiline_text((size, y + tall // 2), "\n".join(label), "#1f1e1b", font, "lm", spacing=line - size)
+        for i, (_, picture) in enumerate(zip(headers, row, strict=True)):
+            sheet.paste(picture, (left + i * (side + gap), y))
     return sheet
 
 
-def _wrapped(text: str, font: Any, width: float, lines: int) -> list[str]:
-    """The text in at most `lines` lines no wider than `width`, cut short with an ellipsis where it is too long."""
-    found = [""]
+def _wrapped(text: str, font: Any, width: float, most: int) -> list[str]:
+    """The text in at most `most` lines, and at least one, no wider than `width`: too long words are broken, too long texts cut short."""
+    lines = [""]
     for word in text.split():
-        joined = f"{found[-1]} {word}".strip()
-        found = [*found[:-1], joined] if not found[-1] or font.getlength(joined) <= width else [*found, word]
-    kept = found[: max(lines, 1)]
-    kept[-1] += "…" if len(kept) < len(found) else ""
-    return [_cut(one, font, width) for one in kept]
-
-
-def _cut(text: str, font: Any, width: float) -> str:
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1].rstrip("…")
-    return text + "…"
+        joined = f"{lines[-1]} {word}".strip()
+        lines = [*lines[:-1], joined] if not lines[-1] or font.getlength(joined) <= width else [*lines, word]
+        while font.getlength(lines[-1]) > width and len(lines[-1]) > 1 and len(lines) <= most:
+            fits = next(n for n in range(len(lines[-1]) - 1, 0, -1) if n == 1 or font.getlength(lines[-1][:n]) <= width)
+            lines = [*lines[:-1], lines[-1][:fits], lines[-1][fits:]]
+    kept = lines[: max(most, 1)]
+    return [*kept[:-1], kept[-1][: max(len(kept[-1]) - 1, 0)] + "…"] if len(kept) < len(lines) else kept

@@ -1,6 +1,7 @@
 """From noise to packed latents: the Euler sampler of FluxPipeline, with the guidance input and true CFG kept apart."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -24,14 +25,22 @@ class SamplingConfig:
             raise ConfigError(f"sampling.steps={self.steps} and sampling.batch={self.batch} must be 1 or more.")
 
 
-def start(seed: int, prompt: int, shape: tuple[int, int]) -> Tensor:
-    """The noise (S, C) a picture starts from: the same in every cell for the same (seed, prompt)."""
-    return draws.normal(seed, "picture", prompt, [0], shape)[0]
+def start(seed: int, repetition: int, prompt: int, shape: tuple[int, int]) -> Tensor:
+    """The noise (S, C) a picture starts from: the same in every cell for the same seed, repetition and prompt."""
+    return draws.normal(seed, "picture", repetition, [prompt], shape)[0]
 
 
 @torch.no_grad()
 def sample(
-    transformer: torch.nn.Module, noise: Tensor, said: Conditioning, nothing: Conditioning, *, guidance: float, cfg_scale: float, steps: int, mu: float
+    transformer: torch.nn.Module,
+    noise: Tensor,
+    said: Conditioning,
+    nothing: Conditioning,
+    *,
+    guidance: float,
+    cfg_scale: float,
+    steps: int,
+    mu: float,
 ) -> Tensor:
     """Packed latents (B, S, C) from noise (B, S, C).
 
@@ -40,7 +49,7 @@ def sample(
     """
     x = noise
     times = flow.sampling_timesteps(steps, mu)
-    for t, after in zip(times[:-1], times[1:], strict=True):
+    for t, after in pairwise(times):
         now = t.expand(len(x)).to(x)
         v = predict(transformer, x, now, said, guidance)
         if cfg_scale != 1:

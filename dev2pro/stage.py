@@ -11,11 +11,13 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError
 
 from dev2pro.artifact import ROOT, Artifact
 from dev2pro.errors import INTERRUPTED, ConfigError, SpaceError, StageError
 
 C = TypeVar("C")
+NO_SPACE = "no space is left where out= writes. Free some, or choose another out=, and run again."
 
 # Hydra makes no folders and no log files of its own: a stage writes only into out=.
 PLAIN_HYDRA = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
@@ -64,7 +66,12 @@ def _guarded(name: str, work: Callable[[], Artifact]) -> int:
         if error.errno != errno.ENOSPC:
             traceback.print_exc()
             return 1
-        return _fail(name, f"no space left on the device while writing {error.filename or 'the output'}. Free some and run again.", SpaceError.exit_code)
+        return _fail(name, NO_SPACE, SpaceError.exit_code)
+    except SafetensorError as error:
+        if "os error 28" not in str(error):  # how the Rust library spells ENOSPC
+            traceback.print_exc()
+            return 1
+        return _fail(name, NO_SPACE, SpaceError.exit_code)
     except Exception:
         traceback.print_exc()
         return 1
@@ -77,4 +84,3 @@ def _interrupt(*_: Any) -> None:
 def _fail(name: str, message: str, code: int) -> int:
     print(f"{name}: {message}", file=sys.stderr, flush=True)
     return code
-

@@ -16,7 +16,6 @@ from dev2pro.distributed import HardwareConfig
 from dev2pro.errors import DivergedError
 from dev2pro.optim import OptimConfig
 
-
 B = TypeVar("B")
 
 
@@ -26,7 +25,9 @@ class Training:
     `ema` is the decay of the averaged weights, 0 for none.
     """
 
-    def __init__(self, place: Accelerator, model: torch.nn.Module, config: OptimConfig, hardware: HardwareConfig, *, steps: int, batch: int, ema: float = 0.0) -> None:
+    def __init__(
+        self, place: Accelerator, model: torch.nn.Module, config: OptimConfig, hardware: HardwareConfig, *, steps: int, batch: int, ema: float = 0.0
+    ) -> None:
         self.place, self.config = place, config
         self.slots = distributed.own_slots(batch, hardware.micro_batch, place)
         self.batch = batch
@@ -77,12 +78,13 @@ class Training:
         """The learning rate of the next step."""
         return self.schedule.get_last_lr()[0]
 
-    def save(self, out: str) -> None:
+    def save(self, out: str, dtype: torch.dtype) -> None:
         """Writes the model, with the averaged weights where there are any, as `out`/transformer in diffusers layout."""
         with self.averaged() as model:
             state = self.place.get_state_dict(model)
             if self.place.is_main_process:
-                self.place.unwrap_model(model).save_pretrained(f"{out}/transformer", state_dict=state)
+                rounded = {name: value.to(dtype) for name, value in state.items()}
+                self.place.unwrap_model(model).save_pretrained(f"{out}/transformer", state_dict=rounded)
 
     @contextmanager
     def averaged(self) -> Iterator[torch.nn.Module]:

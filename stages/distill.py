@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.nn.functional import mse_loss
 
-from data import order, pictures
+from data import order
 from data.pictures import DataConfig
-from dev2pro import artifact, distributed, draws, encodings, flow, flux, stage
+from dev2pro import artifact, distributed, draws, encodings, flow, flux, optim, stage
 from dev2pro.artifact import Artifact
 from dev2pro.distributed import HardwareConfig
 from dev2pro.errors import ConfigError
@@ -42,6 +42,7 @@ class DistillConfig:
     flow_weight: float
     caption_dropout: float
     ema: float
+    save_dtype: str
 
 
 def run(config: DistillConfig) -> Artifact:
@@ -51,11 +52,16 @@ def run(config: DistillConfig) -> Artifact:
         raise ConfigError(f"guidance={config.guidance} is no range. Give the lowest and the highest guidance to train at, such as [2,6].")
     flux.check_transformer(config.teacher)
     parents = {"teacher": config.teacher}
-    train, held_out = (pictures.read(s, w) for s, w in ((config.data.train, "data.train"), (config.data.heldout, "data.heldout")))
-    if finished := artifact.begin(config.out, "distill", config, parents):
+    train, held_out = config.data.read()
+    parents |= config.data.sources()
+    optim.check(config.optim)
+    distributed.check_dtype("save_dtype", config.save_dtype)
+    place = distributed.accelerator(config.hardware)
+    with place.main_process_first():
+        finished = artifact.begin(config.out, "distill", config, parents)
+    if finished:
         return finished
 
-    place = distributed.accelerator(config.hardware)
     dtype = distributed.DTYPES[config.hardware.dtype]
     train_data, held_out_data = encodings.encode_sets(config.model, [train, held_out], config.data.resolution, place.device, dtype)
     mu = flow.shift_mu(train_data.mean.shape[1], flux.scheduler_settings(config.model.path))
@@ -90,13 +96,15 @@ def run(config: DistillConfig) -> Artifact:
                 curve.append(measured(step + 1))
             log.step(step + 1, loss=loss, guidance_gap=curve[-1]["guidance_gap"])
 
-    training.save(config.out)
+    training.save(config.out, distributed.DTYPES[config.save_dtype])
     metrics = {**training.clock.metrics(), "guidance": config.guidance, "curve": curve}
     return artifact.publish(place, config.out, "distill", "transformer", config, parents, step=config.steps, metrics=metrics)
 
 
 @torch.no_grad()
-def guided(teacher: torch.nn.Module, batch: encodings.Noised, said: flux.Conditioning, nothing: flux.Conditioning, cfg_scale: torch.Tensor) -> torch.Tensor:
+def guided(
+    teacher: torch.nn.Module, batch: encodings.Noised, said: flux.Conditioning, nothing: flux.Conditioning, cfg_scale: torch.Tensor
+) -> torch.Tensor:
     """The teacher's velocity (B, S, C) under true CFG of strength `cfg_scale` (B,), its own guidance input at 1."""
     conditional = flux.predict(teacher, batch.x_t, batch.t, said, 1.0)
     unconditional = flux.predict(teacher, batch.x_t, batch.t, nothing, 1.0)

@@ -63,8 +63,11 @@ def run(config: EvaluateConfig) -> Artifact:
     places = inferences(config)
     for place in places:
         flux.check_transformer(place.path)
-    references = {style: pictures.read(arms[0].config["data"]["heldout"], f"the held-out pictures of {style}") for style, arms in by_style(loras).items()}
-    parents = {p.name: p.path for p in places} | {f"{s}/{a.inference['arm']}": a.uri for s, arms in by_style(loras).items() for a in arms}
+    references = {
+        style: pictures.read(arms[0].config["data"]["heldout"], f"the held-out pictures of {style}") for style, arms in by_style(loras).items()
+    }
+    parents = {p.name: p.path for p in places} | {"judge": config.judge, "prompts": config.prompts}
+    parents |= {f"{style}/{one.inference['arm']}": one.uri for style, arms in by_style(loras).items() for one in arms}
     if finished := artifact.begin(config.out, "evaluate", config, parents):
         return finished
 
@@ -75,7 +78,7 @@ def run(config: EvaluateConfig) -> Artifact:
         ideal: dict[str, Tensor] = {}
         for place, transformer in loaded(places, config):
             for style, arm, path in plan([place], loras):
-                shown = studio.pictures(transformer, place, path)
+                shown = studio.photograph(transformer, place, path)
                 if arm == "ideal":
                     ideal[style] = shown
                 values, kid = measure(studio, shown, judged[style], ideal.get(style))
@@ -106,7 +109,9 @@ def read_prompts(path: str) -> list[str]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"prompts={path} cannot be read ({error}). Give a JSON list of prompts, or a text file with one a line.") from error
     if len(prompts) < 2 or len(set(prompts)) < len(prompts) or not all(isinstance(p, str) and p.strip() for p in prompts):
-        raise ConfigError(f"prompts={path} must hold at least two prompts, all different and none empty: R-precision asks which of them a picture shows.")
+        raise ConfigError(
+            f"prompts={path} must hold at least two prompts, all different and none empty: R-precision asks which of them a picture shows."
+        )
     return prompts
 
 
@@ -121,7 +126,15 @@ def find_loras(config: EvaluateConfig) -> list[Artifact]:
         if one.kind != "lora":
             raise ConfigError(f"{one.uri} is a {one.kind}, not a LoRA. Leave it out of loras=.")
         if one.inference["apply_to"]["id"] != base:
-            raise ConfigError(f"The LoRA {one.uri} is to be applied to {one.inference['apply_to']['path']}, not to {config.model.path}. Change model or leave it out.")
+            raise ConfigError(
+                f"The LoRA {one.uri} is to be applied to {one.inference['apply_to']['path']}, not to {config.model.path}. Change model, or leave it out."
+            )
+    for style, arms in by_style(found).items():
+        names = [one.inference["arm"] for one in arms]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ConfigError(
+                f"loras={config.loras} holds arm {min(twice)} of style {style} more than once. Leave one out, or train it under another arm= name."
+            )
     return found
 
 
@@ -191,7 +204,7 @@ class Studio:
         self.rows = torch.tensor([p for p, _ in pairs])
         self.noise = torch.stack([sampling.start(config.seed, r, p, shape) for p, r in pairs])
 
-    def pictures(self, transformer: FluxTransformer2DModel, place: Inference, path: str | None) -> Tensor:
+    def photograph(self, transformer: FluxTransformer2DModel, place: Inference, path: str | None) -> Tensor:
         """The pictures of one cell, on the CPU."""
         if path:
             lora.put_on(transformer, path)
@@ -202,7 +215,7 @@ class Studio:
 
     def _batch(self, transformer: FluxTransformer2DModel, place: Inference, rows: Tensor) -> Tensor:
         said, nothing = self.texts.conditioning(1 + self.rows[rows]), self.texts.unconditional(len(rows))
-        noise = self.noise[rows].to(self.place.device, self.dtype)
+        noise = self.noise[rows].to(self.place.device)
         latents = sampling.sample(
             transformer, noise, said, nothing, guidance=place.guidance, cfg_scale=place.cfg_scale, steps=self.config.sampling.steps, mu=self.mu
         )

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from data import order, pictures
+from data import order
 from data.pictures import DataConfig
-from dev2pro import artifact, distributed, encodings, flow, flux, lora, stage
+from dev2pro import artifact, distributed, encodings, flow, flux, lora, optim, stage
 from dev2pro.artifact import Artifact
 from dev2pro.distributed import HardwareConfig
 from dev2pro.errors import ConfigError
@@ -42,14 +42,22 @@ class LoraConfig:
 def run(config: LoraConfig) -> Artifact:
     """Trains one LoRA and writes it in the diffusers layout, with metrics.jsonl and artifact.json, into `config.out`."""
     lora.check(config.adapter)
+    if config.hardware.shard:
+        raise ConfigError(
+            "hardware.shard=true is for recover: a LoRA's weights are small, every process keeps the base whole. Set hardware.shard=false."
+        )
     flux.check_transformer(config.trained_on)
     check_guidance(config.trained_on, config.guidance)
     parents = {"trained_on": config.trained_on, "apply_to": config.model.path}
-    train, held_out = (pictures.read(s, w) for s, w in ((config.data.train, "data.train"), (config.data.heldout, "data.heldout")))
-    if finished := artifact.begin(config.out, "lora", config, parents):
+    train, held_out = config.data.read()
+    parents |= config.data.sources()
+    optim.check(config.optim)
+    place = distributed.accelerator(config.hardware)
+    with place.main_process_first():
+        finished = artifact.begin(config.out, "lora", config, parents)
+    if finished:
         return finished
 
-    place = distributed.accelerator(config.hardware)
     dtype = distributed.DTYPES[config.hardware.dtype]
     train_data, held_out_data = encodings.encode_sets(config.model, [train, held_out], config.data.resolution, place.device, dtype)
     mu = flow.shift_mu(train_data.mean.shape[1], flux.scheduler_settings(config.model.path))

@@ -183,7 +183,9 @@ def train_clip(config: MiniatureConfig, train: list[digits.Digit], tokens: CLIPT
     def loss_of() -> Tensor:
         seen = augmented(train, config.clip_batch, rng)
         told = rng.random(config.clip_batch) < 0.5  # these captions name the style as well
-        words = tokens([_told(*one, rng) for one in zip(seen.labels, seen.styles, told, strict=True)], padding="max_length", truncation=True, return_tensors="pt")
+        words = tokens(
+            [_told(*one, rng) for one in zip(seen.labels, seen.styles, told, strict=True)], padding="max_length", truncation=True, return_tensors="pt"
+        )
         similarity = clip(pixel_values=seen.pixels, **words).logits_per_image
         same_style = (seen.styles[:, None] == seen.styles[None, :]).all(-1) | ~told[None, :]
         same = torch.from_numpy((seen.labels[:, None] == seen.labels[None, :]) & same_style).float()
@@ -223,7 +225,9 @@ def save_judge(judge: CLIPModel, tokens: CLIPTokenizer, folder: Path) -> None:
 # ---- the pipeline ----------------------------------------------------------------------------------------------------------
 
 
-def save_pipeline(config: MiniatureConfig, vae: AutoencoderKL, clip: CLIPModel, clip_tokens: CLIPTokenizer, t5_tokens: T5TokenizerFast, folder: Path) -> None:
+def save_pipeline(
+    config: MiniatureConfig, vae: AutoencoderKL, clip: CLIPModel, clip_tokens: CLIPTokenizer, t5_tokens: T5TokenizerFast, folder: Path
+) -> None:
     """A FluxPipeline folder in bfloat16, as FLUX.1-dev is published; its transformer is the teacher's beginning."""
     text = CLIPTextModel(clip.config.text_config)
     text.load_state_dict({k.removeprefix("text_model."): v for k, v in clip.state_dict().items() if k.startswith("text_model.")})

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from data import order, pictures
+from data import order
 from data.pictures import DataConfig
-from dev2pro import artifact, distributed, encodings, flow, flux, stage
+from dev2pro import artifact, distributed, encodings, flow, flux, optim, stage
 from dev2pro.artifact import Artifact
 from dev2pro.distributed import HardwareConfig
 from dev2pro.flux import ModelConfig
@@ -38,6 +38,7 @@ class RecoverConfig:
     guidance: float
     caption_dropout: float
     ema: float
+    save_dtype: str
     teacher: str | None = None
 
 
@@ -47,11 +48,16 @@ def run(config: RecoverConfig) -> Artifact:
     parents = {"base": config.model.path} | ({"teacher": config.teacher} if config.teacher else {})
     if config.teacher:
         flux.check_transformer(config.teacher)
-    train, held_out = (pictures.read(s, w) for s, w in ((config.data.train, "data.train"), (config.data.heldout, "data.heldout")))
-    if finished := artifact.begin(config.out, "recover", config, parents):
+    train, held_out = config.data.read()
+    parents |= config.data.sources()
+    optim.check(config.optim)
+    distributed.check_dtype("save_dtype", config.save_dtype)
+    place = distributed.accelerator(config.hardware)
+    with place.main_process_first():
+        finished = artifact.begin(config.out, "recover", config, parents)
+    if finished:
         return finished
 
-    place = distributed.accelerator(config.hardware)
     dtype = distributed.DTYPES[config.hardware.dtype]
     train_data, held_out_data = encodings.encode_sets(config.model, [train, held_out], config.data.resolution, place.device, dtype)
     mu = flow.shift_mu(train_data.mean.shape[1], flux.scheduler_settings(config.model.path))
@@ -83,7 +89,7 @@ def run(config: RecoverConfig) -> Artifact:
             log.step(step + 1, loss=loss, held_out=curve[-1]["loss"])
 
     metrics = {**training.clock.metrics(), "guidance": config.guidance, "curve": curve, "recovered": _recovered(curve)}
-    training.save(config.out)
+    training.save(config.out, distributed.DTYPES[config.save_dtype])
     return artifact.publish(place, config.out, "recover", "transformer", config, parents, step=config.steps, metrics=metrics)
 
 

@@ -1,0 +1,43 @@
+"""Rebuilds data/miniature/ from nothing: frozen parts, then the teacher, then the base distilled from it. `make miniature`."""
+
+import shutil
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+
+from dev2pro.artifact import ROOT
+from flows.launch import at_most, launch
+from flows.plan import folder, words
+
+BUNDLE = ROOT / "data" / "miniature"
+stage = task(launch, name="stage", task_run_name="{stage}", cache_policy=NO_CACHE)
+
+
+@flow(name="miniature")
+def miniature(out: str = "runs/miniature") -> None:
+    """Trains every part with fixed seeds and puts the result in place; some 40 minutes on two cores."""
+    parts, teacher, base = (folder(out, name) for name in ("parts", "teacher", "base"))
+    world = {"experiment": "miniature", "model.path": f"{parts}/pipeline", "save_dtype": "bfloat16", "hardware.threads": 2}
+    from_nothing = {"steps": 4000, "batch": 64, "ema": 0.995, "caption_dropout": 0.15, "probe.every": 500, "teacher": None}
+    with at_most(1):
+        stage("miniature", words(out=parts), parts)
+        for name in ("shards", "judge", "pipeline", "prompts.json"):
+            install(f"{parts}/{name}", name)
+        stage("recover", words(world, from_nothing, {"out": teacher}), teacher)
+        stage("distill", words(world, {"out": base, "teacher": teacher}), base)
+    install(f"{teacher}/transformer", "teacher/transformer")
+    install(f"{base}/transformer", "pipeline/transformer")
+
+
+def install(made: str, name: str) -> None:
+    """Copies a file or folder into the bundle, in the place of what was there."""
+    source, target = ROOT / made, BUNDLE / name
+    if source.is_dir():
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(source, target)
+    else:
+        shutil.copyfile(source, target)
+
+
+if __name__ == "__main__":
+    miniature()

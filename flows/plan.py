@@ -1,0 +1,78 @@
+"""What a pipeline run consists of: conf/pipeline/<name>.yaml, checked, and turned into one command per stage."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from dev2pro.artifact import ROOT
+from dev2pro.errors import ConfigError
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.@+-]{0,63}$")]  # no slash, so no way out of a folder
+Overrides = dict[str, str | int | float | bool | list[str] | None]
+
+
+class Arm(BaseModel):
+    """One way of training a LoRA."""
+
+    model_config = ConfigDict(extra="forbid")
+    base: Literal["base", "recovered", "teacher"]
+    guidance: float = Field(gt=0)
+
+
+class Plan(BaseModel):
+    """Which stages run with which values; see conf/pipeline/miniature.yaml."""
+
+    model_config = ConfigDict(extra="forbid")
+    base: str
+    teacher: str | None = None
+    common: Overrides = {}
+    recover: Overrides = {}
+    lora: Overrides = {}
+    evaluate: Overrides = {}
+    styles: dict[Name, Overrides]
+    arms: dict[Name, Arm]
+    parallel: int = Field(default=1, ge=1)  # stages at the same time: one a GPU, or one a core
+    processes: int = Field(default=1, ge=1)  # ranks of recover
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """(style, arm) of every LoRA; those that wait for the recovered model come last."""
+        return sorted(((s, a) for a in self.arms for s in self.styles), key=lambda pair: self.arms[pair[1]].base == "recovered")
+
+
+def read(name: str) -> Plan:
+    """The plan of a name. Raises ConfigError for one that is not there or not right."""
+    path = ROOT / "conf" / "pipeline" / f"{name}.yaml"
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or not path.is_file():
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
+        raise ConfigError(f"plan={name} is not in conf/pipeline. Choose one of {known}, or write {name}.yaml there.")
+    try:
+        plan = Plan.model_validate(yaml.safe_load(path.read_text()))
+    except (ValidationError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path.relative_to(ROOT)} is no plan: {error}") from error
+    if plan.teacher is None and any(arm.base == "teacher" for arm in plan.arms.values()):
+        raise ConfigError(f"{path.relative_to(ROOT)} has an arm trained on the teacher, but names no teacher.")
+    return plan
+
+
+def words(*overrides: Overrides, **own: Any) -> list[str]:
+    """Hydra override words from values; what comes later wins. Strings are quoted, so that no value can be read as syntax."""
+    merged = {key: value for some in (*overrides, own) for key, value in some.items()}
+    return [f"{key}={_quoted(value)}" for key, value in merged.items()]
+
+
+def _quoted(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ",".join(map(_quoted, value)) + "]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z0-9_./-]+", value):
+        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return str(value)
+
+
+def folder(out: str, *parts: str) -> str:
+    """A stage's output folder below the run's."""
+    return str(Path(out, *parts))
