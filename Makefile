@@ -46,6 +46,6 @@ bench: $(READY) ## measure: every bench/*.py, one after the other
 miniature: $(READY) ## build data/miniature again from nothing
 	$(PY) -m flows.miniature
 
-clean: ## remove runs/ and the tools' caches
-	rm -rf runs outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## remove the tools' caches; what stages made in runs/ stays
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -119,8 +119,8 @@ def _finished(folder: Path) -> Artifact | None:
     if not (folder / RECORD).is_file():
         return None
     found = read(str(folder))
-    damaged = [f["path"] for f in found.files if _file(folder, folder / f["path"]) != f]
-    return None if damaged else found
+    whole = all((folder / f["path"]).is_file() and _file(folder, folder / f["path"]) == f for f in found.files)
+    return found if whole else None
 
 
 def write(
@@ -201,9 +201,7 @@ def stands(out: str, command: list[str]) -> Artifact | None:
     return _finished(Path(out))
 
 
-def _file(folder: Path, file: Path) -> dict[str, Any] | None:
-    if not file.is_file():
-        return None
+def _file(folder: Path, file: Path) -> dict[str, Any]:
     with file.open("rb") as f:
         return {"path": str(file.relative_to(folder)), "bytes": file.stat().st_size, "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
 

@@ -27,7 +27,7 @@ class Cell:
 
 
 def compare(cells: list[Cell], kinds: dict[str, str], draws: int, seed: int) -> dict[str, Any]:
-    """styles, arms, inference, cells with 95 % intervals, gains of the recovered arms over the base's arms, and a verdict.
+    """styles, arms, inference, cells with 95% intervals, gains of the recovered arms over the base's arms, and a verdict.
 
     `kinds`: arm -> what it was trained on (recovered, base or teacher). A gain is a paired difference on the inference base
     "base", signed so that more is better; style "all" is the mean over styles.
@@ -80,7 +80,7 @@ def verdict(gains: list[dict[str, Any]]) -> str:
     word = "more" if overall["mean"] >= 0 else "less"
     return (
         f"Applied to the base, the LoRA trained on the recovered model obeys the prompt {abs(100 * overall['mean']):.0f} points {word} often than "
-        f"{overall['rival']}, its nearest rival (95 % interval {100 * overall['low']:.0f} to {100 * overall['high']:.0f}, mean over styles): "
+        f"{overall['rival']}, its nearest rival (95% interval {100 * overall['low']:.0f} to {100 * overall['high']:.0f}, mean over styles): "
         f"clearly better in {_names(better, by_style)}, clearly worse in {_names(worse, by_style)}."
     )
 

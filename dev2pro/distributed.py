@@ -20,6 +20,7 @@ class HardwareConfig:
     mixed_precision: str = "no"  # bf16: computes in bfloat16 over float32 weights
     gradient_checkpointing: bool = False  # a third more compute for a fraction of the activation memory
     micro_batch: int = 64  # samples per forward pass and rank; the batch is made of as many as it takes
+    int8_base: bool = False  # lora only: the frozen blocks in int8, half the memory of bfloat16
     shard: bool = False  # FSDP2: weights, gradients and optimizer state spread over the ranks
     threads: int = 0  # CPU threads of one process; 0 lets torch decide
 

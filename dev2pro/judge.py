@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,6 @@ class Judge:
         return _pooled(self.clip.get_text_features(input_ids=ready["input_ids"], attention_mask=ready["attention_mask"]))
 
 
-def _pooled(features: object) -> Tensor:
+def _pooled(features: Any) -> Tensor:
     """transformers 5 wraps the projected features in an output object; older versions return them."""
     return normalize(getattr(features, "pooler_output", features), dim=-1).cpu()

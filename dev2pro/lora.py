@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import FluxTransformer2DModel
 from peft import LoraConfig as PeftConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
@@ -48,7 +49,14 @@ def check(config: AdapterConfig) -> str:
         raise ConfigError(f"adapter.targets={config.targets} is neither a preset ({', '.join(PRESETS)}) nor a regex ({error}).") from error
 
 
-def inject(transformer: torch.nn.Module, config: AdapterConfig, seed: int) -> None:
+def to_int8(transformer: FluxTransformer2DModel, device: torch.device) -> None:
+    """Rounds the linear layers of the blocks to int8 with one scale a row (torchao), moving each to `device`; the rest stays as it is."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_  # here, because importing it takes seconds and few need it
+
+    quantize_(transformer, Int8WeightOnlyConfig(), filter_fn=lambda module, name: isinstance(module, torch.nn.Linear) and "blocks." in name, device=device)
+
+
+def inject(transformer: FluxTransformer2DModel, config: AdapterConfig, seed: int) -> None:
     """Freezes the transformer and adds a LoRA that has no effect yet; its random half depends on `seed` only."""
     transformer.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
@@ -64,7 +72,7 @@ def inject(transformer: torch.nn.Module, config: AdapterConfig, seed: int) -> No
             parameter.data = parameter.data.float()  # the LoRA learns in float32, whatever the base is kept in
 
 
-def save(transformer: torch.nn.Module, config: AdapterConfig, out: str, contract: dict[str, Any]) -> None:
+def save(transformer: FluxTransformer2DModel, config: AdapterConfig, out: str, contract: dict[str, Any]) -> None:
     """Writes `out`/pytorch_lora_weights.safetensors in the diffusers layout, keys `transformer.<module>.lora_A.weight` and `lora_B`.
 
     alpha / rank is multiplied into lora_B, so that alpha equals the rank in the file: readers that know no alpha read it right.
@@ -88,7 +96,7 @@ def read(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return weights, contract
 
 
-def put_on(transformer: torch.nn.Module, path: str, strength: float = 1.0) -> None:
+def put_on(transformer: FluxTransformer2DModel, path: str, strength: float = 1.0) -> None:
     """Puts a LoRA file on the transformer; `take_off` restores it exactly."""
     weights, _ = read(path)
     try:
@@ -100,6 +108,6 @@ def put_on(transformer: torch.nn.Module, path: str, strength: float = 1.0) -> No
         ) from error
 
 
-def take_off(transformer: torch.nn.Module) -> None:
+def take_off(transformer: FluxTransformer2DModel) -> None:
     """Removes the LoRA of `put_on`."""
     transformer.unload_lora()

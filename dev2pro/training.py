@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from diffusers import FluxTransformer2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
@@ -26,7 +27,7 @@ class Training:
     """
 
     def __init__(
-        self, place: Accelerator, model: torch.nn.Module, config: OptimConfig, hardware: HardwareConfig, *, steps: int, batch: int, ema: float = 0.0
+        self, place: Accelerator, model: FluxTransformer2DModel, config: OptimConfig, hardware: HardwareConfig, *, steps: int, batch: int, ema: float = 0.0
     ) -> None:
         self.place, self.config = place, config
         self.slots = distributed.own_slots(batch, hardware.micro_batch, place)
@@ -59,7 +60,7 @@ class Training:
                 total += loss.detach()
         with self.clock.compute():
             norm = self.place.clip_grad_norm_(self.parameters, self.config.clip)
-            mean, size = self.place.reduce(total, "mean").item(), _whole(norm)
+            mean, size = float(self.place.reduce(total, "mean")), _whole(norm)
             if not (_finite(mean) and _finite(size)):
                 raise DivergedError(
                     f"The loss ({mean}) or the gradient ({size}) of step {step} is not finite. Lower optim.lr, lengthen optim.warmup, "
@@ -76,7 +77,7 @@ class Training:
     @property
     def lr(self) -> float:
         """The learning rate of the next step."""
-        return self.schedule.get_last_lr()[0]
+        return float(self.schedule.get_last_lr()[0])
 
     def save(self, out: str, dtype: torch.dtype) -> None:
         """Writes the model, with the averaged weights where there are any, as `out`/transformer in diffusers layout."""

@@ -1,6 +1,7 @@
 """What a pipeline run consists of: conf/pipeline/<name>.yaml, checked, and turned into one command per stage."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -57,7 +58,7 @@ def read(name: str) -> Plan:
     return plan
 
 
-def words(*overrides: Overrides, **own: Any) -> list[str]:
+def words(*overrides: Mapping[str, Any], **own: Any) -> list[str]:
     """Hydra override words from values; what comes later wins. Strings are quoted, so that no value can be read as syntax."""
     merged = {key: value for some in (*overrides, own) for key, value in some.items()}
     return [f"{key}={_quoted(value)}" for key, value in merged.items()]

@@ -62,6 +62,8 @@ def run(config: LoraConfig) -> Artifact:
     train_data, held_out_data = encodings.encode_sets(config.model, [train, held_out], config.data.resolution, place.device, dtype)
     mu = flow.shift_mu(train_data.mean.shape[1], flux.scheduler_settings(config.model.path))
     transformer = flux.load_transformer(config.trained_on, dtype, config.model.variant)
+    if config.hardware.int8_base:
+        lora.to_int8(transformer, place.device)
     lora.inject(transformer, config.adapter, config.seed)
     training = Training(place, transformer, config.optim, config.hardware, steps=config.steps, batch=config.batch)
     probe = Probe(held_out_data, config.probe, mu=mu, seed=config.seed, batch=config.hardware.micro_batch)
