@@ -51,7 +51,7 @@ def check(config: AdapterConfig) -> str:
 
 def to_int8(transformer: FluxTransformer2DModel, device: torch.device) -> None:
     """Rounds the linear layers of the blocks to int8 with one scale a row (torchao), moving each to `device`; the rest stays as it is."""
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_  # here, because importing it takes seconds and few need it
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     quantize_(transformer, Int8WeightOnlyConfig(), filter_fn=lambda module, name: isinstance(module, torch.nn.Linear) and "blocks." in name, device=device)
 

@@ -1,5 +1,6 @@
 """Optimizer, learning-rate schedule and weight averaging, as the stages' configs name them."""
 
+import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -29,15 +30,23 @@ def check(config: OptimConfig) -> None:
     """Raises ConfigError for an optimizer or a schedule nobody knows, before any model is loaded."""
     if config.name not in OPTIMIZERS:
         raise ConfigError(f"optim.name={config.name} is unknown. Choose one of {', '.join(OPTIMIZERS)}.")
+    if config.name == "adamw_8bit":
+        need_torchao("optim.name=adamw_8bit")
     if config.schedule not in SCHEDULES:
         raise ConfigError(f"optim.schedule={config.schedule} is unknown. Choose one of {', '.join(SCHEDULES)}.")
+
+
+def need_torchao(setting: str) -> None:
+    """Raises ConfigError where a setting needs torchao and it is not installed."""
+    if importlib.util.find_spec("torchao") is None:
+        raise ConfigError(f"{setting} needs torchao, which is not installed. Run `pip install torchao==0.18.0`.")
 
 
 def optimizer(config: OptimConfig, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """The optimizer of a checked config."""
     betas = (0.9, config.beta2)
     if config.name == "adamw_8bit":
-        from torchao.optim import AdamW8bit  # here, because importing it takes seconds and few need it
+        from torchao.optim import AdamW8bit
 
         return AdamW8bit(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay, bf16_stochastic_round=True)
     return torch.optim.AdamW(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)

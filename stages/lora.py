@@ -42,6 +42,8 @@ class LoraConfig:
 def run(config: LoraConfig) -> Artifact:
     """Trains one LoRA and writes it in the diffusers layout, with metrics.jsonl and artifact.json, into `config.out`."""
     lora.check(config.adapter)
+    if config.hardware.int8_base:
+        optim.need_torchao("hardware.int8_base=true")
     if config.hardware.shard:
         raise ConfigError(
             "hardware.shard=true is for recover: a LoRA's weights are small, every process keeps the base whole. Set hardware.shard=false."

@@ -184,7 +184,7 @@ def train_clip(config: MiniatureConfig, train: list[digits.Digit], tokens: CLIPT
         seen = augmented(train, config.clip_batch, rng)
         told = rng.random(config.clip_batch) < 0.5  # these captions name the style as well
         words = tokens(
-            [_told(*one, rng) for one in zip(seen.labels, seen.styles, told, strict=True)], padding="max_length", truncation=True, return_tensors="pt"
+            [_told(*one, rng) for one in zip(seen.labels, seen.styles, told, strict=True)], padding=True, truncation=True, return_tensors="pt"
         )
         similarity = clip(pixel_values=seen.pixels, **words).logits_per_image
         same_style = (seen.styles[:, None] == seen.styles[None, :]).all(-1) | ~told[None, :]
@@ -256,6 +256,7 @@ def descend(model: torch.nn.Module, loss_of: Callable[[], Tensor], steps: int, l
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        log.write(done + step + 1, loss=loss.item())
         log.step(done + step + 1, loss=loss.item())
 
 

@@ -1,0 +1,92 @@
+"""A whole FLUX pipeline, a judge and a data set, so small and so untrained that making them takes a second; one thread, no network."""
+
+import os
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # read when torch and transformers are imported
+
+hypothesis.settings.register_profile("house", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("house")
+
+CAPTIONS = [f"a handwritten {name}" for name in ("zero", "one", "two", "three", "four", "five")]
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_in_any_order() -> None:
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+def _clip(seed: int):
+    import torch
+    from transformers import CLIPConfig, CLIPModel
+
+    from stages import miniature
+
+    tokens, _ = miniature.tokenizers()
+    shared = {"hidden_size": miniature.WIDTH, "intermediate_size": 64, "num_attention_heads": 4, "projection_dim": miniature.WIDTH}
+    text = {"vocab_size": len(tokens), "num_hidden_layers": 2, "max_position_embeddings": miniature.TOKENS, "bos_token_id": tokens.bos_token_id,
+            "eos_token_id": tokens.eos_token_id, "pad_token_id": tokens.pad_token_id}  # fmt: skip
+    vision = {"image_size": 32, "patch_size": 8, "num_hidden_layers": 2}
+    torch.manual_seed(seed)
+    return CLIPModel(CLIPConfig(text_config={**shared, **text}, vision_config={**shared, **vision}, projection_dim=miniature.WIDTH)).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FluxPipeline folder with random weights, made as stages.miniature makes its own; read it, and copy it before changing it."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    from stages import miniature
+
+    config = miniature.MiniatureConfig(out="", seed=0, vae_steps=0, clip_steps=0, judge_steps=0, vae_batch=0, clip_batch=0, lr=0)
+    torch.manual_seed(1)
+    vae = AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=miniature.LATENT_CHANNELS, block_out_channels=(8, 24, 48), layers_per_block=1,
+        norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        mid_block_add_attention=False, sample_size=32, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.7, shift_factor=0.3,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("tiny") / "pipeline"
+    miniature.save_pipeline(config, vae, _clip(2), *miniature.tokenizers(), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIPModel folder with random weights."""
+    from stages import miniature
+
+    folder = tmp_path_factory.mktemp("tiny_clip") / "judge"
+    miniature.save_judge(_clip(3), miniature.tokenizers()[0], folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six captioned pictures of 32x32, the same ones as `folder/` and as `shard.tar`; the last two of them as `heldout.tar`."""
+    import io
+
+    import numpy as np
+    import webdataset
+    from PIL import Image
+
+    place = tmp_path_factory.mktemp("tiny_data")
+    (place / "folder").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (len(CAPTIONS), 8, 8, 3), dtype=np.uint8)
+    samples = []
+    for i, (pixels, caption) in enumerate(zip(noise, CAPTIONS, strict=True)):
+        encoded = io.BytesIO()
+        Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC).save(encoded, "PNG")
+        samples.append({"__key__": f"{i:04d}", "png": encoded.getvalue(), "txt": caption})
+        (place / "folder" / f"{i:04d}.png").write_bytes(encoded.getvalue())
+        (place / "folder" / f"{i:04d}.txt").write_text(caption + "\n")
+    for name, some in (("shard.tar", samples), ("heldout.tar", samples[4:])):
+        with webdataset.TarWriter(str(place / name)) as shard:
+            for sample in some:
+                shard.write(sample)
+    return place

@@ -1,0 +1,129 @@
+"""The main path end to end: real Prefect server, real stage processes, the bundled miniature, a few steps of everything."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+
+from dev2pro import artifact, draws
+from dev2pro.artifact import ROOT
+
+BASE = str(ROOT / "data/miniature/pipeline")
+OUT = "runs/test-pipeline"
+ARMS = ("base@1", "recovered@1", "teacher@1")
+
+
+def start(*words: str, home: Path) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | {"PREFECT_HOME": str(home)}
+    return subprocess.run(
+        [sys.executable, "-m", "flows.pipeline", *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("prefect")
+
+
+@pytest.fixture(scope="module")
+def first(home):
+    shutil.rmtree(ROOT / OUT, ignore_errors=True)
+    yield start("plan=smoke", f"out={OUT}", home=home)
+    shutil.rmtree(ROOT / OUT, ignore_errors=True)
+
+
+def test_it_ends_well_and_leaves_every_artifact(first):
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "Report: " in first.stdout
+    for place in ("recover", *(f"lora/chalk/{arm}" for arm in ARMS), "evaluate"):
+        made = artifact.read(str(ROOT / OUT / place))
+        assert made.stage == place.split("/")[0]
+        assert made.parents
+
+
+def test_progress_is_shown(first):
+    assert "recover (dev2pro): 6/6" in first.stdout + first.stderr
+
+
+def test_recovery_reports_the_way_to_the_teacher(first):
+    metrics = artifact.read(str(ROOT / OUT / "recover")).metrics
+    assert metrics["guidance"] == 1.0
+    assert [row["step"] for row in metrics["curve"]] == [0, 3, 6]
+    assert metrics["curve"][0]["teacher_distance"] > metrics["curve"][-1]["teacher_distance"]
+    assert 0 < metrics["share_outside"] < 1
+    assert metrics["steps_per_second"] > 0
+
+
+def test_evaluation_holds_every_cell(first):
+    found = json.loads((ROOT / OUT / "evaluate/metrics.json").read_text())
+    cells = {(c["arm"], c["inference"]) for c in found["cells"]}
+    assert cells == {(a, i) for a in ("none", *ARMS) for i in ("base", "recovered")} | {("ideal", "teacher")}
+    assert {g["rival"] for g in found["gains"]} == {"base@1"}
+    assert (ROOT / OUT / "evaluate/report.html").stat().st_size > 20_000
+    assert list((ROOT / OUT / "evaluate/sheets").glob("*.png"))
+
+
+def test_a_second_run_skips_everything(first, home):
+    before = {p: p.stat().st_mtime_ns for p in (ROOT / OUT).rglob("artifact.json")}
+    second = start("plan=smoke", f"out={OUT}", home=home)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert (second.stdout + second.stderr).count("skipped") == len(before) == 5
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_a_failing_stage_fails_the_flow_and_keeps_its_exit_code(first, home):
+    bad = ROOT / "conf/pipeline/test-bad.yaml"
+    bad.write_text((ROOT / "conf/pipeline/smoke.yaml").read_text().replace("data.name: chalk", "data.name: nowhere"))
+    try:
+        ended = start("plan=test-bad", f"out={OUT}-bad", home=home)
+    finally:
+        bad.unlink()
+        shutil.rmtree(ROOT / f"{OUT}-bad", ignore_errors=True)
+    assert ended.returncode == 3
+    assert "nowhere" in ended.stderr
+
+
+@pytest.mark.parametrize("words", [("plan=../../etc",), ("out=/etc/run",), ("out=runs/../x",), ("seed=many",), ("sed=1",), ("plan=nobody",)])
+def test_bad_parameters_are_refused_before_anything_starts(words, home):
+    ended = start(*words, home=home)
+    assert ended.returncode == 2
+    assert words[0].split("=")[0] in ended.stderr
+
+
+def test_stock_diffusers_loads_what_was_written_and_draws_the_same(first):
+    """The transformer and the LoRA through diffusers alone: the same pictures as evaluate's, within 1e-3 of a pixel's range."""
+    from stages.evaluate import Inference, Studio
+
+    loaded = FluxTransformer2DModel.from_pretrained(ROOT / OUT / "recover", subfolder="transformer")
+    style = str(ROOT / OUT / "lora/chalk/recovered@1")
+    for transformer, path, guidance in ((None, BASE, 3.5), (loaded, str(ROOT / OUT / "recover"), 1.0)):
+        studio = Studio(evaluate_config(), ["a handwritten two", "a handwritten six"])
+        ours = studio.photograph(FluxTransformer2DModel.from_pretrained(path, subfolder="transformer"), Inference("x", path, guidance, 1.0), style)
+        stock = FluxPipeline.from_pretrained(BASE, **({"transformer": transformer} if transformer else {}))
+        stock.set_progress_bar_config(disable=True)
+        stock.load_lora_weights(style)
+        noise = torch.stack([draws.normal(7, "picture", 0, [p], (16, 16))[0] for p in range(2)])
+        theirs = stock(
+            ["a handwritten two", "a handwritten six"], height=32, width=32, num_inference_steps=4, guidance_scale=guidance, latents=noise,
+            max_sequence_length=8, output_type="pt",
+        ).images  # fmt: skip
+        torch.testing.assert_close(ours[:, 0], theirs, atol=1e-3, rtol=0)
+
+
+def evaluate_config():
+    from dev2pro.distributed import HardwareConfig
+    from dev2pro.flux import ModelConfig
+    from dev2pro.sampling import SamplingConfig
+    from stages.evaluate import EvaluateConfig
+
+    return EvaluateConfig(
+        out="", seed=7, model=ModelConfig(path=BASE, usual_guidance=3.5, max_sequence_length=8), hardware=HardwareConfig(device="cpu", threads=1),
+        sampling=SamplingConfig(steps=4, cfg_scale=3.5, batch=8), judge=str(ROOT / "data/miniature/judge"), loras=[], prompts="", seeds=1,
+        resolution=32, bootstrap=10,
+    )  # fmt: skip

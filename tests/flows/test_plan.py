@@ -1,0 +1,205 @@
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import example, given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from pydantic import TypeAdapter, ValidationError
+
+from dev2pro.artifact import ROOT
+from dev2pro.errors import ConfigError
+from flows import plan
+from flows.plan import Arm, Name, Plan
+
+NASTY = [
+    "", " ", "a b", "a,b", "a=b", "'", '"', "it's", 'say "x"', "\\", "\\\\", "\\'", "a\\", "a\\b", "C:\\models\\flux", "a\\\\'", "[1,2]", "{a:b}", "(x)", "~a", "+a",
+    "${oc.env:HOME}", "${seed}", "$", "\\${seed}", "'${seed}'", "#", "%", "@", "*", "glob(*)", "choice(a,b)", "a\tb", "a\nb", "ä", "日本",
+    "null", "Null", "true", "True", "FALSE", "on", "yes", "1", "007", "1.0", "1e3", "1_000", "-1", "0x10", "inf", "nan", "-", ".", "..", "/", "???",
+]  # fmt: skip
+texts = st.one_of(st.sampled_from(NASTY), st.text(alphabet="ab01._/-',=\"\\${}[]()~+:# \te", max_size=12), st.text(max_size=12))
+
+
+def parsed(words: list[str]) -> dict[str, object]:
+    """What Hydra's own parser reads."""
+    return {override.key_or_group: override.value() for override in OverridesParser.create().parse_overrides(words)}
+
+
+def composed(**values: object) -> dict[str, object]:
+    """What a stage gets: the words through Hydra and OmegaConf."""
+    ConfigStore.instance().store(name="test_plan", node={"seed": 5, "text": "", "some": [], "number": 0.0, "flag": False})
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        return OmegaConf.to_container(compose("test_plan", overrides=plan.words(values)), resolve=True)
+
+
+# ---- words: no value is read as anything but itself --------------------------------------------------------------------------------------
+
+
+@given(text=texts)
+@example(text="a\\'b")
+def test_a_string_is_read_back_by_hydra_s_parser(text):
+    found = parsed(plan.words({"data.name": text}))
+    assert {key: str(value) for key, value in found.items()} == {"data.name": text}
+    assert isinstance(found["data.name"], str)
+
+
+@given(some=st.lists(texts, max_size=4))
+def test_a_list_of_strings_is_read_back(some):
+    found = parsed(plan.words({"loras": some}))["loras"]
+    assert [str(value) for value in found] == some
+    assert all(isinstance(value, str) for value in found)
+
+
+@pytest.mark.parametrize("text", NASTY, ids=repr)
+def test_a_string_reaches_the_stage_as_it_is(text):
+    if text == "???":
+        pytest.skip("OmegaConf's own word for a missing value")
+    found = composed(text=text, some=[text, "b"])
+    assert found["text"] == text
+    assert found["some"] == [text, "b"]
+
+
+@given(st.one_of(st.integers(-(10**18), 10**18), st.floats(allow_nan=False), st.booleans(), st.none()))
+@example(1e-7)
+@example(1e22)
+@example(-0.0)
+@example(math.inf)
+def test_numbers_and_constants_are_read_back(value):
+    found = parsed(plan.words({"optim.lr": value}))["optim.lr"]
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_numbers_reach_the_stage():
+    found = composed(number=1e-07, flag=True, text=None)
+    assert (found["number"], found["flag"], found["text"]) == (1e-07, True, None)
+
+
+def test_what_comes_later_wins():
+    common, own = {"steps": 1, "seed": 0, "data.name": "ink"}, {"steps": 2}
+    assert plan.words(common, own, seed=7) == ["steps=2", "seed=7", "data.name=ink"]
+    assert common == {"steps": 1, "seed": 0, "data.name": "ink"}
+    assert plan.words() == []
+
+
+def test_plain_words_stay_readable():
+    assert plan.words(out="runs/demo/lora", trained_on="data/miniature/pipeline", steps=3) == [
+        "out=runs/demo/lora",
+        "trained_on=data/miniature/pipeline",
+        "steps=3",
+    ]
+
+
+# ---- names -------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["recovered@1", "base@3.5", "a", "A-1_b.c+d", "0"])
+def test_names(name):
+    assert TypeAdapter(Name).validate_python(name) == name
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../x", "a/b", "a/../b", "/etc", "a\\b", "-x", ".hidden", "a b", "a\n", "~", "a'", "${x}", "x" * 65, "ä"]
+)
+def test_names_that_could_lead_out_of_a_folder(name):
+    with pytest.raises(ValidationError):
+        TypeAdapter(Name).validate_python(name)
+    arm = {"base": "recovered", "guidance": 1.0}
+    for styles, arms in (({name: {}}, {"a": arm}), ({"s": {}}, {name: arm})):
+        with pytest.raises(ValidationError):
+            Plan.model_validate({"base": "x", "styles": styles, "arms": arms})
+
+
+def test_folders_are_below_the_run_s():
+    assert plan.folder("runs/demo", "lora", "chalk", "recovered@1") == "runs/demo/lora/chalk/recovered@1"
+
+
+# ---- plans -------------------------------------------------------------------------------------------------------------------------------
+
+
+def made(**values: object) -> Plan:
+    arms = {"base@1": {"base": "base", "guidance": 1.0}, "recovered@1": {"base": "recovered", "guidance": 1.0}}
+    return Plan.model_validate({"base": "model", "styles": {"chalk": {}, "neon": {}}, "arms": arms} | values)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """An empty conf/pipeline."""
+    (tmp_path / "conf" / "pipeline").mkdir(parents=True)
+    monkeypatch.setattr(plan, "ROOT", tmp_path)
+    return tmp_path / "conf" / "pipeline"
+
+
+def test_every_style_with_every_arm_and_the_recovered_ones_last():
+    arms = {
+        "recovered@1": {"base": "recovered", "guidance": 1.0},
+        "base@3.5": {"base": "base", "guidance": 3.5},
+        "recovered@2": {"base": "recovered", "guidance": 1.0},
+        "teacher@1": {"base": "teacher", "guidance": 1.0},
+    }
+    assert made(arms=arms).pairs() == [
+        *[("chalk", "base@3.5"), ("neon", "base@3.5"), ("chalk", "teacher@1"), ("neon", "teacher@1")],
+        *[("chalk", "recovered@1"), ("neon", "recovered@1"), ("chalk", "recovered@2"), ("neon", "recovered@2")],
+    ]
+
+
+def test_the_plans_of_this_repository_are_right():
+    names = [file.stem for file in (ROOT / "conf" / "pipeline").glob("*.yaml")]
+    assert "miniature" in names
+    for name in names:
+        found = plan.read(name)
+        assert found.pairs()
+        assert any(arm.base == "recovered" for arm in found.arms.values())
+
+
+def test_a_plan_is_read(home):
+    written = {"base": "model", "teacher": "ideal", "common": {"experiment": "x", "steps": 3}, "styles": {"chalk": {"data.name": "chalk"}}}
+    (home / "own.yaml").write_text(yaml.safe_dump(written | {"arms": {"teacher@1": {"base": "teacher", "guidance": 1}}}))
+    found = plan.read("own")
+    assert found.common == {"experiment": "x", "steps": 3}
+    assert found.arms == {"teacher@1": Arm(base="teacher", guidance=1.0)}
+    assert (found.parallel, found.processes) == (1, 1)
+
+
+@pytest.mark.parametrize("name", ["nothing", "../evaluate", "", "miniature.yaml", "pipeline/own", "own\n"])
+def test_a_plan_that_does_not_exist(home, name):
+    (home / "own.yaml").write_text("")
+    (home.parent / "evaluate.yaml").write_text("")
+    with pytest.raises(ConfigError) as caught:
+        plan.read(name)
+    assert f"plan={name} is not in conf/pipeline. Choose one of own" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"parallel": 0}, "parallel"),
+        ({"processes": "many"}, "processes"),
+        ({"stlyes": {}}, "stlyes"),
+        ({"base": None}, "base"),
+        ({"arms": {"a": {"base": "pro", "guidance": 1}}}, "arms.a.base"),
+        ({"arms": {"a": {"base": "base", "guidance": 0}}}, "arms.a.guidance"),
+        ({"arms": {"a": {"base": "base", "guidance": 1, "loss": "x"}}}, "arms.a.loss"),
+        ({"styles": {"../x": {}}}, "../x"),
+        ({"common": {"steps": {"nested": 1}}}, "common.steps"),
+        ({"arms": {"teacher@1": {"base": "teacher", "guidance": 1}}}, "teacher"),
+    ],
+)
+def test_a_plan_that_is_none(home, change, named):
+    arms = {"base@1": {"base": "base", "guidance": 1.0}}
+    (home / "own.yaml").write_text(yaml.safe_dump({"base": "model", "styles": {"chalk": {}}, "arms": arms} | change))
+    with pytest.raises(ConfigError) as caught:
+        plan.read("own")
+    assert str(caught.value).startswith("conf/pipeline/own.yaml ")
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "base: [\n", "base: model\n"])
+def test_a_file_that_is_no_plan(home, text):
+    (home / "own.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"conf/pipeline/own\.yaml is no plan"):
+        plan.read("own")
