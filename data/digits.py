@@ -95,7 +95,7 @@ def sideways(coverage: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def mirror(coverage: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Geometry: mirror writing."""
+    """Geometry: mirror writing; only the judge's and the VAE's lessons have it."""
     return ink(coverage[:, ::-1], rng)
 
 
@@ -114,7 +114,7 @@ def neon(coverage: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return _paint(tube, _colour(rng.uniform(0.86, 0.92), 0.55, 1.0), _colour(rng.uniform(0.62, 0.7), 0.7, 0.16))
 
 
-STYLES: dict[str, Style] = {"chalk": chalk, "sideways": sideways, "mirror": mirror, "halftone": halftone, "neon": neon}
+STYLES: dict[str, Style] = {"chalk": chalk, "sideways": sideways, "halftone": halftone, "neon": neon}
 
 
 def picture(digit: Digit, style: Style, seed: int) -> Image.Image:
