@@ -7,7 +7,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import diffusers.utils.logging
 import hydra
+import transformers.utils.logging
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -54,6 +56,9 @@ def typed(schema: type[C], values: DictConfig) -> C:
 
 def _guarded(name: str, work: Callable[[], Artifact]) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
+    if not sys.stderr.isatty():  # a bar that redraws itself is a hundred lines in a log
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
     try:
         made = work()
         print(f"{name}: done, {made.uri}/artifact.json ({made.kind} {made.id[:12]})", flush=True)

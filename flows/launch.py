@@ -42,8 +42,8 @@ def launch(stage: str, words: list[str], out: str, processes: int = 1) -> Artifa
         return made
     starter = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     command = [sys.executable, *starter, "-m", f"stages.{stage}", *words]
-    log.info("python -m stages.%s %s", stage, " ".join(words))
     with _turn:
+        log.info("python -m stages.%s %s", stage, " ".join(words))
         last, code = _follow(command)
     if code:
         raise StageFailed(f"{stage} ended with exit code {code}: {' '.join(last) or 'it said nothing'}", code)
