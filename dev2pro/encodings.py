@@ -124,6 +124,7 @@ class Noised:
 
     @property
     def velocity(self) -> Tensor:
+        """The flow-matching target."""
         return flow.velocity(self.x0, self.noise)
 
 

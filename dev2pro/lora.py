@@ -53,7 +53,7 @@ def to_int8(transformer: FluxTransformer2DModel, device: torch.device) -> None:
     """Rounds the linear layers of the blocks to int8 with one scale a row (torchao), moving each to `device`; the rest stays as it is."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    quantize_(transformer, Int8WeightOnlyConfig(), filter_fn=lambda module, name: isinstance(module, torch.nn.Linear) and "blocks." in name, device=device)
+    quantize_(transformer, Int8WeightOnlyConfig(), filter_fn=lambda m, name: isinstance(m, torch.nn.Linear) and "blocks." in name, device=device)
 
 
 def inject(transformer: FluxTransformer2DModel, config: AdapterConfig, seed: int) -> None:

@@ -27,7 +27,15 @@ class Training:
     """
 
     def __init__(
-        self, place: Accelerator, model: FluxTransformer2DModel, config: OptimConfig, hardware: HardwareConfig, *, steps: int, batch: int, ema: float = 0.0
+        self,
+        place: Accelerator,
+        model: FluxTransformer2DModel,
+        config: OptimConfig,
+        hardware: HardwareConfig,
+        *,
+        steps: int,
+        batch: int,
+        ema: float = 0.0,
     ) -> None:
         self.place, self.config = place, config
         self.slots = distributed.own_slots(batch, hardware.micro_batch, place)

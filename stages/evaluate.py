@@ -127,7 +127,8 @@ def find_loras(config: EvaluateConfig) -> list[Artifact]:
             raise ConfigError(f"{one.uri} is a {one.kind}, not a LoRA. Leave it out of loras=.")
         if one.inference["apply_to"]["id"] != base:
             raise ConfigError(
-                f"The LoRA {one.uri} is to be applied to {one.inference['apply_to']['path']}, not to {config.model.path}. Change model, or leave it out."
+                f"The LoRA {one.uri} is to be applied to {one.inference['apply_to']['path']}, not to {config.model.path}. "
+                "Change model, or leave the LoRA out."
             )
     for style, arms in by_style(found).items():
         names = [one.inference["arm"] for one in arms]
