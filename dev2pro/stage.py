@@ -1,16 +1,21 @@
 """The frame around every stage's story: Hydra to typed values at the door, errors to exit codes on the way out."""
 
+import dataclasses
+import difflib
 import errno
+import os
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import diffusers.utils.logging
 import hydra
 import transformers.utils.logging
 from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
@@ -35,12 +40,31 @@ def main(name: str, schema: type[C], run: Callable[[C], Artifact]) -> None:
         outcome.append(_guarded(name, lambda: run(typed(schema, values))))
 
     sys.argv[1:1] = PLAIN_HYDRA
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them, and we say what they mean
     try:
         composed()
-    except SystemExit as end:  # Hydra prints its own one-line error for an unknown key or a wrong type
-        if end.code:
-            sys.exit(outcome[0] if outcome else ConfigError.exit_code)
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(_fail(name, explained(error, schema), ConfigError.exit_code))
     sys.exit(outcome[0] if outcome else 0)
+
+
+def explained(error: BaseException, schema: type) -> str:
+    """What a mistake in the command or a yaml file was, where, and the nearest key that exists."""
+    said = [line.strip() for e in (error, error.__cause__) if e for line in str(e).splitlines()]
+    useful = [
+        line
+        for line in said
+        if line and not line.startswith(("To append", "full_key", "object_type", "reference_type", "Config search", "provider="))
+    ]
+    message = ". ".join(line.rstrip(".") for line in dict.fromkeys(useful)).replace(":. ", ": ")
+    unknown = re.search(r"Key '([^']+)'", message)
+    near = difflib.get_close_matches(unknown[1], _keys(schema), n=1) if unknown else []
+    return f"{message}.{f' Did you mean {near[0]}?' if near else ''} `--cfg job` prints every key and its value, `--help` the groups."
+
+
+def _keys(schema: type) -> set[str]:
+    fields = get_type_hints(schema)
+    return set(fields).union(*(_keys(kind) for kind in fields.values() if dataclasses.is_dataclass(kind)))
 
 
 def typed(schema: type[C], values: DictConfig) -> C:

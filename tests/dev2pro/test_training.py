@@ -78,6 +78,12 @@ def test_a_step_moves_the_weights_by_the_learning_rate(tiny, data):
     assert ((run.weights - before) * run.gradients[0] <= 0).all()
 
 
+def test_a_step_starts_from_no_gradient(tiny, data):
+    run = Run(tiny, data, lr=0.0, clip=1e9)
+    assert run.step() == run.step()
+    assert torch.equal(*run.gradients)
+
+
 def test_gradient_checkpointing_changes_nothing(tiny, data):
     plain, saving = Run(tiny, data), Run(tiny, data, checkpointing=True)
     assert saving.training.model.is_gradient_checkpointing
