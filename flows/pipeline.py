@@ -23,7 +23,7 @@ RunFolder = Annotated[str, StringConstraints(pattern=r"^runs(/[A-Za-z0-9][A-Za-z
 def recover(plan: Plan, seed: int, out: str) -> Artifact:
     """Fine-tunes the base at guidance 1.0."""
     place = folder(out, "recover")
-    return launch("recover", words(plan.common, plan.recover, out=place, seed=seed), place, plan.processes)
+    return launch("recover", words(plan.common, plan.recover, out=place, seed=seed), place, plan.processes.get("recover", 1))
 
 
 @task(task_run_name="lora {style} {arm}", cache_policy=NO_CACHE)
@@ -32,7 +32,7 @@ def lora(plan: Plan, seed: int, out: str, style: str, arm: str, recovered: Artif
     place = folder(out, "lora", style, arm)
     bases = {"base": plan.base, "teacher": plan.teacher, "recovered": recovered and folder(out, "recover")}
     own = {"out": place, "seed": seed, "arm": arm, "trained_on": bases[plan.arms[arm].base], "guidance": plan.arms[arm].guidance}
-    return launch("lora", words(plan.common, plan.lora, plan.styles[style], own), place)
+    return launch("lora", words(plan.common, plan.lora, plan.styles[style], own), place, plan.processes.get("lora", 1))
 
 
 @task(task_run_name="evaluate", cache_policy=NO_CACHE)
@@ -40,7 +40,7 @@ def evaluate(plan: Plan, seed: int, out: str, recovered: Artifact, loras: list[A
     """Puts every LoRA on every inference base and compares the pictures."""
     place = folder(out, "evaluate")
     own = {"out": place, "seed": seed, "recovered": folder(out, "recover"), "loras": [folder(out, "lora", s, a) for s, a in plan.pairs()]}
-    return launch("evaluate", words(plan.common, plan.evaluate, own), place)
+    return launch("evaluate", words(plan.common, plan.evaluate, own), place, plan.processes.get("evaluate", 1))
 
 
 @flow(name="dev2pro", flow_run_name="{plan} seed {seed}", task_runner=ThreadPoolTaskRunner())

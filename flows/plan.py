@@ -36,7 +36,7 @@ class Plan(BaseModel):
     styles: dict[Name, Overrides]
     arms: dict[Name, Arm]
     parallel: int = Field(default=1, ge=1)  # stages at the same time: one a GPU, or one a core
-    processes: int = Field(default=1, ge=1)  # ranks of recover
+    processes: dict[Literal["recover", "lora", "evaluate"], int] = {}  # ranks of a stage, where more than one
 
     def pairs(self) -> list[tuple[str, str]]:
         """(style, arm) of every LoRA; those that wait for the recovered model come last."""

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers import FluxTransformer2DModel
 from PIL import Image
 from torch import Tensor
@@ -68,15 +70,18 @@ def run(config: EvaluateConfig) -> Artifact:
     }
     parents = {p.name: p.path for p in places} | {"judge": config.judge, "prompts": config.prompts}
     parents |= {f"{style}/{one.inference['arm']}": one.uri for style, arms in by_style(loras).items() for one in arms}
-    if finished := artifact.begin(config.out, "evaluate", config, parents):
+    hands = distributed.accelerator(config.hardware)
+    with hands.main_process_first():
+        finished = artifact.begin(config.out, "evaluate", config, parents)
+    if finished:
         return finished
 
-    studio = Studio(config, prompts)
+    studio = Studio(config, prompts, hands)
     judged = {style: studio.judge.images(torch.stack([studio.pixels(p) for p in found])) for style, found in references.items()}
     cells: list[Cell] = []
-    with Log(config.out, "evaluate", sum(1 for _ in plan(places, loras))) as log:
+    with Log(config.out, "evaluate", sum(1 for _ in plan(places, loras)), hands.is_main_process) as log:
         ideal: dict[str, Tensor] = {}
-        for place, transformer in loaded(places, config):
+        for place, transformer in loaded(places, config, hands):
             for style, arm, path in plan([place], loras):
                 shown = studio.photograph(transformer, place, path)
                 if arm == "ideal":
@@ -92,10 +97,11 @@ def run(config: EvaluateConfig) -> Artifact:
         "bootstrap": config.bootstrap, "seed": config.seed,
     }  # fmt: skip
     result = {"settings": settings, **found, "recovery": recovery(config)}
-    (Path(config.out) / "metrics.json").write_text(json.dumps(result, indent=1) + "\n")
-    write_report(Path(config.out), result, cells, prompts)
+    if hands.is_main_process:
+        (Path(config.out) / "metrics.json").write_text(json.dumps(result, indent=1) + "\n")
+        write_report(Path(config.out), result, cells, prompts)
     summary = {"verdict": found["verdict"], "gains": found["gains"]}
-    return artifact.write(config.out, "evaluate", "evaluation", config, parents, step=len(cells), metrics=summary)
+    return artifact.publish(hands, config.out, "evaluate", "evaluation", config, parents, step=len(cells), metrics=summary)
 
 
 # ---- what to compare ---------------------------------------------------------------------------------------------------------
@@ -191,9 +197,8 @@ def recovery(config: EvaluateConfig) -> dict[str, Any] | None:
 class Studio:
     """Everything the cells share: prompts, noise, VAE and judge. A cell's pictures are (P, R, 3, H, W) in [0, 1]."""
 
-    def __init__(self, config: EvaluateConfig, prompts: list[str]) -> None:
-        self.config = config
-        self.place = distributed.accelerator(config.hardware)
+    def __init__(self, config: EvaluateConfig, prompts: list[str], place: Accelerator) -> None:
+        self.config, self.place = config, place
         self.dtype = distributed.DTYPES[config.hardware.dtype]
         self.encoders = flux.Encoders(config.model, self.dtype, self.place.device)
         self.texts = encodings.encode_texts(self.encoders, prompts, config.resolution, self.place.device, self.dtype)
@@ -206,13 +211,15 @@ class Studio:
         self.noise = torch.stack([sampling.start(config.seed, r, p, shape) for p, r in pairs])
 
     def photograph(self, transformer: FluxTransformer2DModel, place: Inference, path: str | None) -> Tensor:
-        """The pictures of one cell, on the CPU."""
+        """The pictures of one cell, on the CPU of every rank; the ranks share the work."""
         if path:
             lora.put_on(transformer, path)
-        some = [self._batch(transformer, place, rows) for rows in torch.arange(len(self.rows)).split(self.config.sampling.batch)]
+        batches = list(enumerate(torch.arange(len(self.rows)).split(self.config.sampling.batch)))
+        mine = batches[self.place.process_index :: self.place.num_processes]
+        some = gather_object([(number, self._batch(transformer, place, rows)) for number, rows in mine])
         if path:
             lora.take_off(transformer)
-        return torch.cat(some).unflatten(0, (-1, self.config.seeds))
+        return torch.cat([drawn for _, drawn in sorted(some, key=lambda pair: pair[0])]).unflatten(0, (-1, self.config.seeds))
 
     def _batch(self, transformer: FluxTransformer2DModel, place: Inference, rows: Tensor) -> Tensor:
         said, nothing = self.texts.conditioning(1 + self.rows[rows]), self.texts.unconditional(len(rows))
@@ -227,11 +234,10 @@ class Studio:
         return torch.from_numpy(picture.pixels(self.config.resolution)) / 2 + 0.5
 
 
-def loaded(places: list[Inference], config: EvaluateConfig) -> Iterator[tuple[Inference, FluxTransformer2DModel]]:
+def loaded(places: list[Inference], config: EvaluateConfig, hands: Accelerator) -> Iterator[tuple[Inference, FluxTransformer2DModel]]:
     """Each inference base with its transformer, one in memory at a time."""
-    place = distributed.accelerator(config.hardware)
     for one in places:
-        yield one, flux.load_transformer(one.path, distributed.DTYPES[config.hardware.dtype], config.model.variant).to(place.device).eval()
+        yield one, flux.load_transformer(one.path, distributed.DTYPES[config.hardware.dtype], config.model.variant).to(hands.device).eval()
 
 
 def measure(studio: Studio, shown: Tensor, style: Tensor, ideal: Tensor | None) -> tuple[dict[str, Tensor], float]:
