@@ -167,7 +167,7 @@ def test_a_plan_is_read(home):
     found = plan.read("own")
     assert found.common == {"experiment": "x", "steps": 3}
     assert found.arms == {"teacher@1": Arm(base="teacher", guidance=1.0)}
-    assert (found.parallel, found.processes) == (1, 1)
+    assert (found.parallel, found.processes) == (1, {})
 
 
 @pytest.mark.parametrize("name", ["nothing", "../evaluate", "", "miniature.yaml", "pipeline/own", "own\n"])
@@ -183,7 +183,8 @@ def test_a_plan_that_does_not_exist(home, name):
     ("change", "named"),
     [
         ({"parallel": 0}, "parallel"),
-        ({"processes": "many"}, "processes"),
+        ({"processes": {"recover": "many"}}, "processes.recover"),
+        ({"processes": {"judge": 2}}, "processes.judge"),
         ({"stlyes": {}}, "stlyes"),
         ({"base": None}, "base"),
         ({"arms": {"a": {"base": "pro", "guidance": 1}}}, "arms.a.base"),
