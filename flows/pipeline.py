@@ -50,7 +50,7 @@ def pipeline(plan: Name = "miniature", seed: int = 0, out: RunFolder = "runs/dem
     with at_most(what.parallel):
         recovered = recover.submit(what, seed, out)
         loras = [lora.submit(what, seed, out, style, arm, recovered if what.arms[arm].base == "recovered" else None) for style, arm in what.pairs()]
-        result = evaluate(what, seed, out, recovered, loras)
+        result = evaluate(what, seed, out, recovered.result(), [one.result() for one in loras])  # the first failure ends the flow
     create_markdown_artifact(key="verdict", markdown=f"{result.metrics['verdict']}\n\nReport: `{result.uri}/report.html`")
     return {"verdict": result.metrics["verdict"], "report": f"{result.uri}/report.html"}
 
