@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import webdataset
 from PIL import Image, ImageOps, UnidentifiedImageError
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from dev2pro.errors import DataError
 
@@ -56,6 +56,8 @@ class Picture:
             image = Image.open(io.BytesIO(self.encoded), formats=FORMATS)
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{self.place}: {image.width}x{image.height} pixels are more than {MAX_PIXELS:,}. Scale the picture down.")
+            if image.mode.startswith("I;16"):  # which Pillow would clip to white
+                image = image.convert("I").point(lambda value: value / 257).convert("L")
             upright = ImageOps.exif_transpose(image).convert("RGB")
         except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
             raise DataError(f"{self.place} is no readable JPEG, PNG or WebP picture ({error}). Replace or remove it.") from error
@@ -83,9 +85,12 @@ def read(sources: Sequence[str], what: str) -> list[Picture]:
 
 
 def _expand(source: str, what: str) -> list[Path]:
-    from braceexpand import braceexpand
+    from braceexpand import UnbalancedBracesError, braceexpand
 
-    places = [Path(p) for pattern in braceexpand(source) for p in sorted(glob.glob(pattern))]
+    try:
+        places = [Path(p) for pattern in braceexpand(source) for p in sorted(glob.glob(pattern))]
+    except UnbalancedBracesError:
+        places = [Path(p) for p in sorted(glob.glob(source))]
     if not places:
         raise DataError(f"{what}: nothing matches {source}. Correct the path; tars and folders on this machine can be read.")
     return places
@@ -101,22 +106,30 @@ def _folder(folder: Path) -> Iterator[Picture]:
 
 def _shard(tar: Path) -> Iterator[Picture]:
     try:
-        # No decoder and no gopen schemes: members come as bytes, and the path is a file that exists.
-        for sample in webdataset.WebDataset(f"file:{tar}", shardshuffle=False, nodesplitter=_everywhere, empty_check=False):
-            key = sample["__key__"]
-            suffix = next((s for s in SUFFIXES if s in sample), None)
-            if suffix is None:
-                raise DataError(f"{tar}:{key} has no picture (one of {', '.join(SUFFIXES)}; a key ends at its first dot). Write the shard again.")
-            if "txt" not in sample:
-                raise DataError(f"{tar}:{key}.{suffix} has no caption: the shard holds no {key}.txt beside it. Write the shard again.")
-            yield _captioned(key, f"{tar}:{key}.{suffix}", sample[suffix], sample["txt"])
+        _check_whole(tar)
+        # webdataset's own steps without its opener and its splitters: no path is a URL, and every process reads everything.
+        with tar.open("rb") as stream:
+            for sample in group_by_keys(tar_file_expander([{"url": str(tar), "stream": stream}])):
+                key = sample["__key__"]
+                suffix = next((s for s in SUFFIXES if s in sample), None)
+                if suffix is None:
+                    raise DataError(f"{tar}:{key} has no picture (one of {', '.join(SUFFIXES)}; a key ends at its first dot). Write the shard again.")
+                if "txt" not in sample:
+                    raise DataError(f"{tar}:{key}.{suffix} has no caption: the shard holds no {key}.txt beside it. Write the shard again.")
+                yield _captioned(key, f"{tar}:{key}.{suffix}", sample[suffix], sample["txt"])
     except (OSError, ValueError, tarfile.TarError) as error:
-        raise DataError(f"{tar} cannot be read as a WebDataset tar ({error}). Write or copy the shard again.") from error
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{tar} cannot be read as a WebDataset tar ({reason}). Write or copy the shard again.") from error
 
 
-def _everywhere(shards: Iterator[dict]) -> Iterator[dict]:
-    """Every rank reads every shard: a step's slots, not the shards, are what ranks share."""
-    return shards
+def _check_whole(tar: Path) -> None:
+    """Raises ReadError where a reader would end early without a word: at a damaged header, or where the end is missing."""
+    with tarfile.open(tar) as opened:
+        opened.getmembers()
+        assert opened.fileobj is not None
+        opened.fileobj.seek(opened.offset)
+        if opened.fileobj.read(512) != bytes(512):
+            raise tarfile.ReadError(f"it ends at byte {opened.offset} without an end mark")
 
 
 def _captioned(key: str, place: str, encoded: bytes, caption: bytes) -> Picture:

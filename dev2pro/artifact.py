@@ -80,7 +80,7 @@ def begin(out: str, stage: str, config: Any, parents: dict[str, str]) -> Artifac
     if there - STARTED:  # otherwise nothing was made yet, and whoever comes next may have the folder
         if CONFIG not in there:
             raise ConfigError(f"out={out} is not empty and no stage of dev2pro wrote it. Choose another out=, or empty that folder.")
-        _refuse_other(out, json.loads((folder / CONFIG).read_text()), claim)
+        _refuse_other(out, _read_json(folder / CONFIG), claim)
         return _finished(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / CONFIG, claim)
@@ -128,7 +128,7 @@ def write(
 ) -> Artifact:
     """Records everything under `out` as finished: hashes the files, then writes `artifact.json` by rename."""
     folder = Path(out)
-    files = [_file(folder, f) for f in sorted(folder.rglob("*")) if f.is_file() and f.name != RECORD]
+    files = [_file(folder, f) for f in sorted(folder.rglob("*")) if f.is_file() and f.name != RECORD and f.suffix != ".partial"]
     asked = identity(config)
     lineage = [{"role": role, "uri": uri, "id": fingerprint(uri)} for role, uri in parents.items()]
     content = [f for f in files if not f["path"].endswith((".jsonl", ".log"))]  # logs hold times, so they do not identify
@@ -169,13 +169,23 @@ def read(path: str) -> Artifact:
     record = Path(path) / RECORD
     if not record.is_file():
         raise ConfigError(f"{path} is no finished artifact: {record} is missing. Run the stage that makes it, or correct the path.")
+    values = _read_json(record)
+    if values.get("schema") != SCHEMA:
+        raise ConfigError(f"{record} has schema {values.get('schema')}; this version reads schema {SCHEMA}. Make it again.")
     try:
-        values = json.loads(record.read_text())
-        if values.get("schema") != SCHEMA:
-            raise ConfigError(f"{record} has schema {values.get('schema')}; this version reads schema {SCHEMA}. Make it again.")
         return Artifact(**values, uri=str(path))
-    except (ValueError, TypeError) as error:
+    except TypeError as error:
         raise ConfigError(f"{record} is damaged ({error}). Remove the folder and make it again.") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}). Remove the folder and make it again.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is damaged (it holds no JSON object). Remove the folder and make it again.")
+    return values
 
 
 def origin(path: str) -> Artifact | None:

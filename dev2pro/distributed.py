@@ -30,6 +30,8 @@ def accelerator(hardware: HardwareConfig) -> Accelerator:
     check_dtype("hardware.dtype", hardware.dtype)
     if hardware.device not in ("auto", "cpu"):
         raise ConfigError(f"hardware.device={hardware.device} is unknown. Choose auto or cpu; which GPU is CUDA_VISIBLE_DEVICES' to say.")
+    if hardware.mixed_precision not in ("no", "bf16"):
+        raise ConfigError(f"hardware.mixed_precision={hardware.mixed_precision} is unknown. Choose no or bf16.")
     if hardware.threads:
         torch.set_num_threads(hardware.threads)
     ranks = int(os.environ.get("WORLD_SIZE", 1))

@@ -95,9 +95,10 @@ def encode(encoders: Encoders, pictures: Iterable[np.ndarray], captions: Sequenc
 def encode_texts(encoders: Encoders, texts: Sequence[str], resolution: int, device: torch.device, dtype: torch.dtype) -> Texts:
     """Row 0 is the empty caption, row i + 1 is texts[i]. Raises ConfigError for a resolution (pixels) the VAE cannot cut into tokens."""
     side = encoders.pixels_per_token
-    if resolution % side:
+    if resolution < 1 or resolution % side:
         raise ConfigError(
-            f"A resolution of {resolution} pixels does not fit this model: its VAE needs a multiple of {side}. Choose {resolution // side * side}."
+            f"A resolution of {resolution} pixels does not fit this model: its VAE needs a multiple of {side}. "
+            f"Choose {max(1, resolution // side) * side}."
         )
     parts = [encoders.encode_text(list(some)) for some in batched(["", *texts], ENCODE_BATCH)]
     prompt, pooled = (torch.cat(p).to(device, dtype) for p in zip(*parts, strict=True))

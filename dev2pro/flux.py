@@ -58,7 +58,13 @@ def predict(transformer: torch.nn.Module, x_t: Tensor, t: Tensor, said: Conditio
 def load_transformer(path: str, dtype: torch.dtype = torch.float32, variant: str | None = None) -> FluxTransformer2DModel:
     """The transformer of a pipeline folder, an artifact of `recover` or `distill`, or a hub id. Checked before weights are read."""
     check_transformer(path)
-    return _or_explain(path, lambda: FluxTransformer2DModel.from_pretrained(path, subfolder="transformer", dtype=dtype, variant=variant))
+    transformer, found = _or_explain(
+        path,
+        lambda: FluxTransformer2DModel.from_pretrained(path, subfolder="transformer", dtype=dtype, variant=variant, output_loading_info=True),
+    )
+    if found["missing_keys"]:  # diffusers would make them up with a warning
+        raise ConfigError(f"The model in {path} cannot be read: its weights lack {min(found['missing_keys'])}. Download or convert it again.")
+    return transformer
 
 
 def check_transformer(path: str) -> dict[str, Any]:
@@ -122,6 +128,12 @@ class Encoders:
         self.pipeline = _or_explain(
             model.path, lambda: FluxPipeline.from_pretrained(model.path, transformer=None, dtype=dtype, variant=model.variant)
         ).to(device)
+        for tokens, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
+            known, wanted = len(getattr(self.pipeline, tokens)), getattr(self.pipeline, encoder).config.vocab_size
+            if known < 0.9 * wanted:  # transformers makes an empty tokenizer where the files are missing
+                raise ConfigError(
+                    f"The model in {model.path} cannot be read: {tokens} knows {known} pieces and {encoder} {wanted}. Download or convert it again."
+                )
         self.max_sequence_length = model.max_sequence_length
         self.device = device
 

@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from dev2pro.errors import ConfigError, TryAgainError
+from dev2pro.flux import HUB_ID
 
 BATCH = 64
 
@@ -19,13 +20,23 @@ class Judge:
 
     def __init__(self, path: str, device: torch.device) -> None:
         try:
-            self.clip = CLIPModel.from_pretrained(path, dtype=torch.float32).to(device).eval()
+            clip, found = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+            self.clip = clip.to(device).eval()
             self.tokenizer = AutoTokenizer.from_pretrained(path)
             self.processor = CLIPImageProcessorPil.from_pretrained(path)
+            lacking = sorted([*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])])
+            if lacking:  # transformers would make them up with a warning
+                raise ValueError(f"its weights lack {lacking[0]}")
+            if len(self.tokenizer) < 0.9 * clip.config.text_config.vocab_size:
+                raise ValueError(f"its tokenizer knows {len(self.tokenizer)} pieces and the model {clip.config.text_config.vocab_size}")
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             if Path(path).exists():
                 raise ConfigError(f"judge={path} is no readable CLIP model ({reason}). Give a transformers CLIPModel folder.") from error
+            if not HUB_ID.fullmatch(path):
+                raise ConfigError(
+                    f"judge={path} does not exist. Correct the path, or give a hub id such as openai/clip-vit-large-patch14."
+                ) from error
             raise TryAgainError(
                 f"judge={path} is no local folder and could not be fetched from the hub ({reason}). Check the name and the network."
             ) from error

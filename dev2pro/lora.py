@@ -65,7 +65,7 @@ def inject(transformer: FluxTransformer2DModel, config: AdapterConfig, seed: int
             transformer.add_adapter(PeftConfig(r=config.rank, lora_alpha=config.alpha, target_modules=check(config)))
         except ValueError as error:
             raise ConfigError(
-                f"adapter.targets={config.targets} fits no linear layer of this transformer ({error}). Presets: {', '.join(PRESETS)}."
+                f"adapter.targets={config.targets} must match linear layers of this transformer, and nothing else. Presets: {', '.join(PRESETS)}."
             ) from error
     for parameter in transformer.parameters():
         if parameter.requires_grad:
@@ -99,6 +99,13 @@ def read(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def put_on(transformer: FluxTransformer2DModel, path: str, strength: float = 1.0) -> None:
     """Puts a LoRA file on the transformer; `take_off` restores it exactly."""
     weights, _ = read(path)
+    modules = {f"transformer.{name}" for name, _ in transformer.named_modules()}
+    strange = [key for key in weights if re.sub(r"\.lora_[AB]\.weight$", "", key) not in modules]
+    if strange or not weights:  # diffusers would leave those out with a warning
+        raise ConfigError(
+            f"The LoRA {path} does not fit this transformer ({strange[0] if strange else 'it is empty'}). Apply it to the model family it was "
+            "trained on."
+        )
     try:
         transformer.load_lora_adapter(weights, prefix="transformer", adapter_name="style")
         transformer.set_adapters("style", strength)

@@ -72,10 +72,24 @@ def typed(schema: type[C], values: DictConfig) -> C:
     missing = sorted(OmegaConf.missing_keys(values))
     if missing:
         raise ConfigError(f"These values are required and were not given: {', '.join(missing)}. Add for example {missing[0]}=... to the command.")
+    check_ranges(values)
     try:
         return OmegaConf.to_object(values)  # type: ignore[return-value]
     except (OmegaConfBaseException, TypeError, AttributeError) as error:
         raise ConfigError(f"The configuration does not fit {schema.__name__}: {error}") from error
+
+
+COUNTS = ("steps", "batch", "micro_batch", "every", "samples", "bins", "seeds", "bootstrap", "resolution")  # 1 or more, in every stage
+SHARES = ("caption_dropout", "ema")  # 0 to 1
+
+
+def check_ranges(values: DictConfig, above: str = "") -> None:
+    """Raises ConfigError for a count of nothing or a share of more than everything."""
+    for key, value in values.items():
+        if isinstance(value, DictConfig):
+            check_ranges(value, f"{above}{key}.")
+        elif (key in COUNTS and value < 1) or (key in SHARES and not 0 <= value <= 1):
+            raise ConfigError(f"{above}{key}={value} cannot work. Choose {'1 or more' if key in COUNTS else 'a number from 0 to 1'}.")
 
 
 def _guarded(name: str, work: Callable[[], Artifact]) -> int:

@@ -92,8 +92,10 @@ class Training:
         with self.averaged() as model:
             state = self.place.get_state_dict(model)
             if self.place.is_main_process:
-                rounded = {name: value.to(dtype) for name, value in state.items()}
-                self.place.unwrap_model(model).save_pretrained(f"{out}/transformer", state_dict=rounded)
+                with torch.device("meta"):
+                    copy = FluxTransformer2DModel.from_config(self.place.unwrap_model(model).config)
+                copy.load_state_dict({name: value.to(dtype) for name, value in state.items()}, assign=True)
+                copy.save_pretrained(f"{out}/transformer")
 
     @contextmanager
     def averaged(self) -> Iterator[torch.nn.Module]:

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
+from hydra.core.override_parser.types import Quote, QuotedString
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from dev2pro.artifact import ROOT
 from dev2pro.errors import ConfigError
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.@+-]{0,63}$")]  # no slash, so no way out of a folder
+CONSTANTS = ("null", "true", "false", "nan", "inf")  # what Hydra reads as no string
 Overrides = dict[str, str | int | float | bool | list[str] | None]
 
 
@@ -45,9 +47,10 @@ class Plan(BaseModel):
 
 def read(name: str) -> Plan:
     """The plan of a name. Raises ConfigError for one that is not there or not right."""
-    path = ROOT / "conf" / "pipeline" / f"{name}.yaml"
+    place = ROOT / "conf" / "pipeline"
+    path = place / f"{name}.yaml"
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or not path.is_file():
-        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
+        known = ", ".join(sorted(p.stem for p in place.glob("*.yaml")))
         raise ConfigError(f"plan={name} is not in conf/pipeline. Choose one of {known}, or write {name}.yaml there.")
     try:
         plan = Plan.model_validate(yaml.safe_load(path.read_text()))
@@ -69,8 +72,9 @@ def _quoted(value: Any) -> str:
         return "[" + ",".join(map(_quoted, value)) + "]"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z0-9_./-]+", value):
-        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    if isinstance(value, str) and (not re.fullmatch(r"[A-Za-z_/][A-Za-z0-9_./-]*", value) or value.lower() in CONSTANTS):
+        literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # OmegaConf's own escape: nothing is an interpolation
+        return QuotedString(literal, Quote.single).with_quotes()
     return str(value)
 
 
