@@ -150,7 +150,7 @@ def write_shards(folder: Path, seed: int) -> None:
     for name, style in STYLES.items():
         write_shard(folder / f"shards/{name}/train-000000.tar", _balanced(train, 100), style, seed)
         write_shard(folder / f"shards/{name}/heldout-000000.tar", _balanced(held_out, 60), style, seed)
-    (folder / "prompts.json").write_text(json.dumps([PHRASINGS[0].format(name) for name in NAMES], indent=1) + "\n")
+    (folder / "prompts.json").write_text(json.dumps([[phrase.format(name) for phrase in PHRASINGS] for name in NAMES], indent=1) + "\n")
 
 
 def _balanced(digits: list[Digit], count: int) -> list[Digit]:

@@ -10,13 +10,14 @@ from torch import Tensor
 LEVEL = 0.95
 
 
-def r_precision(images: Tensor, prompts: Tensor) -> Tensor:
-    """1 where a picture's nearest prompt is its own, else 0: (P, R) from unit vectors images (P, R, D), prompts (P, D).
+def r_precision(images: Tensor, prompts: Tensor, meaning: Tensor) -> Tensor:
+    """1 where a picture's nearest prompt means what its own does, else 0: (P, R) from unit vectors images (P, R, D), prompts (P, D).
 
+    `meaning` (P,) numbers the meanings: prompts that say the same in other words have the same number.
     CLIP R-precision, Park et al. 2021 (https://openreview.net/forum?id=bKBhQhPeKaF), over the prompt set itself.
     """
     nearest = (images @ prompts.T).argmax(-1)
-    return (nearest == torch.arange(len(prompts))[:, None]).float()
+    return (meaning[nearest] == meaning[:, None]).float()
 
 
 def clip_score(images: Tensor, prompts: Tensor) -> Tensor:

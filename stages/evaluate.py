@@ -60,7 +60,7 @@ class Inference:
 def run(config: EvaluateConfig) -> Artifact:
     """Samples and judges every cell; writes metrics.json, report.html, sheets/*.png and artifact.json into `config.out`."""
     config.sampling.check()
-    prompts = read_prompts(config.prompts)
+    groups = read_prompts(config.prompts)
     loras = find_loras(config)
     places = inferences(config)
     for place in places:
@@ -76,7 +76,7 @@ def run(config: EvaluateConfig) -> Artifact:
     if finished:
         return finished
 
-    studio = Studio(config, prompts, hands)
+    studio = Studio(config, groups, hands)
     judged = {style: studio.judge.images(torch.stack([studio.pixels(p) for p in found])) for style, found in references.items()}
     cells: list[Cell] = []
     with Log(config.out, "evaluate", sum(1 for _ in plan(places, loras)), hands.is_main_process) as log:
@@ -87,19 +87,19 @@ def run(config: EvaluateConfig) -> Artifact:
                 if arm == "ideal":
                     ideal[style] = shown
                 values, kid = measure(studio, shown, judged[style], ideal.get(style))
-                cells.append(Cell(style, arm, place.name, place.guidance, place.cfg_scale, values, kid, thumbnails(shown)))
+                cells.append(Cell(style, arm, place.name, place.guidance, place.cfg_scale, values, kid, thumbnails(shown, studio.meaning)))
                 log.step(len(cells), fidelity=values["prompt_fidelity"].mean().item())
 
     found = comparison.compare(cells, kinds(config, loras), config.bootstrap, config.seed)
     settings = {
-        "model": config.model.path, "judge": config.judge, "prompts": prompts, "seeds": config.seeds, "steps": config.sampling.steps,
-        "guidance": config.model.usual_guidance, "cfg_scale": config.sampling.cfg_scale, "images_per_cell": len(prompts) * config.seeds,
-        "bootstrap": config.bootstrap, "seed": config.seed,
+        "model": config.model.path, "judge": config.judge, "prompts": [p for group in groups for p in group], "meanings": len(groups),
+        "seeds": config.seeds, "steps": config.sampling.steps, "guidance": config.model.usual_guidance, "cfg_scale": config.sampling.cfg_scale,
+        "images_per_cell": len(studio.rows), "bootstrap": config.bootstrap, "seed": config.seed,
     }  # fmt: skip
     result = {"settings": settings, **found, "recovery": recovery(config)}
     if hands.is_main_process:
         (Path(config.out) / "metrics.json").write_text(json.dumps(result, indent=1) + "\n")
-        write_report(Path(config.out), result, cells, prompts)
+        write_report(Path(config.out), result, cells, [group[0] for group in groups])
     summary = {"verdict": found["verdict"], "gains": found["gains"]}
     return artifact.publish(hands, config.out, "evaluate", "evaluation", config, parents, step=len(cells), metrics=summary)
 
@@ -107,18 +107,20 @@ def run(config: EvaluateConfig) -> Artifact:
 # ---- what to compare ---------------------------------------------------------------------------------------------------------
 
 
-def read_prompts(path: str) -> list[str]:
-    """A JSON list of prompts, or a text file with one a line."""
+def read_prompts(path: str) -> list[list[str]]:
+    """Prompts grouped by meaning, from a JSON list (of prompts, or of lists that say the same in other words) or a text file, one a line."""
     try:
         text = Path(path).read_text()
         prompts = json.loads(text) if path.endswith(".json") else [line for line in text.splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise ConfigError(f"prompts={path} cannot be read ({error}). Give a JSON list of prompts, or a text file with one a line.") from error
-    if len(prompts) < 2 or len(set(prompts)) < len(prompts) or not all(isinstance(p, str) and p.strip() for p in prompts):
+    groups = [[p] if isinstance(p, str) else p for p in prompts]
+    every = [p for group in groups if isinstance(group, list) for p in group]
+    if len(groups) < 2 or not all(groups) or not all(isinstance(p, str) and p.strip() for p in every) or len(set(every)) < len(every):
         raise ConfigError(
             f"prompts={path} must hold at least two prompts, all different and none empty: R-precision asks which of them a picture shows."
         )
-    return prompts
+    return groups
 
 
 def find_loras(config: EvaluateConfig) -> list[Artifact]:
@@ -197,8 +199,10 @@ def recovery(config: EvaluateConfig) -> dict[str, Any] | None:
 class Studio:
     """Everything the cells share: prompts, noise, VAE and judge. A cell's pictures are (P, R, 3, H, W) in [0, 1]."""
 
-    def __init__(self, config: EvaluateConfig, prompts: list[str], place: Accelerator) -> None:
+    def __init__(self, config: EvaluateConfig, groups: list[list[str]], place: Accelerator) -> None:
         self.config, self.place = config, place
+        prompts = [prompt for group in groups for prompt in group]
+        self.meaning = torch.tensor([number for number, group in enumerate(groups) for _ in group])
         self.dtype = distributed.DTYPES[config.hardware.dtype]
         self.encoders = flux.Encoders(config.model, self.dtype, self.place.device)
         self.texts = encodings.encode_texts(self.encoders, prompts, config.resolution, self.place.device, self.dtype)
@@ -245,7 +249,7 @@ def measure(studio: Studio, shown: Tensor, style: Tensor, ideal: Tensor | None) 
     judged = studio.judge.images(shown.flatten(0, 1))
     by_prompt = judged.unflatten(0, shown.shape[:2])
     values = {
-        "prompt_fidelity": metrics.r_precision(by_prompt, studio.prompts),
+        "prompt_fidelity": metrics.r_precision(by_prompt, studio.prompts, studio.meaning),
         "clip_score": metrics.clip_score(by_prompt, studio.prompts),
         "style_similarity": metrics.style_similarity(by_prompt, style),
         "diversity": metrics.diversity(by_prompt),
@@ -258,9 +262,10 @@ def measure(studio: Studio, shown: Tensor, style: Tensor, ideal: Tensor | None) 
 # ---- pictures for people -------------------------------------------------------------------------------------------------------
 
 
-def thumbnails(shown: Tensor) -> list[list[Image.Image]]:
-    """The pictures of the first seeds as PIL images: [seed][prompt]."""
-    ready = (shown[:, :SHOWN_SEEDS] * 255).round().byte().permute(1, 0, 3, 4, 2).numpy()
+def thumbnails(shown: Tensor, meaning: Tensor) -> list[list[Image.Image]]:
+    """The pictures of the first seeds and of the first prompt of each meaning, as PIL images: [seed][meaning]."""
+    first = [int((meaning == number).nonzero()[0]) for number in meaning.unique()]
+    ready = (shown[first, :SHOWN_SEEDS] * 255).round().byte().permute(1, 0, 3, 4, 2).numpy()
     return [[Image.fromarray(picture) for picture in row] for row in ready]
 
 

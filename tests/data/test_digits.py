@@ -99,4 +99,4 @@ def test_the_written_world_is_balanced_and_prompts_every_digit(train, tmp_path, 
         found = pictures.read([f"{tmp_path}/shards/neon/{part}-*.tar"], "data")
         of_class = [sum(name in p.caption.split() for p in found) for name in digits.NAMES]
         assert of_class == [count // 10] * 10
-    assert json.loads((tmp_path / "prompts.json").read_text()) == [f"a handwritten {name}" for name in digits.NAMES]
+    assert json.loads((tmp_path / "prompts.json").read_text()) == [[phrase.format(name) for phrase in digits.PHRASINGS] for name in digits.NAMES]

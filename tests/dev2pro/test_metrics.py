@@ -21,13 +21,13 @@ def unit(*shape: int) -> Tensor:
 def test_r_precision_asks_for_the_picture_s_own_prompt():
     prompts = torch.eye(3)
     images = torch.stack([prompts[[0, 0]], prompts[[1, 2]], prompts[[0, 1]]])  # two pictures each
-    assert metrics.r_precision(images, prompts).tolist() == [[1, 1], [1, 0], [0, 0]]
+    assert metrics.r_precision(images, prompts, torch.arange(len(prompts))).tolist() == [[1, 1], [1, 0], [0, 0]]
 
 
 def test_r_precision_by_loop():
     images, prompts = unit(5, 7, 16), unit(5, 16)
     naive = [[float(max(range(5), key=lambda k: float(images[p, r] @ prompts[k])) == p) for r in range(7)] for p in range(5)]
-    assert metrics.r_precision(images, prompts).tolist() == naive
+    assert metrics.r_precision(images, prompts, torch.arange(len(prompts))).tolist() == naive
 
 
 def test_clip_score_is_a_clamped_percentage_with_the_own_prompt():

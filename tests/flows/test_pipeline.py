@@ -104,7 +104,7 @@ def test_stock_diffusers_loads_what_was_written_and_draws_the_same(first):
     loaded = FluxTransformer2DModel.from_pretrained(ROOT / OUT / "recover", subfolder="transformer")
     style = str(ROOT / OUT / "lora/chalk/recovered@1")
     for transformer, path, guidance in ((None, BASE, 3.5), (loaded, str(ROOT / OUT / "recover"), 1.0)):
-        studio = Studio(evaluate_config(), ["a handwritten two", "a handwritten six"], Accelerator(cpu=True))
+        studio = Studio(evaluate_config(), [["a handwritten two"], ["a handwritten six"]], Accelerator(cpu=True))
         ours = studio.photograph(FluxTransformer2DModel.from_pretrained(path, subfolder="transformer"), Inference("x", path, guidance, 1.0), style)
         stock = FluxPipeline.from_pretrained(BASE, **({"transformer": transformer} if transformer else {}))
         stock.set_progress_bar_config(disable=True)
