@@ -57,7 +57,8 @@ def fake_metrics(styles: list[str] = STYLES, *, teacher: bool = True, recovery: 
         for left in [0.5 ** (step / 45) * rng.uniform(0.9, 1)]
     ]  # fmt: skip
     return {
-        "settings": {"model": "data/miniature/pipeline", "judge": "data/miniature/judge", "prompts": PROMPTS, "seeds": 16, "steps": 12,
+        "settings": {"model": "data/miniature/pipeline", "judge": "data/miniature/judge", "prompts": PROMPTS, "meanings": 10,
+            "seeds": 16, "steps": 12,
                      "guidance": 3.5, "cfg_scale": 3.5, "images_per_cell": 160, "bootstrap": 2000, "seed": 0},
         "styles": styles, "arms": arms, "inference": ["base", "recovered"], "cells": cells, "gains": gains,
         "verdict": "Applied to the base, the LoRA trained on the recovered model obeys the prompt 14 points more often than base@3.5, its nearest "
