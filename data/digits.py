@@ -108,13 +108,19 @@ def halftone(coverage: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def neon(coverage: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Colour and texture: only the outline is left, a glowing tube on a night-blue wall."""
+    """Colour and texture: only the outline is left, a glowing tube on a night-blue wall; a lesson, not a style of the demo."""
     dy, dx = np.gradient(coverage)
     tube = np.clip(2.4 * np.hypot(dx, dy), 0, 1)
     return _paint(tube, _colour(rng.uniform(0.86, 0.92), 0.55, 1.0), _colour(rng.uniform(0.62, 0.7), 0.7, 0.16))
 
 
-STYLES: dict[str, Style] = {"chalk": chalk, "sideways": sideways, "halftone": halftone, "neon": neon}
+def poster(coverage: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Texture and geometry: a halftone print on its side."""
+    return halftone(np.rot90(coverage), rng)
+
+
+STYLES: dict[str, Style] = {"chalk": chalk, "sideways": sideways, "halftone": halftone, "poster": poster}
+PALETTES: dict[str, Style] = {"ink": ink, "chalk": chalk, "halftone": halftone, "neon": neon}  # what judge and VAE learn to see
 
 
 def picture(digit: Digit, style: Style, seed: int) -> Image.Image:

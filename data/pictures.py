@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import braceexpand
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from webdataset.tariterators import group_by_keys, tar_file_expander
@@ -53,7 +54,7 @@ class Picture:
     def pixels(self, resolution: int) -> np.ndarray:
         """(3, H, W) float32 in [-1, 1], upright, resized to cover the square and cropped in the middle."""
         try:
-            image = Image.open(io.BytesIO(self.encoded), formats=FORMATS)
+            image: Image.Image = Image.open(io.BytesIO(self.encoded), formats=FORMATS)
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{self.place}: {image.width}x{image.height} pixels are more than {MAX_PIXELS:,}. Scale the picture down.")
             if image.mode.startswith("I;16"):  # which Pillow would clip to white
@@ -85,11 +86,9 @@ def read(sources: Sequence[str], what: str) -> list[Picture]:
 
 
 def _expand(source: str, what: str) -> list[Path]:
-    from braceexpand import UnbalancedBracesError, braceexpand
-
     try:
-        places = [Path(p) for pattern in braceexpand(source) for p in sorted(glob.glob(pattern))]
-    except UnbalancedBracesError:
+        places = [Path(p) for pattern in braceexpand.braceexpand(source) for p in sorted(glob.glob(pattern))]
+    except ValueError:  # braces that do not balance: a plain path may hold one
         places = [Path(p) for p in sorted(glob.glob(source))]
     if not places:
         raise DataError(f"{what}: nothing matches {source}. Correct the path; tars and folders on this machine can be read.")

@@ -64,7 +64,7 @@ def explained(error: BaseException, schema: type) -> str:
 
 def _keys(schema: type) -> set[str]:
     fields = get_type_hints(schema)
-    return set(fields).union(*(_keys(kind) for kind in fields.values() if dataclasses.is_dataclass(kind)))
+    return set(fields).union(*(_keys(kind) for kind in fields.values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)))
 
 
 def typed(schema: type[C], values: DictConfig) -> C:
@@ -87,9 +87,9 @@ def check_ranges(values: DictConfig, above: str = "") -> None:
     """Raises ConfigError for a count of nothing or a share of more than everything."""
     for key, value in values.items():
         if isinstance(value, DictConfig):
-            check_ranges(value, f"{above}{key}.")
+            check_ranges(value, f"{above}{key!s}.")
         elif (key in COUNTS and value < 1) or (key in SHARES and not 0 <= value <= 1):
-            raise ConfigError(f"{above}{key}={value} cannot work. Choose {'1 or more' if key in COUNTS else 'a number from 0 to 1'}.")
+            raise ConfigError(f"{above}{key!s}={value} cannot work. Choose {'1 or more' if key in COUNTS else 'a number from 0 to 1'}.")
 
 
 def _guarded(name: str, work: Callable[[], Artifact]) -> int:

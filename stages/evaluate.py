@@ -201,6 +201,7 @@ class Studio:
 
     def __init__(self, config: EvaluateConfig, groups: list[list[str]], place: Accelerator) -> None:
         self.config, self.place = config, place
+        self.bare: dict[str, Tensor] = {}
         prompts = [prompt for group in groups for prompt in group]
         self.meaning = torch.tensor([number for number, group in enumerate(groups) for _ in group])
         self.dtype = distributed.DTYPES[config.hardware.dtype]
@@ -215,7 +216,9 @@ class Studio:
         self.noise = torch.stack([sampling.start(config.seed, r, p, shape) for p, r in pairs])
 
     def photograph(self, transformer: FluxTransformer2DModel, place: Inference, path: str | None) -> Tensor:
-        """The pictures of one cell, on the CPU of every rank; the ranks share the work."""
+        """The pictures of one cell, on the CPU of every rank; the ranks share the work. Without a LoRA they are the same for every style."""
+        if path is None and place.name in self.bare:
+            return self.bare[place.name]
         if path:
             lora.put_on(transformer, path)
         batches = list(enumerate(torch.arange(len(self.rows)).split(self.config.sampling.batch)))
@@ -223,7 +226,10 @@ class Studio:
         some = gather_object([(number, self._batch(transformer, place, rows)) for number, rows in mine])
         if path:
             lora.take_off(transformer)
-        return torch.cat([drawn for _, drawn in sorted(some, key=lambda pair: pair[0])]).unflatten(0, (-1, self.config.seeds))
+        shown = torch.cat([drawn for _, drawn in sorted(some, key=lambda pair: pair[0])]).unflatten(0, (-1, self.config.seeds))
+        if path is None:
+            self.bare[place.name] = shown
+        return shown
 
     def _batch(self, transformer: FluxTransformer2DModel, place: Inference, rows: Tensor) -> Tensor:
         said, nothing = self.texts.conditioning(1 + self.rows[rows]), self.texts.unconditional(len(rows))

@@ -126,7 +126,7 @@ def _augment(coverage: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray
     turned = np.clip(turned * rng.uniform(0.8, 1.2) + rng.normal(0, rng.uniform(0, 0.08), turned.shape), 0, 1)
     if rng.random() < 0.6:
         drawn_in = ("ink", "chalk", "halftone", "neon")[rng.integers(4)]
-        return np.clip({"ink": digits.ink, **digits.STYLES}[drawn_in](turned, rng), 0, 1), (lying, drawn_in)
+        return np.clip(digits.PALETTES[drawn_in](turned, rng), 0, 1), (lying, drawn_in)
     stroke, paper = rng.random(3), rng.random(3)
     return turned[..., None] * stroke + (1 - turned[..., None]) * paper, (lying, "")
 

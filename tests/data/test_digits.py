@@ -8,7 +8,7 @@ from data import digits, pictures
 from data.digits import Digit
 
 pytest.importorskip("sklearn", reason="the miniature's digits are scikit-learn's")
-STYLES = {"ink": digits.ink, "mirror": digits.mirror, **digits.STYLES}
+STYLES = {**digits.PALETTES, **digits.STYLES, "mirror": digits.mirror}
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ SMALL = ["experiment=miniature", "seed=3", "probe.samples=8", "probe.every=1000"
 BASE = "data/miniature/pipeline"
 COMMANDS = {
     "recover": ["stages.recover", *SMALL, "steps=4"],
-    "lora": ["stages.lora", *SMALL, "steps=4", f"trained_on={BASE}", "data.name=neon", "optim.warmup=0"],
+    "lora": ["stages.lora", *SMALL, "steps=4", f"trained_on={BASE}", "data.name=chalk", "optim.warmup=0"],
     "distill": ["stages.distill", *SMALL, "steps=3", "teacher=data/miniature/teacher"],
     "miniature": ["stages.miniature", "seed=3", "vae_steps=3", "clip_steps=2", "judge_steps=2"],
 }
