@@ -101,12 +101,14 @@ def test_stock_diffusers_loads_what_was_written_and_draws_the_same(first):
     """The transformer and the LoRA through diffusers alone: the same pictures as evaluate's, within 1e-3 of a pixel's range."""
     from stages.evaluate import Inference, Studio
 
-    loaded = FluxTransformer2DModel.from_pretrained(ROOT / OUT / "recover", subfolder="transformer")
+    loaded = FluxTransformer2DModel.from_pretrained(ROOT / OUT / "recover", subfolder="transformer", dtype=torch.float32)
     style = str(ROOT / OUT / "lora/chalk/recovered@1")
     for transformer, path, guidance in ((None, BASE, 3.5), (loaded, str(ROOT / OUT / "recover"), 1.0)):
         studio = Studio(evaluate_config(), [["a handwritten two"], ["a handwritten six"]], Accelerator(cpu=True))
-        ours = studio.photograph(FluxTransformer2DModel.from_pretrained(path, subfolder="transformer"), Inference("x", path, guidance, 1.0), style)
-        stock = FluxPipeline.from_pretrained(BASE, **({"transformer": transformer} if transformer else {}))
+        ours = studio.photograph(
+            FluxTransformer2DModel.from_pretrained(path, subfolder="transformer", dtype=torch.float32), Inference("x", path, guidance, 1.0), style
+        )
+        stock = FluxPipeline.from_pretrained(BASE, dtype=torch.float32, **({"transformer": transformer} if transformer else {}))
         stock.set_progress_bar_config(disable=True)
         stock.load_lora_weights(style)
         noise = torch.stack([draws.normal(7, "picture", 0, [p], (16, 16))[0] for p in range(2)])
