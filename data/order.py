@@ -4,7 +4,7 @@ from functools import lru_cache
 
 import numpy as np
 
-ORDER_VERSION = 1  # part of every artifact's record: another arithmetic is another version
+ORDER_VERSION = 1  # raised when the arithmetic changes, which a test with a recorded order notices
 
 
 def samples(count: int, seed: int, step: int, batch: int) -> np.ndarray:

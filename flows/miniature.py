@@ -15,7 +15,7 @@ stage = task(launch, name="stage", task_run_name="{stage}", cache_policy=NO_CACH
 
 @flow(name="miniature")
 def miniature(out: str = "runs/miniature") -> None:
-    """Trains every part with fixed seeds and puts the result in place; some 40 minutes on two cores."""
+    """Trains every part with fixed seeds and puts the result in place."""
     parts, teacher, base = (folder(out, name) for name in ("parts", "teacher", "base"))
     world = {"experiment": "miniature", "model.path": f"{parts}/pipeline", "save_dtype": "bfloat16", "hardware.threads": 2}
     from_nothing = {"steps": 4000, "batch": 64, "ema": 0.995, "caption_dropout": 0.15, "probe.every": 500, "teacher": None}
