@@ -30,7 +30,7 @@ def compare(cells: list[Cell], kinds: dict[str, str], draws: int, seed: int) -> 
     """styles, arms, inference, cells with 95% intervals, gains of the recovered arms over the base's arms, and a verdict.
 
     `kinds`: arm -> what it was trained on (recovered, base or teacher). A gain is a paired difference on the inference base
-    "base", signed so that more is better; style "all" is the mean over styles.
+    "base", signed so that more is better; style None is the mean over styles.
     """
     prompts, repetitions = cells[0].values["prompt_fidelity"].shape
     bootstrap = Bootstrap(prompts, repetitions, draws, seed)
@@ -56,13 +56,13 @@ def _row(cell: Cell, bootstrap: Bootstrap) -> dict[str, Any]:
     return {**place, **{name: bootstrap.interval(v) for name, v in cell.values.items()}, "kid": {"mean": cell.kid}}
 
 
-def _differences(cells: list[Cell], arm: str, rival: str, metric: str) -> dict[str, Tensor]:
-    """style -> paired differences (P, R), for the styles that have both arms; and their mean as "all"."""
+def _differences(cells: list[Cell], arm: str, rival: str, metric: str) -> dict[str | None, Tensor]:
+    """style -> paired differences (P, R), for the styles that have both arms; and under None, which no style can be called, their mean."""
     on_base = {(c.style, c.arm): c.values[metric] for c in cells if c.inference == "base" and metric in c.values}
     styles = [style for style, a in on_base if a == arm and (style, rival) in on_base]
     sign = -1 if metric in LOWER_IS_BETTER else 1
     found = {style: sign * (on_base[style, arm] - on_base[style, rival]) for style in styles}
-    return {**found, "all": torch.stack(list(found.values())).mean(0)} if found else {}
+    return {**found, None: torch.stack(list(found.values())).mean(0)} if found else {}
 
 
 def verdict(gains: list[dict[str, Any]]) -> str:
@@ -70,10 +70,10 @@ def verdict(gains: list[dict[str, Any]]) -> str:
     fidelity = [g for g in gains if g["metric"] == "prompt_fidelity"]
     if not fidelity:
         return "Nothing to compare: this needs a LoRA trained on the recovered model and one trained on the base, in the same style."
-    overall = min((g for g in fidelity if g["style"] == "all"), key=lambda g: g["mean"])
+    overall = min((g for g in fidelity if g["style"] is None), key=lambda g: g["mean"])
     by_style: dict[str, list[dict[str, Any]]] = {}
     for gain in fidelity:
-        if gain["style"] != "all":
+        if gain["style"] is not None:
             by_style.setdefault(gain["style"], []).append(gain)
     better = [s for s, some in by_style.items() if all(g["low"] > 0 for g in some)]
     worse = [s for s, some in by_style.items() if any(g["high"] < 0 for g in some)]

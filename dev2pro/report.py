@@ -165,7 +165,7 @@ def _best(column: Iterable[tuple[str, dict[str, float] | None]], metric: Metric)
 
 def _forest(metrics: dict[str, Any], metric: Metric) -> dict[str, Any]:
     """The gains in one metric: groups (arm against rival) of rows, with every x in per cent of the plot's width."""
-    gains = [g for g in metrics["gains"] if g["metric"] == metric.key and (g["style"] != "all" or len(metrics["styles"]) > 1)]
+    gains = [g for g in metrics["gains"] if g["metric"] == metric.key and (g["style"] is not None or len(metrics["styles"]) > 1)]
     ends = [g[end] * metric.scale for g in gains for end in ("low", "high")] + [0.0]
     margin = 0.06 * (max(ends) - min(ends)) or 1.0
     low, high = min(ends) - margin, max(ends) + margin
@@ -174,7 +174,7 @@ def _forest(metrics: dict[str, Any], metric: Metric) -> dict[str, Any]:
         return round(100 * (value - low) / (high - low), 2)
 
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for gain in sorted(gains, key=lambda g: g["style"] == "all"):
+    for gain in sorted(gains, key=lambda g: g["style"] is None):
         proof = "gain" if gain["low"] > 0 else "loss" if gain["high"] < 0 else "unsure"
         at = {key: x(gain[key] * metric.scale) for key in ("mean", "low", "high")}
         groups.setdefault((gain["arm"], gain["rival"]), []).append({**gain, "proof": proof, "x": at})

@@ -16,15 +16,18 @@ stage = task(launch, name="stage", task_run_name="{stage}", cache_policy=NO_CACH
 @flow(name="miniature")
 def miniature(out: str = "runs/miniature") -> None:
     """Trains every part with fixed seeds and puts the result in place."""
-    parts, teacher, base = (folder(out, name) for name in ("parts", "teacher", "base"))
-    world = {"experiment": "miniature", "model.path": f"{parts}/pipeline", "save_dtype": "bfloat16", "hardware.threads": 2}
+    parts, judge, teacher, base = (folder(out, name) for name in ("parts", "judge", "teacher", "base"))
+    world = {"experiment": "miniature", "model.path": f"{parts}/pipeline", "save_dtype": "bfloat16"}
     from_nothing = {"steps": 4000, "batch": 64, "ema": 0.995, "caption_dropout": 0.15, "probe.every": 500, "teacher": None}
-    with at_most(1):
-        stage("miniature", words(out=parts), parts)
-        for name in ("shards", "judge", "pipeline", "prompts.json"):
+    with at_most(2):  # a core each
+        judged = stage.submit("miniature", words(out=judge, part="judge"), judge)
+        stage("miniature", words(out=parts, part="pipeline"), parts)
+        for name in ("shards", "pipeline", "prompts.json"):
             install(f"{parts}/{name}", name)
         stage("recover", words(world, from_nothing, {"out": teacher}), teacher)
         stage("distill", words(world, {"out": base, "teacher": teacher}), base)
+        judged.result()
+    install(f"{judge}/judge", "judge")
     install(f"{teacher}/transformer", "teacher/transformer")
     install(f"{base}/transformer", "pipeline/transformer")
 

@@ -1,12 +1,13 @@
-"""Makes the miniature's frozen parts: tokenizers, T5, CLIP, judge, VAE, and a transformer that has learnt nothing yet.
+"""Makes the miniature's frozen parts: the pipeline (tokenizers, T5, CLIP, VAE, a transformer that has learnt nothing yet) or the judge.
 
-`make miniature` runs this, then trains the teacher with `stages.recover` and distils the base with `stages.distill`.
+`make miniature` runs this for both, trains the teacher with `stages.recover` and distils the base with `stages.distill`.
 """
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from transformers import (
 from data import digits
 from dev2pro import artifact, stage
 from dev2pro.artifact import Artifact
+from dev2pro.errors import ConfigError
 from dev2pro.log import Log
 
 WIDTH = 64  # of the text encoders and the judge
@@ -40,6 +42,7 @@ class MiniatureConfig:
     """See conf/miniature.yaml."""
 
     out: str
+    part: str
     seed: int
     vae_steps: int
     clip_steps: int
@@ -50,21 +53,38 @@ class MiniatureConfig:
 
 
 def run(config: MiniatureConfig) -> Artifact:
-    """Writes shards, `pipeline/` (its transformer untrained) and `judge/` into `config.out`."""
+    """Writes the shards, the prompts and `pipeline/`, or `judge/`, into `config.out`."""
+    if config.part not in PARTS:
+        raise ConfigError(f"part={config.part} is not made here. Choose one of {', '.join(PARTS)}.")
     if finished := artifact.begin(config.out, "miniature", config, {}):
         return finished
-    out = Path(config.out)
+    torch.set_num_threads(1)  # the two parts run side by side, a core each
+    steps, metrics = PARTS[config.part](config, Path(config.out), *digits.load())
+    return artifact.write(config.out, "miniature", config.part, config, {}, step=steps, metrics=metrics)
+
+
+def make_pipeline(config: MiniatureConfig, out: Path, train: list[digits.Digit], held_out: list[digits.Digit]) -> tuple[int, dict[str, Any]]:
+    """Shards, prompts.json and `pipeline/`; returns steps and metrics."""
     digits.write_shards(out, config.seed)
-    train, held_out = digits.load()
     clip_tokens, t5_tokens = tokenizers()
-    with Log(config.out, "miniature", config.vae_steps + config.clip_steps + config.judge_steps) as log:
-        vae = train_vae(config, train, log, 0)
+    with Log(config.out, "pipeline", config.vae_steps + config.clip_steps) as log:
+        vae = train_vae(config, train, log)
         clip = train_clip(config, train, clip_tokens, config.clip_steps, config.seed, log, config.vae_steps)
-        judge = train_clip(config, train, clip_tokens, config.judge_steps, config.seed + 1, log, config.vae_steps + config.clip_steps)
-    metrics = {"vae_mse": vae_error(vae, held_out), "judge_accuracy": judge_accuracy(judge, clip_tokens, held_out)}
-    save_judge(judge, clip_tokens, out / "judge")
     save_pipeline(config, vae, clip, clip_tokens, t5_tokens, out / "pipeline")
-    return artifact.write(config.out, "miniature", "pipeline", config, {}, step=log.total, metrics=metrics)
+    return log.total, {"vae_mse": vae_error(vae, held_out)}
+
+
+def make_judge(config: MiniatureConfig, out: Path, train: list[digits.Digit], held_out: list[digits.Digit]) -> tuple[int, dict[str, Any]]:
+    """`judge/`; returns steps and metrics."""
+    tokens, _ = tokenizers()
+    with Log(config.out, "judge", config.judge_steps) as log:
+        judge = train_clip(config, train, tokens, config.judge_steps, config.seed + 1, log, 0)
+    accuracy = judge_accuracy(judge, tokens, held_out)
+    save_judge(judge, tokens, out / "judge")
+    return log.total, {"judge_accuracy": accuracy}
+
+
+PARTS = {"pipeline": make_pipeline, "judge": make_judge}
 
 
 # ---- text ----------------------------------------------------------------------------------------------------------------
@@ -134,7 +154,7 @@ def _augment(coverage: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray
 # ---- VAE -------------------------------------------------------------------------------------------------------------------
 
 
-def train_vae(config: MiniatureConfig, train: list[digits.Digit], log: Log, done: int) -> AutoencoderKL:
+def train_vae(config: MiniatureConfig, train: list[digits.Digit], log: Log) -> AutoencoderKL:
     """A small AutoencoderKL, 4x down, 4 channels; its scaling and shift make the ink world's latents standard normal."""
     torch.manual_seed(config.seed)
     vae = AutoencoderKL(
@@ -149,7 +169,7 @@ def train_vae(config: MiniatureConfig, train: list[digits.Digit], log: Log, done
         posterior = vae.encode(pixels).latent_dist
         return mse_loss(vae.decode(posterior.sample()).sample, pixels) + 1e-5 * posterior.kl().mean()
 
-    descend(vae, loss_of, config.vae_steps, 3 * config.lr, log, done)
+    descend(vae, loss_of, config.vae_steps, 3 * config.lr, log, 0)
     with torch.no_grad():
         ink = torch.stack([_pixels(digits.picture(d, digits.ink, config.seed)) for d in train])
         latents = torch.cat([vae.encode(part).latent_dist.mean for part in ink.split(250)])

@@ -44,7 +44,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from stages import miniature
 
-    config = miniature.MiniatureConfig(out="", seed=0, vae_steps=0, clip_steps=0, judge_steps=0, vae_batch=0, clip_batch=0, lr=0)
+    config = miniature.MiniatureConfig(out="", part="pipeline", seed=0, vae_steps=0, clip_steps=0, judge_steps=0, vae_batch=0, clip_batch=0, lr=0)
     torch.manual_seed(1)
     vae = AutoencoderKL(
         in_channels=3, out_channels=3, latent_channels=miniature.LATENT_CHANNELS, block_out_channels=(8, 24, 48), layers_per_block=1,

@@ -32,7 +32,7 @@ def compare(some: list[Cell], kinds: dict[str, str] = KINDS) -> dict:
     return comparison.compare(some, kinds, draws=300, seed=0)
 
 
-def gain(found: dict, **wanted: str) -> dict:
+def gain(found: dict, **wanted: str | None) -> dict:
     (one,) = [g for g in found["gains"] if all(g[key] == value for key, value in wanted.items())]
     return one
 
@@ -84,11 +84,11 @@ def test_gains_are_paired():
 
 def test_all_is_the_mean_over_styles():
     found = compare(cells({"chalk": {"base@1": 0.5, "recovered@1": 0.9}, "neon": {"base@1": 0.7, "recovered@1": 0.6}, "ink": {"base@1": 0.5}}))
-    assert {g["style"] for g in found["gains"]} == {"chalk", "neon", "all"}  # ink has nothing to compare
-    everything = gain(found, style="all")
+    assert {g["style"] for g in found["gains"]} == {"chalk", "neon", None}  # ink has nothing to compare
+    everything = gain(found, style=None)
     assert everything["mean"] == pytest.approx((0.4 - 0.1) / 2, abs=1e-6)
     width = {g["style"]: g["high"] - g["low"] for g in found["gains"]}
-    assert width["all"] < (width["chalk"] + width["neon"]) / 2  # the mean of two is surer than one
+    assert width[None] < (width["chalk"] + width["neon"]) / 2  # the mean of two is surer than one
 
 
 def test_metrics_that_some_styles_lack():
@@ -96,9 +96,9 @@ def test_metrics_that_some_styles_lack():
     some[0].values["distance_to_ideal"], some[1].values["distance_to_ideal"] = fidelity(0.5), fidelity(0.2)
     some[3].values["distance_to_ideal"] = fidelity(0.2)  # its rival has none
     found = compare(some)
-    assert {g["style"] for g in found["gains"] if g["metric"] == "distance_to_ideal"} == {"chalk", "all"}
-    assert gain(found, style="all", metric="distance_to_ideal")["mean"] == pytest.approx(0.3, abs=1e-6)
-    assert {g["style"] for g in found["gains"] if g["metric"] == "prompt_fidelity"} == {"chalk", "neon", "all"}
+    assert {g["style"] for g in found["gains"] if g["metric"] == "distance_to_ideal"} == {"chalk", None}
+    assert gain(found, style=None, metric="distance_to_ideal")["mean"] == pytest.approx(0.3, abs=1e-6)
+    assert {g["style"] for g in found["gains"] if g["metric"] == "prompt_fidelity"} == {"chalk", "neon", None}
 
 
 def test_the_verdict_names_clear_wins_and_losses_against_the_nearest_rival():

@@ -49,7 +49,7 @@ def fake_metrics(styles: list[str] = STYLES, *, teacher: bool = True, recovery: 
         differences = [sign * (mean[style, "recovered@1", metric] - mean[style, rival, metric]) for style in styles]
         what = {"arm": "recovered@1", "rival": rival, "inference": "base", "metric": metric}
         gains += [{"style": style, **what, **around(rng, d, HALF[metric])} for style, d in zip(styles, differences, strict=True)]
-        gains.append({"style": "all", **what, **around(rng, sum(differences) / len(styles), HALF[metric] / 2)})
+        gains.append({"style": None, **what, **around(rng, sum(differences) / len(styles), HALF[metric] / 2)})
     curve = [
         {"step": step, "loss": 0.4 + 1.26 * left, "loss_by_time": [round((0.9 - 0.08 * i) * (0.4 + 1.26 * left * (1 + i / 4)), 6) for i in range(8)],
          "loss_usual": 0.44 + 0.5 * left, "guidance_gap": 0.02 + 0.5 * left, **({"teacher_distance": 0.019 + 1.1 * left} if teacher else {})}

@@ -19,7 +19,8 @@ COMMANDS = {
     "recover": ["stages.recover", *SMALL, "steps=4"],
     "lora": ["stages.lora", *SMALL, "steps=4", f"trained_on={BASE}", "data.name=chalk", "optim.warmup=0"],
     "distill": ["stages.distill", *SMALL, "steps=3", "teacher=data/miniature/teacher"],
-    "miniature": ["stages.miniature", "seed=3", "vae_steps=3", "clip_steps=2", "judge_steps=2"],
+    "pipeline": ["stages.miniature", "part=pipeline", "seed=3", "vae_steps=3", "clip_steps=2"],
+    "judge": ["stages.miniature", "part=judge", "seed=3", "judge_steps=2"],
 }
 
 
