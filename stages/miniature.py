@@ -70,8 +70,9 @@ def make_pipeline(config: MiniatureConfig, out: Path, train: list[digits.Digit],
     with Log(config.out, "pipeline", config.vae_steps + config.clip_steps) as log:
         vae = train_vae(config, train, log)
         clip = train_clip(config, train, clip_tokens, config.clip_steps, config.seed, log, config.vae_steps)
+    errors = vae_error(vae, held_out)  # before saving rounds it to bfloat16
     save_pipeline(config, vae, clip, clip_tokens, t5_tokens, out / "pipeline")
-    return log.total, {"vae_mse": vae_error(vae, held_out)}
+    return log.total, {"vae_mse": errors}
 
 
 def make_judge(config: MiniatureConfig, out: Path, train: list[digits.Digit], held_out: list[digits.Digit]) -> tuple[int, dict[str, Any]]:
