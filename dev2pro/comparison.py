@@ -61,8 +61,8 @@ def _differences(cells: list[Cell], arm: str, rival: str, metric: str) -> dict[s
     on_base = {(c.style, c.arm): c.values[metric] for c in cells if c.inference == "base" and metric in c.values}
     styles = [style for style, a in on_base if a == arm and (style, rival) in on_base]
     sign = -1 if metric in LOWER_IS_BETTER else 1
-    found = {style: sign * (on_base[style, arm] - on_base[style, rival]) for style in styles}
-    return {**found, None: torch.stack(list(found.values())).mean(0)} if found else {}
+    found: dict[str | None, Tensor] = {style: sign * (on_base[style, arm] - on_base[style, rival]) for style in styles}
+    return found | {None: torch.stack(list(found.values())).mean(0)} if found else {}
 
 
 def verdict(gains: list[dict[str, Any]]) -> str:

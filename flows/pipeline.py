@@ -59,6 +59,7 @@ def main(arguments: list[str]) -> int:
     """`key=value` words to the flow's parameters; prints the verdict. Returns the exit code."""
     values = dict(word.partition("=")[::2] for word in arguments)
     try:
+        plans.read(values.get("plan", "miniature"))  # a mistake in it needs no server to be told
         said = pipeline(**values)
     except (ConfigError, StageFailed, ParameterBindError, ParameterTypeError) as error:
         print(f"pipeline: {error}", file=sys.stderr)
