@@ -15,43 +15,42 @@ import torch
 import stages  # noqa: F401  (quiets the libraries)
 from dev2pro import distributed, encodings, flow, flux, optim
 from dev2pro.distributed import HardwareConfig
-from dev2pro.flux import Conditioning
+from dev2pro.encodings import Encoded
 from dev2pro.optim import OptimConfig
 from dev2pro.training import Training
 
 BASE = "data/miniature/pipeline"
-STEPS, BATCH, TOKENS, CHANNELS, COUNT = 20, 32, 16, 16, 256
+STEPS, BATCH, TOKENS, CHANNELS = 20, 32, 16, 16
 OPTIM = OptimConfig(lr=1e-4)
 
 
-def data() -> encodings.Encodings:
+def data() -> Encoded:
     """Random encodings of the miniature's shapes."""
-    texts = encodings.Texts(torch.randn(11, 8, 64), torch.randn(11, 64), torch.zeros(8, 3), flux.image_ids(4, 4, torch.device("cpu"), torch.float32))
-    mean = torch.randn(COUNT, TOKENS, CHANNELS)
-    return encodings.Encodings(mean, torch.full_like(mean, 0.1), torch.randint(11, (COUNT,)), texts)
+    mean = torch.randn(BATCH, TOKENS, CHANNELS)
+    return Encoded(mean, torch.full_like(mean, 0.1), torch.randn(BATCH, 8, 64), torch.randn(BATCH, 64), (4, 4))
 
 
-def ours(known: encodings.Encodings) -> float:
+def ours(known: Encoded) -> float:
     hardware = HardwareConfig(device="cpu", micro_batch=BATCH, threads=1)
     training = Training(distributed.accelerator(hardware), flux.load_transformer(BASE), OPTIM, hardware, steps=STEPS + 2, batch=BATCH, ema=0.99)
-    rows = torch.arange(BATCH).numpy()
+    scheduler, empty = flux.scheduler_settings(BASE), (torch.zeros(8, 64), torch.zeros(64))
 
     def loss_of(batch: encodings.Noised) -> torch.Tensor:
-        v = flux.predict(training.model, batch.x_t, batch.t, known.texts.conditioning(batch.captions), 1.0)
+        v = flux.predict(training.model, batch.x_t, batch.t, batch.said, 1.0)
         return torch.nn.functional.mse_loss(v, batch.velocity)
 
     def step(n: int) -> None:
-        training.step(n, lambda slots: encodings.noised(known, rows, 0.5, 0.1, 0, n, slots), loss_of)
+        training.step(n, lambda slots: encodings.noised(known, empty, scheduler, 0.1, 0, n, slots), loss_of)
 
     return timed(step)
 
 
-def bare(known: encodings.Encodings) -> float:
+def bare(known: Encoded) -> float:
     model = flux.load_transformer(BASE).train()
     optimizer = optim.optimizer(OPTIM, model.parameters())
-    x0, noise, t = known.mean[:BATCH], torch.randn(BATCH, TOKENS, CHANNELS), torch.rand(BATCH)
+    x0, noise, t = known.mean, torch.randn(BATCH, TOKENS, CHANNELS), torch.rand(BATCH)
     x_t, target = flow.interpolate(x0, noise, t), flow.velocity(x0, noise)
-    said: Conditioning = known.texts.conditioning(known.caption[:BATCH])
+    said = flux.condition(known.prompt, known.pooled, known.grid)
 
     def step(_: int) -> None:
         torch.nn.functional.mse_loss(flux.predict(model, x_t, t, said, 1.0), target).backward()

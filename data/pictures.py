@@ -1,141 +1,108 @@
-"""Reads captioned pictures: WebDataset tars, or a folder of pictures each beside its .txt caption. Knows no model."""
+"""From the bytes of a picture or caption to what they say: allowed kinds only, within limits, upright, cropped to a size."""
 
-import glob
 import io
-import tarfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-import braceexpand
-import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from webdataset.tariterators import group_by_keys, tar_file_expander
-
-from dev2pro.errors import DataError
 
 SUFFIXES = ("jpg", "jpeg", "png", "webp")
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 100_000_000  # larger than any camera's picture; a picture bomb is refused from its header
+MAX_BYTES = 1 << 28  # of one picture
+MAX_CAPTION = 1 << 16  # bytes
+ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 lie on their side
+PNG_EXIF = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # may lie behind the pixels, all of which Pillow decodes to look for them
 
 
-@dataclass(slots=True, kw_only=True)
-class DataConfig:
-    """Which pictures; see conf/data/."""
-
-    name: str  # of the data set or style, for tables and file names
-    train: list[str]  # tars (globs and {000..012} braces allowed) or folders
-    heldout: list[str]  # never trained on
-    resolution: int  # pixels; every picture is resized and cropped to a square of this side
-
-    def read(self) -> tuple[list["Picture"], list["Picture"]]:
-        """(train, held-out) pictures."""
-        return read(self.train, "data.train"), read(self.heldout, "data.heldout")
-
-    def sources(self) -> dict[str, str]:
-        """Every tar and folder that is read, by role: an artifact's parents beside the models."""
-        return {
-            f"{what} {place}": str(place)
-            for what, patterns in (("data.train", self.train), ("data.heldout", self.heldout))
-            for pattern in patterns
-            for place in _expand(pattern, what)
-        }
+class BadContent(ValueError):
+    """A picture or caption whose bytes arrived whole and cannot be used. It says why, in half a sentence."""
 
 
-@dataclass(frozen=True)
-class Picture:
-    """One captioned picture, not yet decoded. `place` says where it was found, for error messages."""
+@contextmanager
+def _decoding(trouble: str) -> Iterator[None]:
+    """Decoders meet broken bytes with exceptions of every kind; all of them are the picture's fault, but for a lack of memory.
 
-    key: str
-    place: str
-    encoded: bytes
-    caption: str
-
-    def pixels(self, resolution: int) -> np.ndarray:
-        """(3, H, W) float32 in [-1, 1], upright, resized to cover the square and cropped in the middle."""
-        try:
-            image: Image.Image = Image.open(io.BytesIO(self.encoded), formats=FORMATS)
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{self.place}: {image.width}x{image.height} pixels are more than {MAX_PIXELS:,}. Scale the picture down.")
-            if image.mode.startswith("I;16"):  # which Pillow would clip to white
-                image = image.convert("I").point(lambda value: value / 257).convert("L")
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-            raise DataError(f"{self.place} is no readable JPEG, PNG or WebP picture ({error}). Replace or remove it.") from error
-        square = ImageOps.fit(upright, (resolution, resolution), Image.Resampling.LANCZOS)
-        return np.asarray(square, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
-
-
-def read(sources: Sequence[str], what: str) -> list[Picture]:
-    """Every picture of the sources, in order. Raises DataError for none at all, a missing caption, or the same key twice.
-
-    `what` names the setting in error messages, such as "data.train".
+    Their warnings name no picture, and say nothing that matters here: of damaged EXIF data, of sizes whose limit is ours.
     """
-    found: dict[str, Picture] = {}
-    for source in sources:
-        for place in _expand(source, what):
-            for picture in _folder(place) if place.is_dir() else _shard(place):
-                if picture.key in found:
-                    raise DataError(
-                        f"{picture.place} and {found[picture.key].place} have the same key, {picture.key}. Keys must differ within {what}."
-                    )
-                found[picture.key] = picture
-    if not found:
-        raise DataError(f"{what}={list(sources)} holds no pictures. Give WebDataset tars, or a folder with pictures and a .txt caption beside each.")
-    return list(found.values())
-
-
-def _expand(source: str, what: str) -> list[Path]:
     try:
-        places = [Path(p) for pattern in braceexpand.braceexpand(source) for p in sorted(glob.glob(pattern))]
-    except ValueError:  # braces that do not balance: a plain path may hold one
-        places = [Path(p) for p in sorted(glob.glob(source))]
-    if not places:
-        raise DataError(f"{what}: nothing matches {source}. Correct the path; tars and folders on this machine can be read.")
-    return places
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (MemoryError, BadContent):
+        raise
+    except UnidentifiedImageError as error:  # its text holds nothing but an address in memory
+        raise BadContent(trouble) from error
+    except Exception as error:
+        raise BadContent(f"{trouble} ({str(error) or type(error).__name__})") from error
 
 
-def _folder(folder: Path) -> Iterator[Picture]:
-    for file in sorted(f for f in folder.rglob("*") if f.suffix.lower().lstrip(".") in SUFFIXES):
-        caption = file.with_suffix(".txt")
-        if not caption.is_file():
-            raise DataError(f"{file} has no caption. Write what it shows into {caption}, or move the picture away.")
-        yield _captioned(str(file.relative_to(folder).with_suffix("")), str(file), file.read_bytes(), caption.read_bytes())
+def opened(encoded: bytes) -> Image.Image:
+    """The picture with its header read and its pixels not. Raises BadContent for other kinds and for picture bombs."""
+    with _decoding("it is no readable JPEG, PNG or WebP picture"):
+        image: Image.Image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise BadContent(f"its {image.width}x{image.height} pixels are more than the {MAX_PIXELS:,} that are read")
+    return image
 
 
-def _shard(tar: Path) -> Iterator[Picture]:
+def suffix(encoded: bytes) -> str:
+    """jpg, png or webp."""
+    return {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}[str(opened(encoded).format)]
+
+
+def size(encoded: bytes) -> tuple[int, int]:
+    """(width, height) in pixels once the picture stands upright."""
+    image, turned = opened(encoded), False
+    if image.format != "PNG" or "exif" in image.info:  # else Pillow would decode a PNG to its end to look for some behind the pixels
+        with _decoding("its EXIF data cannot be read"):
+            turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+    return (image.height, image.width) if turned else image.size
+
+
+def upright(encoded: bytes, target: int = 0) -> Image.Image:
+    """The RGB picture as its camera held it. A JPEG may come at a fraction of its size, both sides at least twice `target` pixels."""
+    image = opened(encoded)
+    with _decoding("its pixels cannot be decoded"):
+        if target and image.format == "JPEG":
+            image.draft(None, (2 * target, 2 * target))  # libjpeg scales while it decodes: several times faster for camera pictures
+        if image.mode.startswith("I;16"):  # which Pillow would clip to white
+            image = image.convert("I").point(lambda value: value / 257).convert("L")
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def cropped(image: Image.Image, target: tuple[int, int], across: float = 0.5, down: float = 0.5) -> Image.Image:
+    """The largest part of the form of `target` (width, height), scaled to it (Lanczos). `across` and `down`, 0 to 1, say which: 0.5 is the middle."""
+    width, height = target
+    scale = min(image.width / width, image.height / height)
+    left, top = (image.width - scale * width) * across, (image.height - scale * height) * down
+    box = (left, top, left + scale * width, top + scale * height)
+    return image if box == (0, 0, *image.size) and image.size == target else image.resize(target, Image.Resampling.LANCZOS, box=box)
+
+
+def captions(encoded: bytes, suffix: str) -> list[str]:
+    """What a caption file says: the text of a .txt; of a .json a string, a list of them, or such under "captions", "caption" or "text".
+
+    Raises BadContent where that is nothing.
+    """
+    if len(encoded) > MAX_CAPTION:
+        raise BadContent(f"its caption has {len(encoded)} bytes, more than {MAX_CAPTION}")
     try:
-        _check_whole(tar)
-        # webdataset's own steps without its opener and its splitters: no path is a URL, and every process reads everything.
-        with tar.open("rb") as stream:
-            for sample in group_by_keys(tar_file_expander([{"url": str(tar), "stream": stream}])):
-                key = sample["__key__"]
-                suffix = next((s for s in SUFFIXES if s in sample), None)
-                if suffix is None:
-                    raise DataError(f"{tar}:{key} has no picture (one of {', '.join(SUFFIXES)}; a key ends at its first dot). Write the shard again.")
-                if "txt" not in sample:
-                    raise DataError(f"{tar}:{key}.{suffix} has no caption: the shard holds no {key}.txt beside it. Write the shard again.")
-                yield _captioned(key, f"{tar}:{key}.{suffix}", sample[suffix], sample["txt"])
-    except (OSError, ValueError, tarfile.TarError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{tar} cannot be read as a WebDataset tar ({reason}). Write or copy the shard again.") from error
-
-
-def _check_whole(tar: Path) -> None:
-    """Raises ReadError where a reader would end early without a word: at a damaged header, or where the end is missing."""
-    with tarfile.open(tar) as opened:
-        opened.getmembers()
-        assert opened.fileobj is not None
-        opened.fileobj.seek(opened.offset)
-        if opened.fileobj.read(512) != bytes(512):
-            raise tarfile.ReadError(f"it ends at byte {opened.offset} without an end mark")
-
-
-def _captioned(key: str, place: str, encoded: bytes, caption: bytes) -> Picture:
+        found = encoded.decode("utf-8-sig") if suffix == "txt" else json.loads(encoded)
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise BadContent(f"its caption is not {'UTF-8 text' if suffix == 'txt' else 'JSON'} ({error})") from error
+    if isinstance(found, dict):
+        found = next((found[key] for key in ("captions", "caption", "text") if found.get(key) is not None), None)
+    texts = [found] if isinstance(found, str) else found
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise BadContent('its .json holds no caption: a string or a list of strings, alone or under "captions"')
+    kept = [text.strip() for text in texts if text.strip()]
+    if not kept:
+        raise BadContent("its caption is empty")
     try:
-        text = caption.decode().strip()
-    except UnicodeDecodeError as error:
-        raise DataError(f"The caption of {place} is not UTF-8 text ({error}). Save it as UTF-8.") from error
-    if not text:
-        raise DataError(f"The caption of {place} is empty. Write what the picture shows, or move the picture away.")
-    return Picture(key, place, encoded, text)
+        "".join(kept).encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a character, and no text encoder takes it
+        raise BadContent(f"its caption has half a character ({error.reason})") from error
+    return kept

@@ -5,9 +5,12 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,11 @@ from dev2pro.errors import ConfigError
 SCHEMA = 1
 RECORD = "artifact.json"
 CONFIG = "config.json"
-STARTED = {CONFIG, "config.partial", "metrics.jsonl"}  # what a run has written before it made anything
+STARTED = {CONFIG, "config.partial", "metrics.jsonl", "train.snapshot", "heldout.snapshot"}  # what a run has written before it made anything
+TRANSIENT = re.compile(r"artifact\.json$|checkpoint-|.*\.(partial|lock)$")  # under a stage's folder, but no part of what it made
+UNIDENTIFYING = (".jsonl", ".log", ".snapshot")  # they hold times and places; what a snapshot pins is among the parents
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
+DATA = "data."  # how the roles of snapshots begin: their ids come from the data room, and `watched` says whether they still hold
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -41,6 +47,7 @@ class Artifact:
     git_revision: str = "unknown"
     packages: dict[str, str] = field(default_factory=dict)
     created: str = ""
+    watched: dict[str, Any] = field(default_factory=dict)  # local files and folders that went in: state when it was made; no part of the id
     schema: int = SCHEMA
     uri: str = ""  # where it was read from; not part of the record
 
@@ -67,17 +74,25 @@ def _head(file: Path) -> str:
         return hashlib.sha256(f.read(1 << 24)).hexdigest()
 
 
-def begin(out: str, stage: str, config: Any, parents: dict[str, str]) -> Artifact | None:
+Parents = Mapping[str, str | tuple[str, str]]  # role -> path, or (path, id) where the id is known
+
+
+def begun(out: str) -> bool:
+    """Whether a run has made something in `out`; if not, whoever comes next may have the folder."""
+    folder = Path(out)
+    return folder.is_dir() and bool({f.name for f in folder.iterdir()} - STARTED)
+
+
+def begin(out: str, stage: str, config: Any, parents: Parents) -> Artifact | None:
     """Claims the folder `out` for one configuration.
 
     Returns the finished artifact if this configuration with these parents already made it and its files are whole; None when
-    there is work to do. Raises ConfigError when the folder belongs to another configuration.
-    `parents`: role -> path.
+    there is work to do, begun or not. Raises ConfigError when the folder belongs to another configuration.
     """
     folder = Path(out)
-    claim = {"stage": stage, "config": identity(config), "parents": {role: fingerprint(p) for role, p in parents.items()}}
+    claim = {"stage": stage, "config": identity(config), "parents": {role: known for role, (_, known) in _known(parents).items()}}
     there = {f.name for f in folder.iterdir()} if folder.is_dir() else set()
-    if there - STARTED:  # otherwise nothing was made yet, and whoever comes next may have the folder
+    if begun(out):
         if CONFIG not in there:
             raise ConfigError(f"out={out} is not empty and no stage of dev2pro wrote it. Choose another out=, or empty that folder.")
         _refuse_other(out, _read_json(folder / CONFIG), claim)
@@ -87,11 +102,18 @@ def begin(out: str, stage: str, config: Any, parents: dict[str, str]) -> Artifac
     return None
 
 
+def _known(parents: Parents) -> dict[str, tuple[str, str]]:
+    return {role: (one, fingerprint(one)) if isinstance(one, str) else one for role, one in parents.items()}
+
+
 def identity(config: Any) -> dict[str, Any]:
-    """A config as JSON values without `out`: where a run writes does not change what it makes."""
-    values = json.loads(json.dumps(dataclasses.asdict(config)))
-    values.pop("out")
-    return values
+    """A config as JSON values without `out` and what else does not change what a run makes (fields with identity=False)."""
+    values = {
+        field.name: identity(value) if dataclasses.is_dataclass(value := getattr(config, field.name)) else value
+        for field in dataclasses.fields(config)
+        if field.name != "out" and field.metadata.get("identity", True)
+    }
+    return json.loads(json.dumps(values))
 
 
 def _refuse_other(out: str, there: dict, here: dict) -> None:
@@ -119,19 +141,32 @@ def _finished(folder: Path) -> Artifact | None:
     if not (folder / RECORD).is_file():
         return None
     found = read(str(folder))
+    _sweep(folder)
     whole = all((folder / f["path"]).is_file() and _file(folder, folder / f["path"]) == f for f in found.files)
     return found if whole else None
 
 
 def write(
-    out: str, stage: str, kind: str, config: Any, parents: dict[str, str], *, step: int, metrics: dict, inference: dict | None = None
+    out: str,
+    stage: str,
+    kind: str,
+    config: Any,
+    parents: Parents,
+    *,
+    step: int,
+    metrics: dict,
+    inference: dict | None = None,
+    watched: Iterable[str] = (),
 ) -> Artifact:
-    """Records everything under `out` as finished: hashes the files, then writes `artifact.json` by rename."""
+    """Records everything under `out` as finished: hashes the files, then writes `artifact.json` by rename.
+
+    `watched`: local files and folders whose change means that the stage must look again (see `stands`).
+    """
     folder = Path(out)
-    files = [_file(folder, f) for f in sorted(folder.rglob("*")) if f.is_file() and f.name != RECORD and f.suffix != ".partial"]
+    files = [_file(folder, f) for f in sorted(folder.rglob("*")) if f.is_file() and not TRANSIENT.match(str(f.relative_to(folder)))]
     asked = identity(config)
-    lineage = [{"role": role, "uri": uri, "id": fingerprint(uri)} for role, uri in parents.items()]
-    content = [f for f in files if not f["path"].endswith((".jsonl", ".log"))]  # logs hold times, so they do not identify
+    lineage = [{"role": role, "uri": uri, "id": known} for role, (uri, known) in _known(parents).items()]
+    content = [f for f in files if not f["path"].endswith(UNIDENTIFYING)]
     record = Artifact(
         kind=kind,
         stage=stage,
@@ -148,14 +183,22 @@ def write(
         git_revision=_revision(),
         packages={name: importlib.metadata.version(name) for name in PACKAGES},
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        watched={path: _state(path) for path in watched},
     )
     values = dataclasses.asdict(record)
     values.pop("uri")
     _write_json(folder / RECORD, values)
+    _sweep(folder)
     return dataclasses.replace(record, uri=out)
 
 
-def publish(place: Any, out: str, stage: str, kind: str, config: Any, parents: dict[str, str], **what: Any) -> Artifact:
+def _sweep(folder: Path) -> None:
+    """Removes checkpoints, which are needed no more."""
+    for place in folder.glob("checkpoint-*"):
+        shutil.rmtree(place)
+
+
+def publish(place: Any, out: str, stage: str, kind: str, config: Any, parents: Parents, **what: Any) -> Artifact:
     """`write` on the main process, once every rank is there; every rank gets the record. `place` is accelerate's."""
     place.wait_for_everyone()
     if place.is_main_process:
@@ -206,9 +249,19 @@ def stands(out: str, command: list[str]) -> Artifact | None:
     made = origin(out)
     if made is None or (made.command, made.conf) != (command, conf_digest()):
         return None
-    if any(fingerprint(p["uri"]) != p["id"] for p in made.parents):
+    if any(_state(path) != was for path, was in made.watched.items()):
+        return None
+    if any(fingerprint(p["uri"]) != p["id"] for p in made.parents if not p["role"].startswith(DATA)):
         return None
     return _finished(Path(out))
+
+
+def _state(path: str) -> Any:
+    """Size and time of a file; of a folder a digest of those of its files; null for nothing."""
+    place = Path(path)
+    if place.is_dir():
+        return digest([[str(f.relative_to(place)), f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(place.rglob("*")) if f.is_file()])
+    return [place.stat().st_size, place.stat().st_mtime_ns] if place.is_file() else None
 
 
 def _file(folder: Path, file: Path) -> dict[str, Any]:

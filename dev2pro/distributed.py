@@ -22,6 +22,7 @@ class HardwareConfig:
     micro_batch: int = 64  # samples per forward pass and rank; the batch is made of as many as it takes
     int8_base: bool = False  # lora only: the frozen blocks in int8, half the memory of bfloat16
     shard: bool = False  # FSDP2: weights, gradients and optimizer state spread over the ranks
+    encodings_gb: float = 4.0  # of host memory a process may fill with encoded captions and pictures; what fits is encoded once, before training
     threads: int = 0  # CPU threads of one process; 0 lets torch decide
 
 

@@ -37,4 +37,4 @@ class TryAgainError(StageError):
     exit_code = 75
 
 
-INTERRUPTED = 130  # SIGINT or SIGTERM: the stage stopped cleanly; the same command starts again
+INTERRUPTED = 130  # SIGINT or SIGTERM: the stage stopped; the same command goes on from the last checkpoint

@@ -1,5 +1,6 @@
 """Loads the parts of a diffusers FluxPipeline folder or hub repository, and calls its transformer."""
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -34,6 +35,11 @@ class Conditioning:
     pooled: Tensor
     text_ids: Tensor
     image_ids: Tensor
+
+
+def condition(prompt: Tensor, pooled: Tensor, grid: tuple[int, int]) -> Conditioning:
+    """What to tell about samples of `grid` (down, across) tokens: their prompts (B, L, D) and pooled prompts (B, P), and where everything is."""
+    return Conditioning(prompt, pooled, prompt.new_zeros(prompt.shape[1], 3), image_ids(*grid, prompt.device, prompt.dtype))
 
 
 def predict(transformer: torch.nn.Module, x_t: Tensor, t: Tensor, said: Conditioning, guidance: Tensor | float) -> Tensor:
@@ -135,16 +141,50 @@ class Encoders:
                     f"The model in {model.path} cannot be read: {tokens} knows {known} pieces and {encoder} {wanted}. Download or convert it again."
                 )
         self.max_sequence_length = model.max_sequence_length
-        self.device = device
+        self.device, self.dtype = device, dtype
 
     @property
     def pixels_per_token(self) -> int:
         """Side in pixels of the square one packed latent token covers."""
         return self.pipeline.vae_scale_factor * 2
 
-    def token_shape(self, resolution: int) -> tuple[int, int]:
-        """(S, C) of the packed latents of a square picture."""
-        return (resolution // self.pixels_per_token) ** 2, 4 * self.pipeline.vae.config.latent_channels
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Tokens (down, across) of a picture of `size` (width, height) pixels. Raises ConfigError where the VAE cannot cut it into tokens."""
+        side = self.pixels_per_token
+        if wrong := next((pixels for pixels in size if pixels < 1 or pixels % side), 0):
+            raise ConfigError(
+                f"{wrong} pixels do not fit this model: its VAE needs a multiple of {side}. "
+                f"Choose {max(1, wrong // side) * side}, and data.bucket_step to match."
+            )
+        return size[1] // side, size[0] // side
+
+    def token_shape(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(S, C) of the packed latents of a picture of `size` (width, height) pixels."""
+        down, across = self.grid(size)
+        return down * across, 4 * self.pipeline.vae.config.latent_channels
+
+    def text_bytes(self) -> int:
+        """What one encoded caption takes."""
+        width, pooled = self.pipeline.text_encoder_2.config.d_model, self.pipeline.text_encoder.config.hidden_size
+        return (self.max_sequence_length * width + pooled) * self.dtype.itemsize
+
+    def weights(self, *parts: str) -> str:
+        """SHA-256 over the weights and configurations of parts such as "vae": what two encodings must share to be alike."""
+        whole = hashlib.sha256()
+        for part in parts:
+            module = getattr(self.pipeline, part)
+            settings = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
+            settings = {key: str(value) for key, value in settings.items() if not key.startswith("_")}
+            whole.update(json.dumps(settings, sort_keys=True).encode())
+            for name, value in sorted(module.state_dict().items()):
+                whole.update(name.encode())
+                whole.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return whole.hexdigest()
+
+    def forget(self, *parts: str) -> None:
+        """Lets go of parts that are needed no more."""
+        for part in parts:
+            setattr(self.pipeline, part, None)
 
     @torch.no_grad()
     def encode_text(self, prompts: list[str]) -> tuple[Tensor, Tensor]:

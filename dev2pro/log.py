@@ -7,38 +7,33 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 EVENTS = "DEV2PRO_EVENTS"  # set by a flow: progress comes as lines "@@{json}" that it can read
 EVENT_EVERY = 1.0  # seconds
 LINE_EVERY = 15.0  # seconds, where the output is neither a terminal nor a flow's pipe
 
 
-class Log:
-    """`with Log(out, name, total) as log: ... log.step(n, loss=...)`. Silent on every rank but the first."""
+class Progress:
+    """`with Progress(name, total) as progress: ... progress.step(n, loss=...)`. Silent on every rank but the first."""
 
-    def __init__(self, out: str, name: str, total: int, main: bool = True) -> None:
+    def __init__(self, name: str, total: int, main: bool = True) -> None:
         self.name, self.total, self.main = name, total, main
         self.events = bool(os.environ.get(EVENTS))
-        self.rows: list[dict[str, Any]] = []
-        self._path = Path(out) / "metrics.jsonl"
         self._said = 0.0
-        self._bar: Progress | None = None
+        self._bar: Bar | None = None
 
     def __enter__(self) -> Self:
-        if self.main:
-            self._file = self._path.open("w")
-            if sys.stdout.isatty() and not self.events:
-                self._bar = Progress(
-                    TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}")
-                )
-                self._task = self._bar.add_task(self.name, total=self.total, text="")
-                self._bar.start()
+        if self.main and sys.stdout.isatty() and not self.events:
+            self._bar = Bar(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}")
+            )
+            self._task = self._bar.add_task(self.name, total=self.total, text="")
+            self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.main:
-            self._file.close()
         if self._bar:
             self._bar.stop()
 
@@ -46,14 +41,6 @@ class Log:
         """Steps finished so far, and what to show beside them."""
         if self.main:
             self._say(done, "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
-
-    def write(self, done: int, **numbers: Any) -> None:
-        """One row of metrics.jsonl, kept in `rows` as well."""
-        row = {"step": done, **numbers}
-        self.rows.append(row)
-        if self.main:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
 
     def _say(self, done: int, text: str) -> None:
         if self._bar:
@@ -67,3 +54,35 @@ class Log:
             print("@@" + json.dumps({"stage": self.name, "step": done, "of": self.total, "text": text}), flush=True)
         else:
             print(f"{self.name}: {done}/{self.total}  {text}", flush=True)
+
+
+class Log(Progress):
+    """Progress with a row of metrics.jsonl for every step; rows after step `first` are those of a run that was cut off, and are dropped."""
+
+    def __init__(self, out: str, name: str, total: int, main: bool = True, first: int = 0) -> None:
+        super().__init__(name, total, main)
+        self._path, self._first = Path(out) / "metrics.jsonl", first
+
+    def __enter__(self) -> Self:
+        if self.main:
+            kept = [line for line in _lines(self._path) if json.loads(line)["step"] <= self._first] if self._first else []
+            self._file = self._path.open("w")
+            self._file.writelines(kept)
+        return super().__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        if self.main:
+            self._file.close()
+        super().__exit__()
+
+    def write(self, done: int, **numbers: Any) -> None:
+        """One row of metrics.jsonl."""
+        if self.main:
+            self._file.write(json.dumps({"step": done, **numbers}) + "\n")
+            self._file.flush()
+
+
+def _lines(path: Path) -> list[str]:
+    """The whole lines of a file that a killed run may have left in the middle of one."""
+    text = path.read_text() if path.exists() else ""
+    return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]

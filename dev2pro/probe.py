@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from dev2pro import draws, flow
-from dev2pro.encodings import Encodings
-from dev2pro.flux import Conditioning, predict
+from dev2pro.encodings import Encoded
+from dev2pro.flux import Conditioning, condition, predict
 
 PURPOSE = "probe"
 
@@ -28,11 +28,11 @@ class Probe:
     The mean over bins therefore estimates the training loss on held-out pictures; the bins tell where on the way it comes from.
     """
 
-    def __init__(self, data: Encodings, config: ProbeConfig, *, mu: float, seed: int, batch: int) -> None:
+    def __init__(self, data: Encoded, config: ProbeConfig, *, scheduler: dict, seed: int, batch: int) -> None:
         rows = range(min(config.samples, len(data)))
         self.data, self.batch, self.bins, self.count = data, batch, config.bins, len(rows)
         quantiles = torch.special.ndtri((torch.arange(config.bins) + 0.5) / config.bins)
-        self.times = flow.training_timesteps(quantiles, mu)
+        self.times = flow.training_timesteps(quantiles, flow.shift_mu(data.mean.shape[1], scheduler))
         self.x0 = data.mean[: self.count]
         self.noise = draws.normal(seed, PURPOSE, 0, rows, self.x0.shape[1:]).to(self.x0)
         self._teacher: list[Tensor] | None = None
@@ -82,7 +82,7 @@ class Probe:
                 yield rows, predict(transformer, x_t, times, self._said(rows), guidance)
 
     def _said(self, rows: slice) -> Conditioning:
-        return self.data.texts.conditioning(self.data.caption[rows])
+        return condition(self.data.prompt[rows], self.data.pooled[rows], self.data.grid)
 
 
 def _mse(a: Tensor, b: Tensor) -> float:

@@ -79,7 +79,9 @@ def typed(schema: type[C], values: DictConfig) -> C:
         raise ConfigError(f"The configuration does not fit {schema.__name__}: {error}") from error
 
 
-COUNTS = ("steps", "batch", "micro_batch", "every", "samples", "bins", "seeds", "bootstrap", "resolution")  # 1 or more, in every stage
+COUNTS = (  # 1 or more, in every stage
+    "steps", "batch", "micro_batch", "every", "samples", "bins", "seeds", "bootstrap", "resolution", "bucket_step", "checkpoint_every", "prefetch_mb",
+)  # fmt: skip
 SHARES = ("caption_dropout", "ema")  # 0 to 1
 
 
@@ -102,7 +104,7 @@ def _guarded(name: str, work: Callable[[], Artifact]) -> int:
         print(f"{name}: done, {made.uri}/artifact.json ({made.kind} {made.id[:12]})", flush=True)
         return 0
     except KeyboardInterrupt:
-        return _fail(name, "interrupted. The same command starts this stage again.", INTERRUPTED)
+        return _fail(name, "interrupted. The same command goes on from the last checkpoint, if there is one.", INTERRUPTED)
     except StageError as error:
         return _fail(name, str(error), error.exit_code)
     except OSError as error:

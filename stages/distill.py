@@ -5,15 +5,15 @@ that strength, plus plain flow matching with a weight (Meng et al., "On Distilla
 https://arxiv.org/abs/2210.03142; John Shi 2024). It makes the miniature's base.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.nn.functional import mse_loss
 
-from data import order
-from data.pictures import DataConfig
-from dev2pro import artifact, distributed, draws, encodings, flow, flux, optim, stage
+from data import sources
+from data.sources import DataConfig, Pinned
+from dev2pro import artifact, checkpoint, distributed, draws, encodings, feed, flow, flux, optim, stage
 from dev2pro.artifact import Artifact
 from dev2pro.distributed import HardwareConfig
 from dev2pro.errors import ConfigError
@@ -43,6 +43,7 @@ class DistillConfig:
     caption_dropout: float
     ema: float
     save_dtype: str
+    checkpoint_every: int = field(metadata={"identity": False})
 
 
 def run(config: DistillConfig) -> Artifact:
@@ -51,62 +52,67 @@ def run(config: DistillConfig) -> Artifact:
     if not 0 < low <= high:
         raise ConfigError(f"guidance={config.guidance} is no range. Give the lowest and the highest guidance to train at, such as [2,6].")
     flux.check_transformer(config.teacher)
-    parents = {"teacher": config.teacher}
-    train, held_out = config.data.read()
-    parents |= config.data.sources()
     optim.check(config.optim)
     distributed.check_dtype("save_dtype", config.save_dtype)
     place = distributed.accelerator(config.hardware)
     with place.main_process_first():
+        pinned = Pinned(config.data, config.out, begun=artifact.begun(config.out), first=place.is_main_process)
+        parents: artifact.Parents = {"teacher": config.teacher, **pinned.parents()}
         finished = artifact.begin(config.out, "distill", config, parents)
-    if finished:
-        return finished
+        if finished:
+            return finished
+        pinned.settle()
 
-    dtype = distributed.DTYPES[config.hardware.dtype]
-    train_data, held_out_data = encodings.encode_sets(config.model, [train, held_out], config.data.resolution, place.device, dtype)
-    mu = flow.shift_mu(train_data.mean.shape[1], flux.scheduler_settings(config.model.path))
+    dtype, scheduler = distributed.DTYPES[config.hardware.dtype], flux.scheduler_settings(config.model.path)
+    stream = pinned.stream(config.seed, config.batch, place.process_index)
+    reference = pinned.reference(config.probe.samples)
+    samples, texts, held_out = feed.prepare(config.model, stream, reference, config.hardware, place.device)
     teacher = flux.load_transformer(config.teacher, dtype, config.model.variant).to(place.device).eval().requires_grad_(False)
     student = flux.load_transformer(config.teacher, dtype, config.model.variant)
     training = Training(place, student, config.optim, config.hardware, steps=config.steps, batch=config.batch, ema=config.ema)
-    probe = Probe(held_out_data, config.probe, mu=mu, seed=config.seed, batch=config.hardware.micro_batch)
+    probe = Probe(held_out, config.probe, scheduler=scheduler, seed=config.seed, batch=config.hardware.micro_batch)
     probe.know_teacher(teacher)
 
-    def draw(step: int, slots: range) -> tuple[encodings.Noised, torch.Tensor]:
-        rows = order.samples(len(train_data), config.seed, step, config.batch)[slots]
-        batch = encodings.noised(train_data, rows, mu, config.caption_dropout, config.seed, step, slots)
-        return batch, (low + (high - low) * draws.uniform(config.seed, "guidance", step, slots)).to(batch.x_t)
+    def draw(step: int, slots: range) -> tuple[encodings.Noised, flux.Conditioning, torch.Tensor]:
+        taken = samples.take(step, slots)
+        batch = encodings.noised(taken, texts.empty, scheduler, config.caption_dropout, config.seed, step, slots)
+        guidance = low + (high - low) * draws.uniform(config.seed, "guidance", step, slots)
+        return batch, flux.condition(*texts.encode([""] * len(slots)), taken.grid), guidance.to(batch.x_t)
 
-    def loss_of(drawn: tuple[encodings.Noised, torch.Tensor]) -> torch.Tensor:
-        batch, guidance = drawn
-        said = train_data.texts.conditioning(batch.captions)
-        predicted = flux.predict(training.model, batch.x_t, batch.t, said, guidance).float()
-        target = guided(teacher, batch, said, train_data.texts.unconditional(len(guidance)), guidance).float()
+    def loss_of(drawn: tuple[encodings.Noised, flux.Conditioning, torch.Tensor]) -> torch.Tensor:
+        batch, nothing, guidance = drawn
+        predicted = flux.predict(training.model, batch.x_t, batch.t, batch.said, guidance).float()
+        target = guided(teacher, batch, nothing, guidance).float()
         return mse_loss(predicted, target) + config.flow_weight * mse_loss(predicted, batch.velocity.float())
 
     def measured(done: int) -> dict[str, Any]:
         with training.averaged() as model:
             return {"step": done, **probe.measure(model, 1.0, config.model.usual_guidance)}
 
-    with Log(config.out, "distill", config.steps, place.is_main_process) as log:
-        curve = [measured(0)]
-        for step in range(config.steps):
+    start, curve = checkpoint.restore(config.out, training, stream.state)
+    samples.begin(start, config.steps, training.slots)
+    with Log(config.out, "distill", config.steps, place.is_main_process, start) as log:
+        curve = curve or [measured(0)]
+        for step in range(start, config.steps):
             loss, norm = training.step(step, lambda slots: draw(step, slots), loss_of)  # noqa: B023
             log.write(step + 1, loss=loss, gradient_norm=norm, lr=training.lr)
             if (step + 1) % config.probe.every == 0 or step + 1 == config.steps:
                 curve.append(measured(step + 1))
+            if (step + 1) % config.checkpoint_every == 0:
+                checkpoint.save(config.out, training, step + 1, stream.state, curve)
             log.step(step + 1, loss=loss, guidance_gap=curve[-1]["guidance_gap"])
 
     training.save(config.out, distributed.DTYPES[config.save_dtype])
-    metrics = {**training.clock.metrics(), "guidance": config.guidance, "curve": curve}
-    return artifact.publish(place, config.out, "distill", "transformer", config, parents, step=config.steps, metrics=metrics)
+    metrics = {**training.clock.metrics(), "guidance": config.guidance, "curve": curve, "data": sources.described(stream)}
+    return artifact.publish(
+        place, config.out, "distill", "transformer", config, parents, step=config.steps, metrics=metrics, watched=pinned.watched()
+    )
 
 
 @torch.no_grad()
-def guided(
-    teacher: torch.nn.Module, batch: encodings.Noised, said: flux.Conditioning, nothing: flux.Conditioning, cfg_scale: torch.Tensor
-) -> torch.Tensor:
+def guided(teacher: torch.nn.Module, batch: encodings.Noised, nothing: flux.Conditioning, cfg_scale: torch.Tensor) -> torch.Tensor:
     """The teacher's velocity (B, S, C) under true CFG of strength `cfg_scale` (B,), its own guidance input at 1."""
-    conditional = flux.predict(teacher, batch.x_t, batch.t, said, 1.0)
+    conditional = flux.predict(teacher, batch.x_t, batch.t, batch.said, 1.0)
     unconditional = flux.predict(teacher, batch.x_t, batch.t, nothing, 1.0)
     return flow.guide(unconditional, conditional, cfg_scale)
 

@@ -14,8 +14,8 @@ from diffusers import FluxTransformer2DModel
 from PIL import Image
 from torch import Tensor
 
-from data import pictures
-from dev2pro import artifact, comparison, distributed, encodings, flow, flux, lora, metrics, report, sampling, stage
+from data import sources
+from dev2pro import artifact, comparison, distributed, encodings, feed, flow, flux, lora, metrics, report, sampling, stage
 from dev2pro.artifact import Artifact
 from dev2pro.comparison import Cell
 from dev2pro.distributed import HardwareConfig
@@ -66,7 +66,8 @@ def run(config: EvaluateConfig) -> Artifact:
     for place in places:
         flux.check_transformer(place.path)
     references = {
-        style: pictures.read(arms[0].config["data"]["heldout"], f"the held-out pictures of {style}") for style, arms in by_style(loras).items()
+        style: list(sources.squares(arms[0].config["data"]["heldout"], f"the held-out pictures of {style}", config.resolution))
+        for style, arms in by_style(loras).items()
     }
     parents = {p.name: p.path for p in places} | {"judge": config.judge, "prompts": config.prompts}
     parents |= {f"{style}/{one.inference['arm']}": one.uri for style, arms in by_style(loras).items() for one in arms}
@@ -77,7 +78,7 @@ def run(config: EvaluateConfig) -> Artifact:
         return finished
 
     studio = Studio(config, groups, hands)
-    judged = {style: studio.judge.images(torch.stack([studio.pixels(p) for p in found])) for style, found in references.items()}
+    judged = {style: studio.judge.images(torch.cat([feed.pixels(some) for some in found]) / 2 + 0.5) for style, found in references.items()}
     cells: list[Cell] = []
     with Log(config.out, "evaluate", sum(1 for _ in plan(places, loras)), hands.is_main_process) as log:
         ideal: dict[str, Tensor] = {}
@@ -206,10 +207,10 @@ class Studio:
         self.meaning = torch.tensor([number for number, group in enumerate(groups) for _ in group])
         self.dtype = distributed.DTYPES[config.hardware.dtype]
         self.encoders = flux.Encoders(config.model, self.dtype, self.place.device)
-        self.texts = encodings.encode_texts(self.encoders, prompts, config.resolution, self.place.device, self.dtype)
-        shape = self.encoders.token_shape(config.resolution)
+        self.grid, shape = self.encoders.grid((config.resolution,) * 2), self.encoders.token_shape((config.resolution,) * 2)
+        self.prompts, self.texts = prompts, encodings.Texts(config.model, self.encoders, config.hardware.encodings_gb * 1e9)
         self.judge = Judge(config.judge, self.place.device)
-        self.prompts = self.judge.prompts(prompts)
+        self.asked = self.judge.prompts(prompts)
         self.mu = flow.shift_mu(shape[0], flux.scheduler_settings(config.model.path))
         pairs = [(p, r) for p in range(len(prompts)) for r in range(config.seeds)]
         self.rows = torch.tensor([p for p, _ in pairs])
@@ -232,16 +233,13 @@ class Studio:
         return shown
 
     def _batch(self, transformer: FluxTransformer2DModel, place: Inference, rows: Tensor) -> Tensor:
-        said, nothing = self.texts.conditioning(1 + self.rows[rows]), self.texts.unconditional(len(rows))
+        said = flux.condition(*self.texts.encode([self.prompts[i] for i in self.rows[rows]]), self.grid)
+        nothing = flux.condition(*self.texts.encode([""] * len(rows)), self.grid)
         noise = self.noise[rows].to(self.place.device)
         latents = sampling.sample(
             transformer, noise, said, nothing, guidance=place.guidance, cfg_scale=place.cfg_scale, steps=self.config.sampling.steps, mu=self.mu
         )
         return self.encoders.decode(latents, self.config.resolution, self.config.resolution).float().cpu()
-
-    def pixels(self, picture: pictures.Picture) -> Tensor:
-        """A real picture (3, H, W) in [0, 1]."""
-        return torch.from_numpy(picture.pixels(self.config.resolution)) / 2 + 0.5
 
 
 def loaded(places: list[Inference], config: EvaluateConfig, hands: Accelerator) -> Iterator[tuple[Inference, FluxTransformer2DModel]]:
@@ -255,8 +253,8 @@ def measure(studio: Studio, shown: Tensor, style: Tensor, ideal: Tensor | None) 
     judged = studio.judge.images(shown.flatten(0, 1))
     by_prompt = judged.unflatten(0, shown.shape[:2])
     values = {
-        "prompt_fidelity": metrics.r_precision(by_prompt, studio.prompts, studio.meaning),
-        "clip_score": metrics.clip_score(by_prompt, studio.prompts),
+        "prompt_fidelity": metrics.r_precision(by_prompt, studio.asked, studio.meaning),
+        "clip_score": metrics.clip_score(by_prompt, studio.asked),
         "style_similarity": metrics.style_similarity(by_prompt, style),
         "diversity": metrics.diversity(by_prompt),
     }

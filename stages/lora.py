@@ -1,13 +1,13 @@
 """lora: trains a LoRA on any base, at a fixed guidance, with plain flow matching, and records what it may be applied to."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from data import order
-from data.pictures import DataConfig
-from dev2pro import artifact, distributed, encodings, flow, flux, lora, optim, stage
+from data import sources
+from data.sources import DataConfig, Pinned
+from dev2pro import artifact, checkpoint, distributed, encodings, feed, flux, lora, optim, stage
 from dev2pro.artifact import Artifact
 from dev2pro.distributed import HardwareConfig
 from dev2pro.errors import ConfigError
@@ -37,6 +37,7 @@ class LoraConfig:
     batch: int
     guidance: float
     caption_dropout: float
+    checkpoint_every: int = field(metadata={"identity": False})
 
 
 def run(config: LoraConfig) -> Artifact:
@@ -50,45 +51,49 @@ def run(config: LoraConfig) -> Artifact:
         )
     flux.check_transformer(config.trained_on)
     check_guidance(config.trained_on, config.guidance)
-    parents = {"trained_on": config.trained_on, "apply_to": config.model.path}
-    train, held_out = config.data.read()
-    parents |= config.data.sources()
     optim.check(config.optim)
     place = distributed.accelerator(config.hardware)
     with place.main_process_first():
+        pinned = Pinned(config.data, config.out, begun=artifact.begun(config.out), first=place.is_main_process)
+        parents: artifact.Parents = {"trained_on": config.trained_on, "apply_to": config.model.path, **pinned.parents()}
         finished = artifact.begin(config.out, "lora", config, parents)
-    if finished:
-        return finished
+        if finished:
+            return finished
+        pinned.settle()
 
-    dtype = distributed.DTYPES[config.hardware.dtype]
-    train_data, held_out_data = encodings.encode_sets(config.model, [train, held_out], config.data.resolution, place.device, dtype)
-    mu = flow.shift_mu(train_data.mean.shape[1], flux.scheduler_settings(config.model.path))
+    dtype, scheduler = distributed.DTYPES[config.hardware.dtype], flux.scheduler_settings(config.model.path)
+    stream = pinned.stream(config.seed, config.batch, place.process_index)
+    reference = pinned.reference(config.probe.samples)
+    samples, texts, held_out = feed.prepare(config.model, stream, reference, config.hardware, place.device)
     transformer = flux.load_transformer(config.trained_on, dtype, config.model.variant)
     if config.hardware.int8_base:
         lora.to_int8(transformer, place.device)
     lora.inject(transformer, config.adapter, config.seed)
     training = Training(place, transformer, config.optim, config.hardware, steps=config.steps, batch=config.batch)
-    probe = Probe(held_out_data, config.probe, mu=mu, seed=config.seed, batch=config.hardware.micro_batch)
+    probe = Probe(held_out, config.probe, scheduler=scheduler, seed=config.seed, batch=config.hardware.micro_batch)
 
     def draw(step: int, slots: range) -> encodings.Noised:
-        rows = order.samples(len(train_data), config.seed, step, config.batch)[slots]
-        return encodings.noised(train_data, rows, mu, config.caption_dropout, config.seed, step, slots)
+        return encodings.noised(samples.take(step, slots), texts.empty, scheduler, config.caption_dropout, config.seed, step, slots)
 
     def loss_of(batch: encodings.Noised) -> torch.Tensor:
-        predicted = flux.predict(training.model, batch.x_t, batch.t, train_data.texts.conditioning(batch.captions), config.guidance)
+        predicted = flux.predict(training.model, batch.x_t, batch.t, batch.said, config.guidance)
         return torch.nn.functional.mse_loss(predicted.float(), batch.velocity.float())
 
     def measured(done: int) -> dict[str, Any]:
         with training.averaged() as model:
             return {"step": done, **probe.measure(model, config.guidance, config.model.usual_guidance)}
 
-    with Log(config.out, f"lora {config.arm}", config.steps, place.is_main_process) as log:
-        curve = [measured(0)]
-        for step in range(config.steps):
+    start, curve = checkpoint.restore(config.out, training, stream.state)
+    samples.begin(start, config.steps, training.slots)
+    with Log(config.out, f"lora {config.arm}", config.steps, place.is_main_process, start) as log:
+        curve = curve or [measured(0)]
+        for step in range(start, config.steps):
             loss, norm = training.step(step, lambda slots: draw(step, slots), loss_of)  # noqa: B023
             log.write(step + 1, loss=loss, gradient_norm=norm, lr=training.lr)
             if (step + 1) % config.probe.every == 0 or step + 1 == config.steps:
                 curve.append(measured(step + 1))
+            if (step + 1) % config.checkpoint_every == 0:
+                checkpoint.save(config.out, training, step + 1, stream.state, curve)
             log.step(step + 1, loss=loss, held_out=curve[-1]["loss"])
 
     contract = {
@@ -101,8 +106,10 @@ def run(config: LoraConfig) -> Artifact:
     }
     if place.is_main_process:
         lora.save(place.unwrap_model(training.model), config.adapter, config.out, {**contract, "config": artifact.identity(config)})
-    metrics = {**training.clock.metrics(), "guidance": config.guidance, "curve": curve}
-    return artifact.publish(place, config.out, "lora", "lora", config, parents, step=config.steps, metrics=metrics, inference=contract)
+    metrics = {**training.clock.metrics(), "guidance": config.guidance, "curve": curve, "data": sources.described(stream)}
+    return artifact.publish(
+        place, config.out, "lora", "lora", config, parents, step=config.steps, metrics=metrics, inference=contract, watched=pinned.watched()
+    )
 
 
 def check_guidance(base: str, guidance: float) -> None:

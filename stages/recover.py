@@ -5,14 +5,14 @@ that the base was distilled from. It is for training LoRAs on, not for use (John
 Overcome It?", 2024).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from data import order
-from data.pictures import DataConfig
-from dev2pro import artifact, distributed, encodings, flow, flux, optim, stage
+from data import ledger, sources
+from data.sources import DataConfig, Pinned
+from dev2pro import artifact, checkpoint, distributed, encodings, feed, flux, optim, stage
 from dev2pro.artifact import Artifact
 from dev2pro.distributed import HardwareConfig
 from dev2pro.flux import ModelConfig
@@ -39,58 +39,78 @@ class RecoverConfig:
     caption_dropout: float
     ema: float
     save_dtype: str
+    checkpoint_every: int = field(metadata={"identity": False})
     teacher: str | None = None
+    ledger: str | None = field(default=None, metadata={"identity": False})
 
 
 def run(config: RecoverConfig) -> Artifact:
     """Recovers the base and writes `transformer/` in diffusers layout, metrics.jsonl and artifact.json into `config.out`."""
     flux.check_transformer(config.model.path)
-    parents = {"base": config.model.path} | ({"teacher": config.teacher} if config.teacher else {})
+    parents: artifact.Parents = {"base": config.model.path} | ({"teacher": config.teacher} if config.teacher else {})
     if config.teacher:
         flux.check_transformer(config.teacher)
-    train, held_out = config.data.read()
-    parents |= config.data.sources()
     optim.check(config.optim)
     distributed.check_dtype("save_dtype", config.save_dtype)
     place = distributed.accelerator(config.hardware)
     with place.main_process_first():
+        pinned = Pinned(config.data, config.out, begun=artifact.begun(config.out), first=place.is_main_process)
+        parents = {**parents, **pinned.parents()}
         finished = artifact.begin(config.out, "recover", config, parents)
-    if finished:
-        return finished
+        if finished:
+            return noted(config, pinned, finished)
+        pinned.settle()
 
-    dtype = distributed.DTYPES[config.hardware.dtype]
-    train_data, held_out_data = encodings.encode_sets(config.model, [train, held_out], config.data.resolution, place.device, dtype)
-    mu = flow.shift_mu(train_data.mean.shape[1], flux.scheduler_settings(config.model.path))
+    dtype, scheduler = distributed.DTYPES[config.hardware.dtype], flux.scheduler_settings(config.model.path)
+    stream = pinned.stream(config.seed, config.batch, place.process_index)
+    reference = pinned.reference(config.probe.samples)
+    samples, texts, held_out = feed.prepare(config.model, stream, reference, config.hardware, place.device)
     transformer = flux.load_transformer(config.model.path, dtype, config.model.variant)
     training = Training(place, transformer, config.optim, config.hardware, steps=config.steps, batch=config.batch, ema=config.ema)
-    probe = Probe(held_out_data, config.probe, mu=mu, seed=config.seed, batch=config.hardware.micro_batch)
+    probe = Probe(held_out, config.probe, scheduler=scheduler, seed=config.seed, batch=config.hardware.micro_batch)
     if config.teacher:
         probe.know_teacher(flux.load_transformer(config.teacher, dtype, config.model.variant).to(place.device))
 
     def draw(step: int, slots: range) -> encodings.Noised:
-        rows = order.samples(len(train_data), config.seed, step, config.batch)[slots]
-        return encodings.noised(train_data, rows, mu, config.caption_dropout, config.seed, step, slots)
+        return encodings.noised(samples.take(step, slots), texts.empty, scheduler, config.caption_dropout, config.seed, step, slots)
 
     def loss_of(batch: encodings.Noised) -> torch.Tensor:
-        predicted = flux.predict(training.model, batch.x_t, batch.t, train_data.texts.conditioning(batch.captions), config.guidance)
+        predicted = flux.predict(training.model, batch.x_t, batch.t, batch.said, config.guidance)
         return torch.nn.functional.mse_loss(predicted.float(), batch.velocity.float())
 
     def measured(done: int) -> dict[str, Any]:
         with training.averaged() as model:
             return {"step": done, **probe.measure(model, config.guidance, config.model.usual_guidance)}
 
-    with Log(config.out, "recover (dev2pro)", config.steps, place.is_main_process) as log:
-        curve = [measured(0)]
-        for step in range(config.steps):
+    start, curve = checkpoint.restore(config.out, training, stream.state)
+    samples.begin(start, config.steps, training.slots)
+    with Log(config.out, "recover (dev2pro)", config.steps, place.is_main_process, start) as log:
+        curve = curve or [measured(0)]
+        for step in range(start, config.steps):
             loss, norm = training.step(step, lambda slots: draw(step, slots), loss_of)  # noqa: B023
             log.write(step + 1, loss=loss, gradient_norm=norm, lr=training.lr)
             if (step + 1) % config.probe.every == 0 or step + 1 == config.steps:
                 curve.append(measured(step + 1))
+            if (step + 1) % config.checkpoint_every == 0:
+                checkpoint.save(config.out, training, step + 1, stream.state, curve)
             log.step(step + 1, loss=loss, held_out=curve[-1]["loss"])
 
-    metrics = {**training.clock.metrics(), "guidance": config.guidance, "curve": curve, "recovered": _recovered(curve)}
     training.save(config.out, distributed.DTYPES[config.save_dtype])
-    return artifact.publish(place, config.out, "recover", "transformer", config, parents, step=config.steps, metrics=metrics)
+    metrics = {
+        **training.clock.metrics(), "guidance": config.guidance, "curve": curve, "recovered": _recovered(curve), "data": sources.described(stream),
+    }  # fmt: skip
+    made = artifact.publish(
+        place, config.out, "recover", "transformer", config, parents, step=config.steps, metrics=metrics, watched=pinned.watched()
+    )
+    return noted(config, pinned, made)
+
+
+def noted(config: RecoverConfig, pinned: Pinned, made: Artifact) -> Artifact:
+    """The artifact, once the ledger has it: a run counts as a consumer of its shards when it has finished, and never before."""
+    if config.ledger and pinned.first:
+        epochs = config.steps / made.metrics["data"]["steps_per_epoch"]
+        ledger.record(config.ledger, made.id, pinned.train.id, [shard.sha256 for shard in pinned.train.shards], epochs)
+    return made
 
 
 def _recovered(curve: list[dict[str, Any]]) -> float | None:

@@ -68,12 +68,15 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six captioned pictures of 32x32, the same ones as `folder/` and as `shard.tar`; the last two of them as `heldout.tar`."""
+    """Six captioned pictures of 32x32, the same ones as `folder/` and as `shard.tar`; the last two of them as `heldout.tar`. Indexed."""
     import io
 
     import numpy as np
     import webdataset
     from PIL import Image
+
+    from data.index import index
+    from data.transport import ReadConfig, Transport
 
     place = tmp_path_factory.mktemp("tiny_data")
     (place / "folder").mkdir()
@@ -89,4 +92,5 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with webdataset.TarWriter(str(place / name)) as shard:
             for sample in some:
                 shard.write(sample)
+        assert not index(str(place / name), Transport(ReadConfig())).error
     return place

@@ -14,7 +14,7 @@ OURS = ("flows", "stages", "data", "dev2pro", "tests", "bench")
 ARROWS = {
     "flows": ("flows", "dev2pro.artifact", "dev2pro.errors"),
     "stages": ("data", "dev2pro"),  # and no other stage
-    "data": ("data", "dev2pro.errors"),
+    "data": ("data", "dev2pro.draws", "dev2pro.errors"),
     "dev2pro": ("dev2pro",),
 }
 BRING_TORCH = ("torch", "accelerate", "diffusers", "peft", "torchao", "transformers")
@@ -183,7 +183,7 @@ BREACHES = [
     (arrows, {"stages/a.py": "def f():\n    import flows.launch\n"}, "stages/a.py:2: imports flows.launch"),
     (arrows, {"dev2pro/a.py": "from data.pictures import read\n"}, "dev2pro/a.py:1: imports data.pictures"),
     (arrows, {"dev2pro/a.py": "import importlib\nimportlib.import_module('stages.lora')\n"}, "dev2pro/a.py:2: imports stages.lora"),
-    (arrows, {"data/a.py": "from dev2pro import errors, flux\n", **PARTS}, "data/a.py:1: imports dev2pro.flux"),
+    (arrows, {"data/a.py": "from dev2pro import draws, errors, flux\n", "dev2pro/draws.py": "", **PARTS}, "data/a.py:1: imports dev2pro.flux"),
     (arrows, {"flows/a.py": "from dev2pro import artifact, flux\n", **PARTS}, "flows/a.py:1: imports dev2pro.flux"),
     (arrows, {"flows/a.py": "from ..stages import lora\n", "stages/lora.py": ""}, "flows/a.py:1: imports stages.lora"),
     (arrows, {"stages/a.py": "import torch\nfrom data import order\nfrom dev2pro import flux\n", "data/order.py": "", **PARTS}, None),

@@ -185,7 +185,7 @@ def test_text_has_a_state_per_token_and_one_pooled(encoders):
 def test_pictures_become_tokens(encoders, side):
     assert encoders.pixels_per_token == 8
     shape = ((side // 8) ** 2, 16)
-    assert encoders.token_shape(side) == shape
+    assert encoders.token_shape((side, side)) == shape
     mean, std = encoders.encode_images(torch.rand(2, 3, side, side) * 2 - 1)
     assert mean.shape == std.shape == (2, *shape)
     assert (std > 0).all()

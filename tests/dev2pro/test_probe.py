@@ -2,20 +2,21 @@ import pytest
 import torch
 
 from dev2pro import flow, flux
-from dev2pro.encodings import Encodings, Texts
+from dev2pro.encodings import Encoded
 from dev2pro.probe import Probe, ProbeConfig
 
-MU, COUNT, BINS = 0.5, 5, 4
+COUNT, BINS = 5, 4
+SCHEDULER = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 16, "max_image_seq_len": 4096}
+MU = 0.5  # of 16 tokens
 CONFIG = ProbeConfig(every=1, samples=COUNT, bins=BINS)
 
 
 @pytest.fixture(scope="module")
-def data() -> Encodings:
+def data() -> Encoded:
     draw = torch.Generator().manual_seed(0)
-    prompt, pooled = torch.randn(3, 8, 64, generator=draw), torch.randn(3, 64, generator=draw)
-    texts = Texts(prompt, pooled, torch.zeros(8, 3), flux.image_ids(4, 4, torch.device("cpu"), torch.float32))
+    prompt, pooled = torch.randn(COUNT + 2, 8, 64, generator=draw), torch.randn(COUNT + 2, 64, generator=draw)
     mean = torch.randn(COUNT + 2, 16, 16, generator=draw)
-    return Encodings(mean, torch.full_like(mean, 9.0), torch.tensor([1, 2, 1, 2, 1, 0, 0]), texts)
+    return Encoded(mean, torch.full_like(mean, 9.0), prompt, pooled, (4, 4))
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +34,8 @@ def teacher(tiny):
     return model
 
 
-def probe(data: Encodings, *, batch: int = 64, seed: int = 0, config: ProbeConfig = CONFIG) -> Probe:
-    return Probe(data, config, mu=MU, seed=seed, batch=batch)
+def probe(data: Encoded, *, batch: int = 64, seed: int = 0, config: ProbeConfig = CONFIG) -> Probe:
+    return Probe(data, config, scheduler=SCHEDULER, seed=seed, batch=batch)
 
 
 def close(a: dict, b: dict) -> bool:
@@ -59,7 +60,7 @@ def test_the_numbers_by_loop(data, transformer, teacher):
         for i in range(COUNT):
             x0, noise = data.mean[i, None], looking.noise[i, None]  # the mean: no draw from the posterior
             x_t = (1 - t) * x0 + t * noise
-            said = data.texts.conditioning(data.caption[i, None])
+            said = flux.condition(data.prompt[i, None], data.pooled[i, None], (4, 4))
             v, w, ideal = (flux.predict(model, x_t, t[None], said, g) for model, g in ((transformer, 1.0), (transformer, 3.5), (teacher, 1.0)))
             of_time += (v - (noise - x0)).square().mean().item() / COUNT
             usual += (w - (noise - x0)).square().mean().item() / COUNT / BINS

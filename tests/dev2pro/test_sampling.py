@@ -20,15 +20,16 @@ class Scene:
         self.folder = folder
         self.stock = FluxPipeline.from_pretrained(folder, dtype=torch.float32)
         self.stock.set_progress_bar_config(disable=True)
-        self.encoders = flux.Encoders(flux.ModelConfig(path=folder, usual_guidance=3.5, max_sequence_length=LENGTH), torch.float32, CPU)
+        model = flux.ModelConfig(path=folder, usual_guidance=3.5, max_sequence_length=LENGTH)
+        self.encoders = flux.Encoders(model, torch.float32, CPU)
         self.transformer = flux.load_transformer(folder).eval()
-        self.texts = encodings.encode_texts(self.encoders, PROMPTS, SIDE, CPU, torch.float32)
-        shape = self.encoders.token_shape(SIDE)
+        self.texts = encodings.Texts(model, self.encoders, 1e9)
+        shape = self.encoders.token_shape((SIDE, SIDE))
         self.mu = flow.shift_mu(shape[0], flux.scheduler_settings(folder))
         self.noise = torch.stack([sampling.start(0, 0, prompt, shape) for prompt in range(len(PROMPTS))])
 
     def ours(self, guidance: float, cfg_scale: float) -> torch.Tensor:
-        said, nothing = self.texts.conditioning(torch.tensor([1, 2])), self.texts.unconditional(2)
+        said, nothing = (flux.condition(*self.texts.encode(prompts), (4, 4)) for prompts in (PROMPTS, ["", ""]))
         return sampling.sample(self.transformer, self.noise, said, nothing, guidance=guidance, cfg_scale=cfg_scale, steps=STEPS, mu=self.mu)
 
     def theirs(self, output_type: str, guidance: float, cfg_scale: float) -> torch.Tensor:
@@ -80,7 +81,7 @@ def test_guidance_and_true_cfg_are_two_things(scene):
 
 
 def test_cfg_scale_zero_is_the_empty_prompt(scene):
-    nothing = scene.texts.unconditional(2)
+    nothing = flux.condition(*scene.texts.encode(["", ""]), (4, 4))
     empty = sampling.sample(scene.transformer, scene.noise, nothing, nothing, guidance=1.0, cfg_scale=1.0, steps=STEPS, mu=scene.mu)
     torch.testing.assert_close(scene.ours(1.0, 0.0), empty, **TOLERANCE)
 

@@ -38,8 +38,8 @@ def words(tiny, tiny_data, tmp_path) -> dict[str, str]:
     """A recovery of two steps."""
     return {
         "out": f"{tmp_path}/out", "model.path": str(tiny), "model.max_sequence_length": "8", "hardware": "cpu", "data.train": f"[{tiny_data}/folder]",
-        "data.heldout": f"[{tiny_data}/heldout.tar]", "data.resolution": "32", "steps": "2", "batch": "4", "optim.warmup": "0", "probe.bins": "2",
-        "save_dtype": "float32",
+        "data.heldout": f"[{tiny_data}/heldout.tar]", "data.resolution": "32", "data.bucket_step": "8", "data.read.cache": f"{tmp_path}/cache",
+        "data.read.workers": "0", "steps": "2", "batch": "4", "optim.warmup": "0", "probe.bins": "2", "save_dtype": "float32",
     }  # fmt: skip
 
 
@@ -171,7 +171,7 @@ def test_no_pictures(run, words, tmp_path):
     end = run(words | {"data.train": f"[{tmp_path}/empty]"})
     assert end.code == 3
     assert "data.train" in end.paragraph
-    assert "holds no pictures" in end.paragraph
+    assert f"{tmp_path}/empty holds no pictures" in end.paragraph
 
 
 def test_a_picture_without_a_caption(run, words, tiny_data, tmp_path):
@@ -179,7 +179,7 @@ def test_a_picture_without_a_caption(run, words, tiny_data, tmp_path):
     (folder / "0003.txt").unlink()
     end = run(words | {"data.train": f"[{folder}]"})
     assert end.code == 3
-    assert f"{folder}/0003.png has no caption" in end.paragraph
+    assert f"{folder}/0003.png: it has no caption; write what it shows into 0003.txt" in end.said
 
 
 def test_a_picture_that_cannot_be_read(run, words, tiny_data, tmp_path):
@@ -187,7 +187,7 @@ def test_a_picture_that_cannot_be_read(run, words, tiny_data, tmp_path):
     (folder / "0003.png").write_bytes((folder / "0003.png").read_bytes()[:500])
     end = run(words | {"data.train": f"[{folder}]"})
     assert end.code == 3
-    assert f"{folder}/0003.png is no readable" in end.paragraph
+    assert f"{folder}/0003.png: its pixels cannot be decoded" in end.said
 
 
 # ---- the other ends --------------------------------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ def test_an_interrupted_stage_says_so(run, words, number):
 
     end = run(words, work)
     assert end.code == 130
-    assert "The same command starts this stage again" in end.paragraph
+    assert "The same command goes on from the last checkpoint" in end.paragraph
 
 
 def test_hydra_writes_nothing(run, words, tmp_path, monkeypatch):

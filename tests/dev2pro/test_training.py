@@ -1,34 +1,37 @@
 import math
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
 from dev2pro import distributed, encodings, flux
 from dev2pro.distributed import HardwareConfig
-from dev2pro.encodings import Encodings, Texts
+from dev2pro.encodings import Encoded
 from dev2pro.errors import ConfigError, DivergedError
 from dev2pro.optim import OptimConfig
 from dev2pro.training import Clock, Training
 
 BATCH = 8
+SCHEDULER = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 16, "max_image_seq_len": 4096}
 
 
 @pytest.fixture(scope="module")
-def data() -> Encodings:
+def data() -> Encoded:
     draw = torch.Generator().manual_seed(0)
-    prompt, pooled = torch.randn(3, 8, 64, generator=draw), torch.randn(3, 64, generator=draw)
-    texts = Texts(prompt, pooled, torch.zeros(8, 3), flux.image_ids(4, 4, torch.device("cpu"), torch.float32))
+    prompt, pooled = torch.randn(BATCH, 8, 64, generator=draw), torch.randn(BATCH, 64, generator=draw)
     mean = torch.randn(BATCH, 16, 16, generator=draw)
-    return Encodings(mean, torch.full_like(mean, 0.1), torch.tensor([1, 2] * (BATCH // 2)), texts)
+    return Encoded(mean, torch.full_like(mean, 0.1), prompt, pooled, (4, 4))
+
+
+def some(data: Encoded, slots: range) -> Encoded:
+    return Encoded(data.mean[slots], data.std[slots], data.prompt[slots], data.pooled[slots], data.grid)
 
 
 class Run:
     """A training of the tiny transformer on the same data every time."""
 
-    def __init__(self, tiny, data: Encodings, *, micro_batch: int = BATCH, ema: float = 0.0, steps: int = 10, checkpointing: bool = False, **optim):
+    def __init__(self, tiny, data: Encoded, *, micro_batch: int = BATCH, ema: float = 0.0, steps: int = 10, checkpointing: bool = False, **optim):
         hardware = HardwareConfig(device="cpu", micro_batch=micro_batch, threads=1, gradient_checkpointing=checkpointing)
         self.model = flux.load_transformer(str(tiny))
         config = OptimConfig(**{"lr": 1e-3, "schedule": "constant", **optim})
@@ -39,11 +42,10 @@ class Run:
     def step(self, step: int = 0, spoil: float = 1.0) -> tuple[float, float]:
         def draw(slots: range) -> encodings.Noised:
             self.seen.append(list(slots))
-            return encodings.noised(self.data, np.arange(BATCH)[slots], 0.5, 0.1, 0, step, slots)
+            return encodings.noised(some(self.data, slots), (torch.zeros(8, 64), torch.zeros(64)), SCHEDULER, 0.1, 0, step, slots)
 
         def loss_of(batch: encodings.Noised) -> torch.Tensor:
-            said = self.data.texts.conditioning(batch.captions)
-            return spoil * torch.nn.functional.mse_loss(flux.predict(self.training.model, batch.x_t, batch.t, said, 1.0), batch.velocity)
+            return spoil * torch.nn.functional.mse_loss(flux.predict(self.training.model, batch.x_t, batch.t, batch.said, 1.0), batch.velocity)
 
         return self.training.step(step, draw, loss_of)
 

@@ -1,0 +1,119 @@
+"""The command that indexes shards, `python -m data.index SHARDS...`: a sidecar for every tar that is whole, and a table of what is not."""
+
+import argparse
+import os
+import sys
+from collections import Counter
+from concurrent.futures import as_completed
+from dataclasses import dataclass, field
+from typing import Any
+
+from data import commands, places, sidecar
+from data.scan import scan
+from data.sidecar import Sidecar
+from data.transport import ReadConfig, Transport
+from dev2pro.errors import ConfigError, DataError, StageError
+
+SHOWN = 30  # lines of the table of rejections
+_transport: Transport
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one shard; `kept`: an earlier index still fits."""
+
+    place: str
+    samples: int = 0
+    rejected: tuple[dict[str, Any], ...] = ()
+    ignored: dict[str, int] = field(default_factory=dict)
+    error: str = ""
+    exit_code: int = 0
+    kept: bool = False
+
+
+def index(place: str, transport: Transport, folder: str | None = None, *, empty_captions: bool = False, allow_partial: bool = False) -> Outcome:
+    """Indexes one shard, unless that was done before with the same policy (see `scan`)."""
+    policy = {"empty_captions": empty_captions, "allow_partial": allow_partial}
+    try:
+        made = _standing(place, transport, folder, policy)
+        kept = made is not None
+        if made is None:
+            made = scan(place, transport, **policy)
+            transport.write(sidecar.where(place, folder), made.encode())
+        return Outcome(place, len(made), tuple(made.head["rejected"]), made.head["ignored"], kept=kept)
+    except StageError as error:
+        return Outcome(place, error=str(error), exit_code=error.exit_code)
+
+
+def _standing(place: str, transport: Transport, folder: str | None, policy: dict[str, bool]) -> Sidecar | None:
+    try:
+        there = sidecar.read(place, transport, folder)
+    except DataError:
+        return None
+    return there if there.head["policy"] == policy and not there.stamp.differs(transport.stamp(place)) else None
+
+
+def _start(config: ReadConfig) -> None:
+    global _transport
+    _transport = Transport(config)
+
+
+def _index(place: str, folder: str | None, policy: dict[str, bool]) -> Outcome:
+    return index(place, _transport, folder, **policy)
+
+
+def work(options: argparse.Namespace) -> int:
+    """Indexes in parallel. The exit code is 0, or that of the first shard that could not be indexed."""
+    shards = list(dict.fromkeys(place for pattern in options.shards for place in places.expand(pattern, "SHARDS")))
+    if folders := [places.shown(place) for place in shards if os.path.isdir(place)]:
+        tars, packing = f"{folders[0]}/*.tar", f"python -m data.pack {folders[0]} OUT"
+        raise ConfigError(f"{folders[0]} is a folder. Name the tars in it, as in '{tars}', or make some of its pictures: `{packing}`.")
+    served = [place for place in shards if places.remote(place) and not place.startswith("s3://")]
+    if served and not options.to:
+        raise ConfigError(
+            f"{places.shown(served[0])}: nothing can be written beside it, for http is for reading. Give the indexes a folder: --to FOLDER."
+        )
+    policy = {"empty_captions": options.captions == "empty", "allow_partial": options.allow_partial}
+    outcomes: dict[str, Outcome] = {}
+    with (
+        commands.progress("indexing", len(shards)) as advance,
+        commands.processes(options.workers, _start, (ReadConfig(),)) as pool,
+    ):
+        for done in as_completed([pool.submit(_index, place, options.to, policy) for place in shards]):
+            outcomes[done.result().place] = done.result()
+            advance()
+    return _tell([outcomes[place] for place in shards])
+
+
+def _tell(outcomes: list[Outcome]) -> int:
+    failed = [one for one in outcomes if one.exit_code]
+    rows = [(places.shown(one.place), bad["offset"], bad["key"], bad["reason"]) for one in outcomes for bad in one.rejected]
+    commands.show("rejected samples", ("shard", "at byte", "key", "reason"), rows, SHOWN)
+    ignored = sum((Counter(one.ignored) for one in outcomes), Counter[str]())
+    if ignored:
+        print(
+            f"index: {ignored.total():,} members are of no use here: {', '.join(f'{count:,} {kind}' for kind, count in ignored.most_common(SHOWN))}"
+        )
+    for one in failed:
+        print(f"index: {one.error}", file=sys.stderr)
+    fine = [one for one in outcomes if not one.exit_code]
+    print(
+        f"index: {len(fine):,} shards with {sum(one.samples for one in fine):,} samples ({sum(one.kept for one in fine):,} were indexed before); "
+        f"rejected are {len(rows):,} samples and {len(failed):,} shards"
+    )
+    return failed[0].exit_code if failed else 0
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = commands.parser("data.index", __doc__)
+    parser.add_argument("shards", nargs="+", metavar="SHARD", help="tars: paths or addresses, {000..099} braces, * but for http")
+    parser.add_argument("--to", metavar="FOLDER", help="where sidecars go when they cannot lie beside their shards (http)")
+    parser.add_argument("--workers", type=commands.positive, default=commands.cores(), help="processes (default: %(default)s)")
+    parser.add_argument("--captions", choices=("drop", "empty"), default="drop", help="what happens to samples without a usable caption")
+    parser.add_argument("--allow-partial", action="store_true", help="of a damaged shard, keep the whole samples before the damage")
+    commands.run("index", parser, work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""encode: writes shards again with what the VAE and the text encoders say beside each picture, so that training needs neither."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import webdataset
+
+from data import encoded, index, order, pictures, places, sidecar, snapshot, sources
+from data.order import Order
+from data.quarantine import Quarantine
+from data.snapshot import Snapshot
+from data.stream import Augment, Batch, Stream
+from data.transport import ReadConfig, Transport
+from dev2pro import artifact, distributed, feed, stage
+from dev2pro.artifact import Artifact
+from dev2pro.distributed import HardwareConfig
+from dev2pro.encodings import Texts
+from dev2pro.errors import ConfigError, DataError
+from dev2pro.flux import Encoders, ModelConfig
+from dev2pro.log import Progress
+
+
+@dataclass(slots=True, kw_only=True)
+class EncodeConfig:
+    """See conf/encode.yaml for what each value is and why."""
+
+    out: str
+    to: str
+    shards: list[str]
+    parts: list[str]
+    resolution: int
+    aspect: float
+    bucket_step: int
+    model: ModelConfig
+    hardware: HardwareConfig
+    read: ReadConfig = field(default_factory=ReadConfig, metadata={"identity": False})
+
+
+def run(config: EncodeConfig) -> Artifact:
+    """Encodes shard by shard, the ranks sharing them, into `config.to`; `encoded.snapshot` and artifact.json go into `config.out`.
+
+    What is there and indexed already is kept, so an interrupted run goes on with the shard it was at.
+    """
+    if not config.parts or set(config.parts) - set(encoded.PARTS):
+        raise ConfigError(f"parts={config.parts} cannot be encoded. Choose among {', '.join(encoded.PARTS)}.")
+    place = distributed.accelerator(config.hardware)
+    transport, target = Transport(config.read), places.check(config.to)
+    with place.main_process_first():
+        source = sources.opened(config.shards, "shards", transport)
+        parents: artifact.Parents = {"data.shards": (", ".join(config.shards), source.id), "model": config.model.path}
+        finished = artifact.begin(config.out, "encode", config, parents)
+    if finished:
+        return finished
+
+    encoders = Encoders(config.model, distributed.DTYPES[config.hardware.dtype], place.device)
+    sizes = order.sizes(config.resolution, config.bucket_step, config.aspect)
+    texts = Texts(config.model, encoders, config.hardware.encodings_gb * 1e9)
+    made = {part: how for part, how in feed.fingerprints(encoders, sizes).items() if part in config.parts}
+
+    def members(batch: Batch) -> list[dict[str, bytes]]:
+        """The encodings of each sample, as files."""
+        values = {
+            "latents": lambda: dict(zip(("mean", "std"), encoders.encode_images(feed.pixels(batch)), strict=True)),
+            "text": lambda: dict(zip(("prompt", "pooled"), texts.encode(batch.captions), strict=True)),
+        }
+        of_parts = {part: values[part]() for part in made}
+        return [
+            {f"{part}.safetensors": encoded.member({n: v[i].cpu().clone() for n, v in of.items()}, made[part]) for part, of in of_parts.items()}
+            for i in range(len(batch.rows))
+        ]
+
+    quarantine = Quarantine(source, f"{config.out}/quarantine-{place.process_index}.jsonl")
+    stream = Stream(Order(source, sizes, 0, 1, cropped=True), config.read, Augment(), quarantine, keep=True)
+    shards = [(f"{target}/{number:06d}.tar", shard) for number, shard in enumerate(source.shards)]
+    mine = shards[place.process_index :: place.num_processes]
+    with Progress("encode", len(mine), place.is_main_process) as progress:
+        for done, (name, shard) in enumerate(mine, 1):
+            if not _stands(name, made, transport):
+                batches = stream.stretch(shard.first, shard.first + shard.samples, feed.TOGETHER)
+                samples = (one for batch in batches for one in _samples(batch, source, members))
+                _write(samples, name, f"{config.out}/{place.process_index}.partial", transport)
+            progress.step(done)
+    place.wait_for_everyone()
+    if place.is_main_process:
+        pinned = snapshot.build([name for name, _ in shards], transport, sources=[config.to])
+        pinned.write(f"{config.out}/encoded{snapshot.ENDING}")
+    return artifact.publish(place, config.out, "encode", "encodings", config, parents, step=len(shards), metrics={"samples": len(source)})
+
+
+def _stands(name: str, made: dict[str, Any], transport: Transport) -> bool:
+    """Whether a shard was encoded before, in the same way."""
+    try:
+        there = sidecar.read(name, transport)
+    except DataError:
+        return False
+    if there.head["encodings"] != made:
+        raise ConfigError(f"{places.shown(name)} was encoded in another way. Choose another to=, or remove it.")
+    return not there.stamp.differs(transport.stamp(name))
+
+
+def _samples(batch: Batch, source: Snapshot, members: Callable[[Batch], list[dict[str, bytes]]]) -> Iterator[dict[str, Any]]:
+    """The samples of a batch for webdataset's writer: as they were, with their encodings."""
+    for row, known, made in zip(batch.rows, batch.parts, members(batch), strict=True):
+        kind = "json" if source.columns["caption_json"][row] else "txt"
+        sample = {pictures.suffix(known["picture"]): known["picture"], kind: known["caption"]}
+        yield {"__key__": f"{row - source.shard(row).first:08d}", **sample, **made}
+
+
+def _write(samples: Iterator[dict[str, Any]], name: str, partial: str, transport: Transport) -> None:
+    """One tar, published whole, and its index."""
+    with open(partial, "wb") as file:
+        with webdataset.TarWriter(file, mtime=0, user="dev2pro", group="dev2pro") as shard:
+            for sample in samples:
+                shard.write(sample)
+        file.flush()
+        os.fsync(file.fileno())
+    transport.move(partial, name)
+    outcome = index.index(name, transport, empty_captions=True, allow_partial=False)
+    if outcome.error or outcome.rejected:
+        raise DataError(f"The encoded shard {places.shown(name)} cannot be read back: {outcome.error or outcome.rejected[0]['reason']}")
+
+
+if __name__ == "__main__":
+    stage.main("encode", EncodeConfig, run)

@@ -1,0 +1,82 @@
+"""Web servers, shards and snapshots for the tests of the reading side."""
+
+import io
+import random
+import subprocess
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from data.web import Web
+from tests.servers import Server, impatient
+
+Members = Mapping[str, bytes]
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[Server]:
+    """A web server with 100,000 bytes at /a."""
+    folder = tmp_path / "web"
+    folder.mkdir()
+    (folder / "a").write_bytes(random.Random(0).randbytes(100_000))
+    with Server(folder) as server:
+        yield server
+
+
+@pytest.fixture
+def asks() -> Web:
+    return Web(connections=4, connect_timeout=0.5, idle_timeout=0.5)
+
+
+@pytest.fixture
+def write_shard() -> Callable[..., dict[str, bytes]]:
+    """Writes a tar of `count` samples, their PNGs filled up to some `size` bytes; what was written, by name."""
+    from PIL import Image
+
+    def write(path: Path, count: int = 8, size: int = 0, seed: int = 0, captions: bool = True, mixed: bool = True) -> dict[str, bytes]:
+        draw, pictures, texts = random.Random(seed), dict[str, bytes](), dict[str, bytes]()
+        for number in range(count):
+            encoded = io.BytesIO()
+            Image.frombytes("RGB", (8, 8), draw.randbytes(192)).save(encoded, "PNG")
+            pictures[f"{number:04d}.png"] = encoded.getvalue() + draw.randbytes(max(0, size - encoded.tell()))
+            texts[f"{number:04d}.txt"] = f"picture {number} of {path.name}".encode()
+        members = pictures | (texts if captions else {})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for name in sorted(members) if mixed else members:
+                info = tarfile.TarInfo(name)
+                info.size = len(members[name])
+                tar.addfile(info, io.BytesIO(members[name]))
+        return members
+
+    return write
+
+
+@pytest.fixture
+def pin(tmp_path: Path):
+    """A snapshot of shards, indexed just now."""
+    from data import index, snapshot
+    from data.transport import Transport
+
+    def make(*places: str, **policy: bool) -> snapshot.Snapshot:
+        transport, folder = Transport(impatient()), str(tmp_path / "sidecars")
+        for place in places:
+            outcome = index.index(place, transport, folder, **{"empty_captions": False, "allow_partial": False, **policy})
+            assert not outcome.error
+            assert not outcome.rejected
+        return snapshot.build(places, transport, folder=folder)
+
+    return make
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True, check=False).returncode:
+        pytest.skip("no file systems may be mounted here")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)

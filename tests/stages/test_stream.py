@@ -1,0 +1,140 @@
+"""recover over HTTP from a server that goes wrong, killed at random moments, ends with the weights of an undisturbed run from the disk."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.servers import Fault, Server
+
+ROOT = Path(__file__).resolve().parents[2]
+INK = ROOT / "data/miniature/shards/ink"
+STEPS = 60
+WORDS = [
+    "experiment=miniature",
+    f"steps={STEPS}",
+    "batch=8",
+    "hardware.micro_batch=4",
+    "probe.every=30",
+    "probe.samples=8",
+    "checkpoint_every=7",
+    "data.flip=true",
+    "data.crop=random",
+    "data.read.workers=2",
+    "data.read.idle_timeout=1",
+    "data.read.hedge=0.5",
+    "data.read.retries=9",
+]  # fmt: skip  (mirroring is drawn, so nothing can be encoded ahead and every step reads)
+
+
+def command(out: Path, source: str) -> list[str]:
+    places = [f"data.train=['{source}/train-{{000000,000001}}.tar']", f"data.heldout=['{source}/heldout-000000.tar']"]
+    return [sys.executable, "-m", "stages.recover", *WORDS, *places, f"out={out}"]
+
+
+def weights(out: Path) -> bytes:
+    return (out / "transformer/diffusion_pytorch_model.safetensors").read_bytes()
+
+
+def steps_done(out: Path) -> int:
+    path = out / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    subprocess.run(command(out, str(INK)), cwd=ROOT, check=True, capture_output=True, timeout=300)
+    return out
+
+
+class Weather:
+    """Faults for one request in eight, of every kind that passes; a retry meets them as well."""
+
+    def __init__(self) -> None:
+        self.dice, self.met = random.Random(0), list[object]()
+
+    def __call__(self, path: str, number: int, ranges: str) -> Fault | str | int | None:
+        if not path.endswith(".tar") or self.dice.random() > 0.125:
+            return None
+        fault = self.dice.choice(
+            [503, 429, Fault(status=500, headers={"Retry-After": "0"}), "reset", "reset middle", "short", "corrupt", "stall middle"]
+        )
+        self.met.append(fault)
+        return fault
+
+
+def test_five_kills_and_a_failing_server_change_nothing(undisturbed, tmp_path):
+    folder, weather, dice = shutil.copytree(INK, tmp_path / "served"), Weather(), random.Random(1)
+    out, killed = tmp_path / "out", []
+    with Server(folder, faults=weather) as server:
+        while True:
+            child = subprocess.Popen(command(out, server.url), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+            if len(killed) < 5:
+                goal = dice.randint(len(killed) * 11 + 1, len(killed) * 11 + 11)
+                while child.poll() is None and steps_done(out) < goal:
+                    time.sleep(0.02)
+                time.sleep(dice.uniform(0, 0.3))
+                killed.append(steps_done(out))
+                os.killpg(child.pid, signal.SIGKILL)
+                child.communicate()
+                continue
+            said, _ = child.communicate(timeout=300)
+            break
+    assert child.returncode == 0, said.decode()
+    assert sorted(set(killed)) == killed  # every kill came later than the one before: the run went on
+    assert killed[-1] < STEPS
+    assert b"going on after step" in said
+    assert len(weather.met) > 20
+    assert len({str(fault) for fault in weather.met}) == 8
+    assert weights(out) == weights(undisturbed)
+    losses = [[json.loads(line)["loss"] for line in (one / "metrics.jsonl").read_text().splitlines()] for one in (out, undisturbed)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == STEPS
+    assert not list(out.glob("checkpoint-*"))
+
+
+def test_a_server_that_stays_away_ends_the_run_with_try_again_and_the_checkpoint_intact(undisturbed, tmp_path):
+    folder, out = shutil.copytree(INK, tmp_path / "served"), tmp_path / "out"
+    words = ["data.read.retries=1", "data.read.workers=1"]
+    with Server(folder) as server:
+        server.faults = lambda path, number, ranges: 503 if steps_done(out) >= 20 and path.endswith(".tar") else None
+        done = subprocess.run([*command(out, server.url), *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 75, done.stderr
+        assert "train-00000" in done.stderr
+        assert "could not be read in 2 tries" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert [folder.name for folder in out.glob("checkpoint-*")] in (["checkpoint-14"], ["checkpoint-21"], ["checkpoint-28"])
+        server.faults = None
+        subprocess.run([*command(out, server.url), *words], cwd=ROOT, check=True, capture_output=True, timeout=300)
+    assert weights(out) == weights(undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda folder: (folder / "train-000001.tar.index").unlink(), "is not indexed"),
+        (lambda folder: (folder / "train-000001.tar").write_bytes((folder / "train-000001.tar").read_bytes()[:-512]), "changed since it was indexed"),
+        (lambda folder: (folder / "train-000001.tar").unlink(), "cannot be had (HTTP status 404)"),
+    ],
+    ids=["unindexed", "changed", "missing"],
+)
+@pytest.mark.parametrize("remote", [True, False])
+def test_a_shard_that_cannot_be_trusted_is_refused_before_the_model_is_loaded(tmp_path, spoil, said, remote):
+    folder = shutil.copytree(INK, tmp_path / "served")
+    spoil(folder)
+    with Server(folder) as server:
+        done = subprocess.run(command(tmp_path / "out", server.url if remote else str(folder)), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3, done.stderr
+    assert "train-000001.tar" in done.stderr
+    assert said in done.stderr or not remote
+    assert "Traceback" not in done.stderr
+    assert "Loading" not in done.stderr  # no weights were read
+    assert not (tmp_path / "out/transformer").exists()
