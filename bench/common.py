@@ -57,7 +57,7 @@ def indexed(shards: Sequence[str], folder: str) -> Snapshot:
     transport = Transport(ReadConfig())
     for place in shards:
         outcome = index(place, transport, folder)
-        assert not outcome.error and not outcome.rejected, outcome
+        assert (outcome.error, outcome.rejected) == ("", ()), outcome
     return snapshot.build(shards, transport, folder=folder)
 
 

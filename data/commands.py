@@ -54,7 +54,10 @@ def run(name: str, words: argparse.ArgumentParser, work: Callable[[argparse.Name
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         cure = "Make room" if full else "Mend that, or choose another place"
-        print(f"{name}: {places.shown(str(error.filename or 'a file'))}: {error.strerror}. {cure} and run the same command again.", file=sys.stderr)
+        print(
+            f"{name}: {places.shown(str(error.filename or 'a file'))}: {error.strerror or error}. {cure} and run the same command again.",
+            file=sys.stderr,
+        )
         sys.exit(SpaceError.exit_code if full else DataError.exit_code)
     except StageError as error:
         print(f"{name}: {error}", file=sys.stderr)

@@ -16,6 +16,9 @@ import numpy as np
 import webdataset
 from PIL import Image
 
+from data import index
+from data.transport import ReadConfig, Transport
+
 SIDE = 32  # pixels
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PHRASINGS = (
@@ -138,13 +141,15 @@ def caption(digit: Digit, seed: int) -> str:
 
 
 def write_shard(path: Path, digits: Iterable[Digit], style: Style, seed: int) -> None:
-    """One WebDataset tar of .webp and .txt pairs; the same arguments give the same bytes."""
+    """One WebDataset tar of .webp and .txt pairs, and its index; the same arguments give the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with webdataset.TarWriter(str(path), mtime=0, user="dev2pro", group="dev2pro") as shard:
         for digit in digits:
             encoded = io.BytesIO()
             picture(digit, style, seed).save(encoded, "WEBP", quality=92, method=6)
             shard.write({"__key__": f"{digit.index:04d}", "webp": encoded.getvalue(), "txt": caption(digit, seed)})
+    outcome = index.index(str(path), Transport(ReadConfig()))
+    assert not outcome.error, outcome.error
 
 
 def write_shards(folder: Path, seed: int) -> None:

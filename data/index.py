@@ -20,12 +20,13 @@ _transport: Transport
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one shard; `kept`: an earlier index still fits."""
+    """What became of one shard; `partial`: where it is damaged; `kept`: an earlier index still fits."""
 
     place: str
     samples: int = 0
     rejected: tuple[dict[str, Any], ...] = ()
     ignored: dict[str, int] = field(default_factory=dict)
+    partial: dict[str, Any] | None = None
     error: str = ""
     exit_code: int = 0
     kept: bool = False
@@ -40,7 +41,7 @@ def index(place: str, transport: Transport, folder: str | None = None, *, empty_
         if made is None:
             made = scan(place, transport, **policy)
             transport.write(sidecar.where(place, folder), made.encode())
-        return Outcome(place, len(made), tuple(made.head["rejected"]), made.head["ignored"], kept=kept)
+        return Outcome(place, len(made), tuple(made.head["rejected"]), made.head["ignored"], made.head["partial"], kept=kept)
     except StageError as error:
         return Outcome(place, error=str(error), exit_code=error.exit_code)
 
@@ -89,11 +90,12 @@ def _tell(outcomes: list[Outcome]) -> int:
     failed = [one for one in outcomes if one.exit_code]
     rows = [(places.shown(one.place), bad["offset"], bad["key"], bad["reason"]) for one in outcomes for bad in one.rejected]
     commands.show("rejected samples", ("shard", "at byte", "key", "reason"), rows, SHOWN)
-    ignored = sum((Counter(one.ignored) for one in outcomes), Counter[str]())
-    if ignored:
-        print(
-            f"index: {ignored.total():,} members are of no use here: {', '.join(f'{count:,} {kind}' for kind, count in ignored.most_common(SHOWN))}"
-        )
+    if ignored := sum((Counter(one.ignored) for one in outcomes), Counter[str]()):
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in ignored.most_common(SHOWN))
+        print(f"index: {ignored.total():,} members are of no use here: {kinds}")
+    for one in outcomes:
+        if one.partial:
+            print(f"index: {places.shown(one.place)} is used only up to its damage at byte {one.partial['offset']}: {one.partial['reason']}")
     for one in failed:
         print(f"index: {one.error}", file=sys.stderr)
     fine = [one for one in outcomes if not one.exit_code]

@@ -164,17 +164,22 @@ def pack(folder: str, out: str, table: str | None = None, workers: int = 1) -> l
     Raises DataError with a list for pictures that cannot be read, have no caption, or are there twice.
     """
     target, partial = Path(out), Path(f"{out}.{os.getpid()}.partial")
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise DataError(f"{places.shown(out)} exists and is no empty folder. Choose another one, or remove it.")
+    _must_be_free(target)
     samples = find(Path(folder), Path(table) if table else None)
     _check(Path(folder), samples, workers)
     try:
         partial.mkdir(parents=True)
         names = _write(samples, partial)
+        _must_be_free(target)  # still, for another process may have packed the same
         partial.replace(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return [str(target / name) for name in names]
+
+
+def _must_be_free(out: Path) -> None:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise DataError(f"{places.shown(str(out))} exists and is no empty folder. Choose another one, or remove it.")
 
 
 def _check(folder: Path, samples: list[Captioned], workers: int) -> None:

@@ -14,7 +14,7 @@ MAX_PIXELS = 100_000_000  # larger than any camera's picture; a picture bomb is 
 MAX_BYTES = 1 << 28  # of one picture
 MAX_CAPTION = 1 << 16  # bytes
 ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 lie on their side
-PNG_EXIF = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # may lie behind the pixels, all of which Pillow decodes to look for them
+PNG_EXIF = (b"eXIf", b"tEXtRaw profile type exif", b"zTXtRaw profile type exif", b"iTXtXML:com.adobe.xmp")  # how chunks with EXIF data begin
 
 
 class BadContent(ValueError):
@@ -56,10 +56,18 @@ def suffix(encoded: bytes) -> str:
 def size(encoded: bytes) -> tuple[int, int]:
     """(width, height) in pixels once the picture stands upright."""
     image, turned = opened(encoded), False
-    if image.format != "PNG" or "exif" in image.info:  # else Pillow would decode a PNG to its end to look for some behind the pixels
+    if image.format != "PNG" or _has_exif(encoded):
         with _decoding("its EXIF data cannot be read"):
             turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
     return (image.height, image.width) if turned else image.size
+
+
+def _has_exif(png: bytes) -> bool:
+    """Looks at the heads of a PNG's chunks: what is wanted may lie behind the pixels, and Pillow would decode them all to get there."""
+    at = 8
+    while at + 8 <= len(png) and not png.startswith(PNG_EXIF, at + 4):
+        at += 12 + int.from_bytes(png[at : at + 4], "big")
+    return at + 8 <= len(png)
 
 
 def upright(encoded: bytes, target: int = 0) -> Image.Image:

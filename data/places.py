@@ -1,16 +1,19 @@
 """Where data may lie: on this machine, behind http(s), or in s3; and how such a place is named, found and shown without secrets."""
 
 import glob
+import itertools
 import os
 import re
 from urllib.parse import urlsplit
 
+import botocore.exceptions
 import braceexpand
 import fsspec
 
-from dev2pro.errors import DataError
+from dev2pro.errors import DataError, TryAgainError
 
 REMOTE = ("http", "https", "s3")
+MOST = 1_000_000  # places that braces may name
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
@@ -52,8 +55,10 @@ def shown(place: str) -> str:
     """The place for messages: without password, query and fragment, and without characters that a terminal would obey."""
     if _ADDRESS.match(place):
         scheme, rest = place.split("://", 1)
-        host, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
-        place = f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+        rest = re.split(r"[?#]", rest, maxsplit=1)[0]
+        if re.match(r"[^/]*(@|:(?!\d*(/|$)))", rest):  # a name or a password, which may itself hold a slash
+            rest = rest.rpartition("@")[2]
+        place = f"{scheme}://{rest}"
     return printable(place)
 
 
@@ -68,11 +73,13 @@ def expand(pattern: str, what: str) -> list[str]:
     `what` names the setting in the DataError that is raised when nothing matches, or nothing one of the braces' names.
     """
     try:
-        patterns = list(braceexpand.braceexpand(pattern))
+        patterns = list(itertools.islice(braceexpand.braceexpand(pattern), MOST + 1))
     except ValueError:  # braces that do not balance: a plain path may hold one
         patterns = [pattern]
     if os.path.exists(pattern):
         patterns = [pattern]
+    if len(patterns) > MOST:
+        raise DataError(f"{what}: {shown(pattern)} names more than {MOST:,} places. Correct the numbers in its braces.")
     found = {one: _matches(one) for one in patterns}
     for one, places in found.items():
         if not places:
@@ -96,7 +103,9 @@ def _listed(place: str) -> list[str]:
     try:
         return [f"s3://{name}" for name in sorted(fsspec.filesystem("s3").glob(place))]
     except Exception as error:  # botocore's are many, and their texts may name keys
-        raise DataError(
+        passing = isinstance(error, (OSError, botocore.exceptions.HTTPClientError))
+        lasting = isinstance(error, (FileNotFoundError, PermissionError)) or not passing
+        raise (DataError if lasting else TryAgainError)(
             f"{shown(place)} cannot be listed ({type(error).__name__}). Check the address, the network, and AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; AWS_ENDPOINT_URL for other stores than Amazon's."
         ) from None

@@ -9,14 +9,15 @@ from typing import TypeVar
 from data import places, tars
 from data.cache import DiskCache
 from data.order import BLOCK
+from data.sidecar import LIMITS
 from data.snapshot import Shard, Snapshot, Span
 from data.transport import ReadConfig, Transport
 from data.web import ChangedError
-from dev2pro.errors import TryAgainError
+from dev2pro.errors import DataError, TryAgainError
 
 J = TypeVar("J")
 NEAR = 1 << 16  # bytes between two parts of a sample that are worth reading along
-MAX_BLOCK = 1 << 28  # bytes of neighbours fetched for the cache at a time
+MAX_BLOCK = 1 << 26  # bytes of neighbours fetched for the cache at a time; every thread may hold one
 
 
 class Reader:
@@ -34,6 +35,10 @@ class Reader:
         """
         shard = self.snapshot.shard(row)
         spans = {part: self.snapshot.span(row, part) for part in self.parts}
+        if wrong := next((part for part in spans if spans[part].bytes > LIMITS[part]), ""):
+            raise DataError(
+                f"{places.shown(shard.place)}: the snapshot has a {wrong} of {spans[wrong].bytes:,} bytes, which no index lets in. Make it again."
+            )
         found = self._parts(shard, row, spans)
         if _wrong(spans, found):
             found = self._parts(shard, row, spans, fresh=True)
@@ -49,7 +54,7 @@ class Reader:
     def key(self, row: int) -> str:
         """The name of a sample's picture in its shard, from the header before it; for messages."""
         shard, offset = self.snapshot.shard(row), self.snapshot.span(row, "picture").offset
-        return places.printable(tars.name_of(self.transport.read(shard.place, offset - tars.BLOCK, tars.BLOCK, shard.stamp)))
+        return places.printable(tars.name_of(self.transport.read(shard.place, max(0, offset - tars.BLOCK), tars.BLOCK, shard.stamp)))
 
     def ahead(self, jobs: Iterable[tuple[int, J]]) -> Iterator[tuple[J, dict[str, bytes]]]:
         """(job, sample) for every (row, job), in order, while up to `threads` more are on their way; prefetch_mb holds half of what waits."""
@@ -90,7 +95,7 @@ class Reader:
             return fetch(start, end)
         first, last = self._block(shard, row, group)
         if not first <= start <= end <= last <= first + MAX_BLOCK:
-            return fetch(start, end)
+            first, last = start, end
         key = f"{shard.sha256} {first} {last}"
         if fresh:
             self.cache.drop(key)

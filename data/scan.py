@@ -11,7 +11,7 @@ import numpy as np
 
 from data import encoded, pictures, places, tars
 from data.pictures import BadContent
-from data.sidecar import COLUMNS, PARTS, Sidecar, key_number
+from data.sidecar import COLUMNS, LIMITS, PARTS, Sidecar, key_number
 from data.tars import DamagedTar, Member
 from data.transport import Transport
 from data.web import Stamp
@@ -19,7 +19,6 @@ from dev2pro.errors import DataError
 
 CHUNK = 8 << 20  # bytes of a tar read at a time
 MAX_MEMBERS = 4_000_000  # of one shard
-LIMITS = {"picture": pictures.MAX_BYTES, "caption": pictures.MAX_CAPTION, "latents": 1 << 28, "text": 1 << 28}  # bytes of one member
 NAME = re.compile(r"(?!__[^/]*__/)((?:.*/)?[^./][^/.]*)\.([^/]+)", re.DOTALL)  # as webdataset has it: a key ends at the first dot of a file's name
 KINDS = 100  # of ignored members that are counted one by one
 LONGEST = 500  # characters of a name or reason; a pax header has room for a million
@@ -59,7 +58,7 @@ class _Window:
     def at(self, offset: int, length: int) -> bytes:
         """Bytes from `offset`, which never goes back; fewer at the end of the file."""
         end = min(offset + length, self.stamp.size)
-        while (reached := self._start + len(self._held)) < max(end, min(offset, self.stamp.size)):
+        while (reached := self._start + len(self._held)) < end:
             chunk = self.transport.read(self.place, reached, min(CHUNK, self.stamp.size - reached), self.stamp)
             self.hash.update(chunk)
             keep = self._held[offset - self._start :] if offset < reached else b""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data import encoded, places, table
+from data import encoded, pictures, places, table
 from data.transport import Transport
 from data.web import Stamp
 from dev2pro.errors import DataError
@@ -16,6 +16,7 @@ from dev2pro.errors import DataError
 FORM, VERSION = "dev2pro index", 1
 ENDING = ".index"
 MAX_BYTES = 1 << 28  # of a sidecar
+LIMITS = {"picture": pictures.MAX_BYTES, "caption": pictures.MAX_CAPTION, "latents": 1 << 28, "text": 1 << 28}  # bytes of one member
 PARTS = ("picture", "caption", *encoded.PARTS)
 COLUMNS = {f"{part}_{what}": kind for part in PARTS for what, kind in (("offset", "<u8"), ("bytes", "<u4"), ("crc", "<u4"))} | {
     "caption_json": "u1", "caption_chars": "<u4", "width": "<u4", "height": "<u4", "key": "<u8",

@@ -112,6 +112,8 @@ def read(path: str) -> Snapshot:
         raise DataError(f"{places.shown(path)} is damaged: its id is not that of its contents. Make the snapshot again.")
     for shard in found.shards:
         places.check(shard.place)
+        if not shard.stamp.etag.isprintable():  # it goes into a header
+            raise DataError(f"{places.shown(path)} has an ETag that no server gives. Make the snapshot again.")
     return found
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from data import commands, encoded, order, pack, places, snapshot, table
 from data.order import Order
 from data.quarantine import Quarantine
@@ -59,14 +61,16 @@ class Pinned:
         check(config)
         self.config, self.out, self.first, self.transport = config, out, first, Transport(config.read)
         self._sources = {"train": config.train, "heldout": config.heldout}
+        self._fresh = set[str]()  # roles whose snapshot was made just now, and so was checked
         self.train, self.heldout = (self._pin(role, begun or not first) for role in self._sources)
         if lacking := [part for part in config.stored if part not in self.train.encodings]:
             raise DataError(f"data.stored={config.stored}, but the shards of data.train hold no {lacking[0]}. Encode them with stages.encode first.")
 
     def _pin(self, role: str, begun: bool) -> Snapshot:
         file, sources = self.file(role), self._sources[role]
-        if not (begun and os.path.exists(file)):
-            return opened(sources, f"data.{role}", self.transport)
+        if file != _given(sources) and not (begun and os.path.exists(file)):
+            self._fresh.add(role)
+            return gather(sources, f"data.{role}", self.transport)
         there = snapshot.read(file)
         changed = [folder for folder, was in there.head["folders"].items() if self.first and _listing(folder) != was]
         if changed:
@@ -91,9 +95,9 @@ class Pinned:
     def settle(self) -> None:
         """Writes what is not written yet, and asks remote places whether their shards are still the same; before any model is loaded."""
         for role, pinned in (("train", self.train), ("heldout", self.heldout)):
-            if self.first and not _given(self._sources[role]):
+            if role in self._fresh:
                 pinned.write(self.file(role))
-            if self.first:
+            elif self.first:
                 snapshot.check(pinned, self.transport)
 
     def stream(self, seed: int, batch: int, rank: int = 0) -> Stream:
@@ -115,9 +119,13 @@ def _given(sources: Sequence[str]) -> str:
 
 
 def opened(sources: Sequence[str], what: str, transport: Transport) -> Snapshot:
-    """A snapshot that is checked here: the given one, or one of folders and indexed tars; `what` names the setting in messages."""
-    if given := _given(sources):
-        return snapshot.check(snapshot.read(given), transport, remote=False)
+    """The given snapshot, checked, or one of folders and indexed tars; `what` names the setting in messages."""
+    given = _given(sources)
+    return snapshot.check(snapshot.read(given), transport) if given else gather(sources, what, transport)
+
+
+def gather(sources: Sequence[str], what: str, transport: Transport) -> Snapshot:
+    """A snapshot of folders and indexed tars."""
     shards, folders = list[str](), dict[str, str]()
     for place in (place for source in sources for place in places.expand(source, what)):
         if os.path.isdir(place):
@@ -153,11 +161,13 @@ def _listing(folder: str) -> str:
 def _packed(folder: str, listing: str, cache: str, what: str) -> list[str]:
     """The shards of a folder of pictures, packed once and kept."""
     target = f"{cache}/packed/{table.digest([os.path.abspath(folder), listing])[:16]}"
-    if not os.path.isdir(target):
-        try:
-            pack.pack(folder, target, workers=commands.cores())
-        except DataError as error:
-            raise DataError(f"{what}: {error}") from error
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    with FileLock(f"{target}.lock"):  # two stages may want the same folder at the same time
+        if not os.path.isdir(target):
+            try:
+                pack.pack(folder, target, workers=commands.cores())
+            except DataError as error:
+                raise DataError(f"{what}: {error}") from error
     return sorted(str(file) for file in Path(target).glob("*.tar"))
 
 

@@ -17,9 +17,9 @@ ADLER = 65521
 OCTAL = re.compile(rb"[ \0]*([0-7]+)[ \0]*")  # int() would take signs and underscores as well
 
 OTHER_KINDS = {
-    b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a pipe", b"K": "a link", b"S": "a sparse file",
+    b"1": "a hard link (tar --hard-dereference writes files)", b"2": "a symbolic link (tar --dereference writes files)", b"K": "a link",
+    b"3": "a device", b"4": "a device", b"6": "a pipe", b"S": "a sparse file (tar without --sparse writes whole ones)",
 }  # fmt: skip
-
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 
 At = Callable[[int, int], bytes]  # (offset, length) -> that many bytes, fewer at the end of the file
@@ -130,7 +130,7 @@ def _extension(kind: bytes, content: bytes, length: int, position: int) -> dict[
         records[key.decode("utf-8", "replace")] = value[:-1].decode("utf-8", "surrogateescape")
         start = end
     if any(key.startswith("GNU.sparse") for key in records):
-        raise DamagedTar(position, "a sparse file, which can be larger than it looks; write the tar without --sparse")
+        raise DamagedTar(position, "a sparse file (tar without --sparse writes whole ones); only files and folders are read")
     if kind == b"g":
         if "path" in records or "size" in records:
             raise DamagedTar(position, "a global pax header that names or sizes members")

@@ -98,7 +98,8 @@ def begin(out: str, stage: str, config: Any, parents: Parents) -> Artifact | Non
         _refuse_other(out, _read_json(folder / CONFIG), claim)
         return _finished(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / CONFIG, claim)
+    if CONFIG not in there or _read_json(folder / CONFIG) != claim:  # the other ranks of a run find it written
+        _write_json(folder / CONFIG, claim)
     return None
 
 

@@ -1,9 +1,10 @@
 """Feeds encoded samples to the training: what fits into memory is encoded once, ahead, and the encoders let go; the rest as it comes."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from dev2pro.distributed import DTYPES, HardwareConfig
@@ -14,6 +15,7 @@ from dev2pro.log import Progress
 
 TOGETHER = 16  # samples the VAE is given at a time ahead of training; always the same ones, because its last bits depend on the others
 Size = tuple[int, int]  # width, height in pixels
+MADE = ("latents", "text")  # what stages.encode can store beside a picture
 ATTEMPTS = 100  # substitutes tried for one slot, as in the stream
 
 
@@ -90,61 +92,58 @@ class Held:
 Feed = Live | Held
 
 
-def prepare(
-    model: ModelConfig, stream: Source, heldout: Iterator[Any], hardware: HardwareConfig, device: torch.device
-) -> tuple[Feed, Texts, Encoded]:
+def prepare(model: ModelConfig, stream: Source, heldout: Iterator[Any], hardware: HardwareConfig, place: Accelerator) -> tuple[Feed, Texts, Encoded]:
     """The feed, the captions' encoder, and all of `heldout`, batches of one size, encoded.
 
     What fits into `hardware.encodings_gb` is encoded now and its encoders let go, before a transformer needs the room: all captions if they
-    fit, and all latents too if nothing about a sample is drawn. Raises ConfigError for sizes that do not fit the VAE.
+    fit, and all latents too if nothing about a sample is drawn. Raises ConfigError for sizes that do not fit the VAE, DataError for stored
+    encodings that were made in another way.
     """
-    encoders, limit = Encoders(model, DTYPES[hardware.dtype], device), hardware.encodings_gb * 1e9
+    encoders, limit = Encoders(model, DTYPES[hardware.dtype], place.device), hardware.encodings_gb * 1e9
     for size in stream.order.buckets:
         encoders.grid(size)
-    check_stored(stream, fingerprints(encoders, stream.order.buckets))
+    stored = {part for part in MADE if part in stream.parts}
+    check_stored({part: stream.order.snapshot.encodings[part] for part in stored}, fingerprints(encoders, stream.order.buckets, stored))
     texts = Texts(model, encoders, limit)
     if not (references := [encode(batch, encoders, texts) for batch in heldout if len(batch.rows)]):
         raise DataError("No held-out picture could be read. Look at the pictures of data.heldout.")
     count, captions = stream.captions()
-    text_bytes = 0 if "text" in stream.parts else count * encoders.text_bytes()
+    text_bytes = 0 if "text" in stored else count * encoders.text_bytes()
     tokens, channels = encoders.token_shape(stream.order.buckets[-1])
     latent_bytes = 2 * 4 * tokens * channels * len(stream.order.snapshot)
     if text_bytes <= limit:
         texts.ahead(captions if text_bytes else [])
     if stream.fixed and text_bytes + latent_bytes <= limit:
-        feed: Feed = Held(stream, _all_latents(stream, encoders), texts, encoders.pixels_per_token)
-        encoders.forget("vae")
+        feed: Feed = Held(stream, _all_latents(stream, encoders, place.is_main_process), texts, encoders.pixels_per_token)
     else:
         feed = Live(stream, encoders, texts)
-        if "latents" in stream.parts:
-            encoders.forget("vae")
+    if isinstance(feed, Held) or "latents" in stored:
+        encoders.forget("vae")
     return feed, texts, joined(references)
 
 
-def fingerprints(encoders: Encoders, sizes: Sequence[Size]) -> dict[str, dict[str, Any]]:
+def fingerprints(encoders: Encoders, sizes: Sequence[Size], parts: Collection[str]) -> dict[str, dict[str, Any]]:
     """How latents and text are made here; what was stored by another VAE, for other sizes and so on is of no use."""
     dtype = str(encoders.dtype).removeprefix("torch.")
-    crop = {"crop": "center", "sizes": [list(size) for size in sizes]}
-    return {
-        "latents": {"version": 1, "vae": encoders.weights("vae"), "dtype": dtype, **crop},
-        "text": {"version": 1, "encoders": encoders.weights(*TEXT_PARTS), "dtype": dtype, "max_sequence_length": encoders.max_sequence_length},
+    made: dict[str, Callable[[], dict[str, Any]]] = {
+        "latents": lambda: {"vae": encoders.weights("vae"), "crop": "center", "sizes": [list(size) for size in sizes]},
+        "text": lambda: {"encoders": encoders.weights(*TEXT_PARTS), "max_sequence_length": encoders.max_sequence_length},
     }
+    return {part: {"version": 1, "dtype": dtype, **made[part]()} for part in parts}
 
 
-def check_stored(stream: Source, wanted: dict[str, dict[str, Any]]) -> None:
-    """Raises DataError where the stream takes encodings that were made in another way than this run would make them."""
-    for part in set(stream.parts) & set(wanted):
-        there, here = stream.order.snapshot.encodings[part], wanted[part]
-        if differing := [key for key in here if there.get(key) != here[key]]:
-            named = "; ".join(f"{key} is {there.get(key)} there and {here[key]} here" for key in differing)
+def check_stored(there: dict[str, dict[str, Any]], here: dict[str, dict[str, Any]]) -> None:
+    """Raises DataError where encodings were made in another way than this run would make them."""
+    for part, wanted in here.items():
+        if differing := [f"{key} is {there[part].get(key)} there and {wanted[key]} here" for key in wanted if there[part].get(key) != wanted[key]]:
             raise DataError(
-                f"The stored {part} were made in another way ({named}). Encode the shards again with stages.encode, or leave data.stored out."
+                f"The stored {part} were made in another way ({'; '.join(differing)}). Encode them again with stages.encode, or drop data.stored."
             )
 
 
-def _all_latents(stream: Source, encoders: Encoders) -> dict[int, tuple[Tensor, Tensor, str]]:
+def _all_latents(stream: Source, encoders: Encoders, main: bool) -> dict[int, tuple[Tensor, Tensor, str]]:
     known: dict[int, tuple[Tensor, Tensor, str]] = {}
-    with Progress("encoding pictures", len(stream.order.snapshot)) as progress:
+    with Progress("encoding pictures", len(stream.order.snapshot), main) as progress:
         for size, rows in stream.order.rows_by_size():
             for batch in stream.rows(rows, size, TOGETHER):
                 mean, std = encoders.encode_images(pixels(batch))

@@ -66,7 +66,7 @@ def run(config: DistillConfig) -> Artifact:
     dtype, scheduler = distributed.DTYPES[config.hardware.dtype], flux.scheduler_settings(config.model.path)
     stream = pinned.stream(config.seed, config.batch, place.process_index)
     reference = pinned.reference(config.probe.samples)
-    samples, texts, held_out = feed.prepare(config.model, stream, reference, config.hardware, place.device)
+    samples, texts, held_out = feed.prepare(config.model, stream, reference, config.hardware, place)
     teacher = flux.load_transformer(config.teacher, dtype, config.model.variant).to(place.device).eval().requires_grad_(False)
     student = flux.load_transformer(config.teacher, dtype, config.model.variant)
     training = Training(place, student, config.optim, config.hardware, steps=config.steps, batch=config.batch, ema=config.ema)

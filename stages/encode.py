@@ -43,8 +43,8 @@ def run(config: EncodeConfig) -> Artifact:
 
     What is there and indexed already is kept, so an interrupted run goes on with the shard it was at.
     """
-    if not config.parts or set(config.parts) - set(encoded.PARTS):
-        raise ConfigError(f"parts={config.parts} cannot be encoded. Choose among {', '.join(encoded.PARTS)}.")
+    if not config.parts or set(config.parts) - set(feed.MADE):
+        raise ConfigError(f"parts={config.parts} cannot be encoded. Choose among {', '.join(feed.MADE)}.")
     place = distributed.accelerator(config.hardware)
     transport, target = Transport(config.read), places.check(config.to)
     with place.main_process_first():
@@ -57,7 +57,7 @@ def run(config: EncodeConfig) -> Artifact:
     encoders = Encoders(config.model, distributed.DTYPES[config.hardware.dtype], place.device)
     sizes = order.sizes(config.resolution, config.bucket_step, config.aspect)
     texts = Texts(config.model, encoders, config.hardware.encodings_gb * 1e9)
-    made = {part: how for part, how in feed.fingerprints(encoders, sizes).items() if part in config.parts}
+    made = feed.fingerprints(encoders, sizes, config.parts)
 
     def members(batch: Batch) -> list[dict[str, bytes]]:
         """The encodings of each sample, as files."""

@@ -64,7 +64,7 @@ def run(config: LoraConfig) -> Artifact:
     dtype, scheduler = distributed.DTYPES[config.hardware.dtype], flux.scheduler_settings(config.model.path)
     stream = pinned.stream(config.seed, config.batch, place.process_index)
     reference = pinned.reference(config.probe.samples)
-    samples, texts, held_out = feed.prepare(config.model, stream, reference, config.hardware, place.device)
+    samples, texts, held_out = feed.prepare(config.model, stream, reference, config.hardware, place)
     transformer = flux.load_transformer(config.trained_on, dtype, config.model.variant)
     if config.hardware.int8_base:
         lora.to_int8(transformer, place.device)

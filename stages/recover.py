@@ -64,7 +64,7 @@ def run(config: RecoverConfig) -> Artifact:
     dtype, scheduler = distributed.DTYPES[config.hardware.dtype], flux.scheduler_settings(config.model.path)
     stream = pinned.stream(config.seed, config.batch, place.process_index)
     reference = pinned.reference(config.probe.samples)
-    samples, texts, held_out = feed.prepare(config.model, stream, reference, config.hardware, place.device)
+    samples, texts, held_out = feed.prepare(config.model, stream, reference, config.hardware, place)
     transformer = flux.load_transformer(config.model.path, dtype, config.model.variant)
     training = Training(place, transformer, config.optim, config.hardware, steps=config.steps, batch=config.batch, ema=config.ema)
     probe = Probe(held_out, config.probe, scheduler=scheduler, seed=config.seed, batch=config.hardware.micro_batch)

@@ -1,7 +1,10 @@
 """A whole FLUX pipeline, a judge and a data set, so small and so untrained that making them takes a second; one thread, no network."""
 
+import importlib
 import os
+import signal
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -12,6 +15,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE":
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("house")
 
+ROOT = Path(__file__).resolve().parent.parent
 CAPTIONS = [f"a handwritten {name}" for name in ("zero", "one", "two", "three", "four", "five")]
 
 
@@ -19,6 +23,26 @@ CAPTIONS = [f"a handwritten {name}" for name in ("zero", "one", "two", "three", 
 def _same_numbers_in_any_order() -> None:
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture
+def run_stage(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Iterator[Callable[..., tuple[int, str]]]:
+    """Runs `python -m stages.<name> words...` in this process, which spares the seconds of a new one: (exit code, what it said)."""
+    from dev2pro import stage
+
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def started(name: str, *words: str) -> tuple[int, str]:
+        module = importlib.import_module(f"stages.{name}")
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+        monkeypatch.chdir(ROOT)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            stage.main(name, getattr(module, f"{name.title()}Config"), module.run)
+        return end.value.code, capfd.readouterr().err
+
+    yield started
+    signal.signal(signal.SIGTERM, handler)
 
 
 def _clip(seed: int):

@@ -129,8 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
             if (pause := owner.latency + fault.delay) > 0:
                 owner.stopped.wait(pause)
             self._answer(owner.folder / path.lstrip("/"), wanted, fault)
-            self.wfile.flush()
-        finally:
+        finally:  # the last of the answer goes out after this
             with owner.lock:
                 owner.under_way -= 1
 
@@ -177,7 +176,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.flush()
                 self.server.owner.stopped.wait(DRIP)
         self.wfile.write(b"x" * (stated - length) if kind == "more" else b"")
-        self.wfile.flush()
+        if kind:
+            self.wfile.flush()
         self.close_connection |= kind == "short"
         if kind == "reset middle":
             self._reset()

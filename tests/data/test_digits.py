@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from data import digits, pictures
+from data import digits, sources
 from data.digits import Digit
 
 pytest.importorskip("sklearn", reason="the miniature's digits are scikit-learn's")
@@ -78,12 +78,11 @@ def test_a_shard_is_the_same_bytes_again_and_holds_its_pictures(train, tmp_path)
         digits.write_shard(tmp_path / name / "shard.tar", train[:6], digits.chalk, 0)
     one, two = (hashlib.sha256((tmp_path / name / "shard.tar").read_bytes()).digest() for name in ("one", "two"))
     assert one == two
-    found = pictures.read([str(tmp_path / "one" / "shard.tar")], "data.train")
-    assert [p.key for p in found] == [f"{d.index:04d}" for d in train[:6]]
-    assert [p.caption for p in found] == [digits.caption(d, 0) for d in train[:6]]
-    for digit, picture in zip(train, found, strict=False):
-        drawn = np.asarray(digits.picture(digit, digits.chalk, 0)).transpose(2, 0, 1) / 127.5 - 1
-        assert np.abs(picture.pixels(32) - drawn).mean() < 0.08  # WebP loses a little, most of it chalk grain
+    (found,) = sources.squares([str(tmp_path / "one" / "shard.tar")], "data.train", 32)
+    assert found.captions == [digits.caption(d, 0) for d in train[:6]]
+    for digit, pixels in zip(train, found.pixels.numpy(), strict=False):
+        drawn = np.asarray(digits.picture(digit, digits.chalk, 0)).astype(float)
+        assert np.abs(pixels - drawn).mean() < 10  # WebP loses a little, most of it chalk grain
 
 
 def test_the_written_world_is_balanced_and_prompts_every_digit(train, tmp_path, monkeypatch):
@@ -94,9 +93,10 @@ def test_the_written_world_is_balanced_and_prompts_every_digit(train, tmp_path, 
         f"shards/{name}"
         for name in ("ink/heldout-000000.tar", "ink/train-000000.tar", "ink/train-000001.tar", "neon/heldout-000000.tar", "neon/train-000000.tar")
     ]
-    assert len(pictures.read([f"{tmp_path}/shards/ink/train-*.tar"], "data.train")) == 400
+    assert sum(len(batch.rows) for batch in sources.squares([f"{tmp_path}/shards/ink/train-*.tar"], "data.train", 32)) == 400
     for part, count in (("train", 100), ("heldout", 60)):
-        found = pictures.read([f"{tmp_path}/shards/neon/{part}-*.tar"], "data")
-        of_class = [sum(name in p.caption.split() for p in found) for name in digits.NAMES]
+        batches = sources.squares([f"{tmp_path}/shards/neon/{part}-*.tar"], "data", 32)
+        captions = [caption for batch in batches for caption in batch.captions]
+        of_class = [sum(name in caption.split() for caption in captions) for name in digits.NAMES]
         assert of_class == [count // 10] * 10
     assert json.loads((tmp_path / "prompts.json").read_text()) == [[phrase.format(name) for phrase in digits.PHRASINGS] for name in digits.NAMES]

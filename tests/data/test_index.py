@@ -14,7 +14,7 @@ from data import commands, index, sidecar
 from data.transport import ReadConfig, Transport
 from dev2pro.errors import ConfigError, TryAgainError
 from tests.servers import Server
-from tests.shards import DAMAGES, FORMS, ROOT, command, indexed, jpeg, pairs, refusal, tar
+from tests.shards import DAMAGES, FORMS, ROOT, called, command, indexed, jpeg, pairs, refusal, tar
 
 
 def options(*shards: str | Path, **others: object) -> argparse.Namespace:
@@ -151,15 +151,16 @@ def test_the_command_and_its_exit_codes(tmp_path):
     assert bad.returncode == 3
     assert "2 shards with 3 samples (2 were indexed before); rejected are 0 samples and 1 shards" in bad.stdout
     assert re.fullmatch(rf"index: {tmp_path}/bad.tar is rejected at byte \d+: .*of which the file holds.*--allow-partial .*\n", bad.stderr)
-    partial = command("data.index", tmp_path / "bad.tar", "--allow-partial", "--workers", "1")
-    assert partial.returncode == 0
-    assert "1 shards with 1 samples" in partial.stdout
-    missing = command("data.index", f"{tmp_path}/{{000..003}}.tar")
-    assert missing.returncode == 3
-    assert f"nothing matches {tmp_path}/002.tar, one of {tmp_path}/{{000..003}}.tar. Correct the path" in missing.stderr
-    nonsense = command("data.index", tmp_path / "bad.tar", "--workers", "0")
-    assert nonsense.returncode == 2
-    assert "--workers: invalid positive value: '0'" in nonsense.stderr
+    code, said, _ = called(index.main, tmp_path / "bad.tar", "--allow-partial", "--workers", "1")
+    assert code == 0
+    assert "1 shards with 1 samples" in said
+    assert re.search(rf"index: {tmp_path}/bad.tar is used only up to its damage at byte \d+: '0001.jpg' has", said)
+    code, _, told = called(index.main, f"{tmp_path}/{{000..003}}.tar")
+    assert code == 3
+    assert f"nothing matches {tmp_path}/002.tar, one of {tmp_path}/{{000..003}}.tar. Correct the path" in told
+    code, _, told = called(index.main, tmp_path / "bad.tar", "--workers", "0")
+    assert code == 2
+    assert "--workers: invalid positive value: '0'" in told
 
 
 def test_nothing_in_a_shard_reaches_the_terminal_as_it_is(tmp_path):

@@ -16,7 +16,7 @@ from PIL import Image
 from data import pack, sidecar
 from data.transport import ReadConfig, Transport
 from dev2pro.errors import DataError
-from tests.shards import ROOT, command, encoded, jpeg, noise
+from tests.shards import ROOT, called, encoded, jpeg, noise
 
 
 def write(folder: Path, files: dict[str, bytes | str]) -> Path:
@@ -28,8 +28,9 @@ def write(folder: Path, files: dict[str, bytes | str]) -> Path:
 
 def captioned(folder: Path, *names: str) -> Path:
     """Pictures of their own, each beside a .txt."""
-    files = {name: jpeg(i) for i, name in enumerate(names)}
-    return write(folder, files | {str(Path(name).with_suffix(".txt")): f"picture of {name}" for name in names})
+    return write(
+        folder, {name: jpeg(i) for i, name in enumerate(names)} | {str(Path(name).with_suffix(".txt")): f"picture of {name}" for name in names}
+    )
 
 
 def read(out: Path) -> list[dict]:
@@ -181,10 +182,8 @@ def test_every_picture_is_decoded_before_anything_is_written(tmp_path):
 
 
 def test_a_long_list_is_cut(tmp_path):
-    folder = write(tmp_path / "set", {f"{i:03d}.jpg": b"x" for i in range(100)})
-    said = refusal(folder).splitlines()
-    assert len(said) == 32
-    assert said[-1] == "  ... and 70 more"
+    said = refusal(write(tmp_path / "set", {f"{i:03d}.jpg": b"x" for i in range(100)})).splitlines()
+    assert (len(said), said[-1]) == (32, "  ... and 70 more")
 
 
 @pytest.mark.parametrize(
@@ -213,11 +212,6 @@ def test_a_table_that_is_none_names_the_row(tmp_path, name, content, words):
     assert said.endswith("It needs the columns file_name and text, and can be .csv, .jsonl or .parquet.")
 
 
-def test_a_table_that_is_not_there(tmp_path):
-    folder = captioned(tmp_path / "set", "a.jpg")
-    assert refusal(folder, tmp_path / "t.csv") == f"{tmp_path}/t.csv cannot be read: No such file or directory. Correct the path."
-
-
 def test_rows_without_a_picture_and_pictures_without_a_row(tmp_path):
     folder = captioned(tmp_path / "set", "a.jpg", "b.jpg", "c.jpg")
     rows = [{"file_name": name, "text": text} for name, text in (("a.jpg", "x"), ("gone.jpg", "x"), ("sub\\b.jpg", "x"), ("c.jpg", None))]
@@ -230,49 +224,53 @@ def test_rows_without_a_picture_and_pictures_without_a_row(tmp_path):
     ]
 
 
-def test_no_folder_and_a_folder_without_pictures(tmp_path):
+def test_no_folder_no_table_and_a_folder_without_pictures(tmp_path):
     assert refusal(tmp_path / "none").startswith(f"{tmp_path}/none is no folder")
     write(tmp_path, {"file": b"x", "set/a.gif": b"x"})
     assert refusal(tmp_path / "file").startswith(f"{tmp_path}/file is no folder")
     assert f"{tmp_path}/set holds no pictures (jpg, jpeg, png, webp)" in refusal(tmp_path / "set")
+    assert refusal(tmp_path / "set", tmp_path / "t.csv") == f"{tmp_path}/t.csv cannot be read: No such file or directory. Correct the path."
 
 
 def test_an_out_that_holds_something_is_left_alone(tmp_path):
     folder = captioned(tmp_path / "set", "a.jpg")
     write(tmp_path, {"out/old.tar": b"x", "file": b"x"})
     for out in ("out", "file"):
-        said = refusal(folder, out=tmp_path / out)
-        assert said == f"{tmp_path}/{out} exists and is no empty folder. Choose another one, or remove it."
+        assert refusal(folder, out=tmp_path / out) == f"{tmp_path}/{out} exists and is no empty folder. Choose another one, or remove it."
     (tmp_path / "empty").mkdir()
     assert pack.pack(str(folder), str(tmp_path / "empty")) == [f"{tmp_path}/empty/000000.tar"]
 
 
+def test_an_out_that_another_process_made_meanwhile_is_left_alone(tmp_path, monkeypatch):
+    really = pack._write
+    monkeypatch.setattr(pack, "_write", lambda *given: [*really(*given), *map(str, [write(tmp_path, {"out/000000.tar": b"x"})])])
+    assert "out exists and is no empty folder" in refusal(captioned(tmp_path / "set", "a.jpg"))
+    assert (tmp_path / "out" / "000000.tar").read_bytes() == b"x"
+
+
 def test_a_picture_that_would_be_lost_in_a_shard_is_told(tmp_path):
     folder = captioned(tmp_path / "set", "a.jpg", "__skipped__/b.jpg")  # webdataset takes this for its own
-    said = refusal(folder)
-    assert "A shard lost samples" in said
+    assert "A shard lost samples" in refusal(folder)
     assert not (tmp_path / "out").exists()
 
 
 # ---- as a command --------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_says_how_to_go_on_and_what_was_left_out(tmp_path):
+def test_the_command_says_how_to_go_on_and_what_was_left_out(tmp_path, monkeypatch):
     folder = write(captioned(tmp_path / "set", "a.jpg"), {"b.gif": b"x", "c.HEIC": b"x", "d.heic": b"x", "README": b"x"})
-    done = command("data.pack", folder, "out", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines() == [
+    monkeypatch.chdir(tmp_path)
+    code, said, told = called(pack.main, folder, "out")
+    assert (code, told) == (0, "")
+    assert said.splitlines() == [
         "pack: left out are files of other kinds: 2 .heic, 1 README, 1 .gif",
         "pack: 1 indexed shards in out. Train on them with \"data.train=['out/*.tar']\"",
     ]
     assert len(read(tmp_path / "out")) == 1
-    again = command("data.pack", folder, "out", cwd=tmp_path)
-    assert (again.returncode, again.stdout) == (3, "")
-    assert again.stderr == "pack: out exists and is no empty folder. Choose another one, or remove it.\n"
+    assert called(pack.main, folder, "out") == (3, "", "pack: out exists and is no empty folder. Choose another one, or remove it.\n")
 
 
-def half_done(place: Path, alive: Callable[[], bool]) -> None:
-    """Waits until a shard is being written."""
+def wait_for_half(place: Path, alive: Callable[[], bool]) -> None:
     while not list(place.glob("out.*.partial/*.tar")):
         assert alive(), "it should have taken longer"
         time.sleep(0.002)
@@ -281,20 +279,22 @@ def half_done(place: Path, alive: Callable[[], bool]) -> None:
 def test_interrupted_it_leaves_nothing_and_says_so(tmp_path):
     folder = captioned(tmp_path / "set", *(f"{i:03d}.jpg" for i in range(400)))
     child = subprocess.Popen([sys.executable, "-m", "data.pack", folder, tmp_path / "out"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    half_done(tmp_path, lambda: child.poll() is None)
+    wait_for_half(tmp_path, lambda: child.poll() is None)
     child.terminate()
     _, said = child.communicate(timeout=20)
     assert (child.returncode, said) == (130, "pack: interrupted. Nothing is half done; run the same command again.\n")
     assert [file.name for file in tmp_path.iterdir()] == ["set"]
 
 
-def test_killed_it_leaves_no_out_and_is_no_hindrance(tmp_path):
-    folder = captioned(tmp_path / "set", *(f"{i:03d}.jpg" for i in range(400)))
+def test_killed_it_leaves_no_out_and_is_no_hindrance(tmp_path, monkeypatch):
+    folder = captioned(tmp_path / "set", *(f"{i:03d}.jpg" for i in range(60)))
+    monkeypatch.setattr(pack, "SHARD_SAMPLES", 1)
     child = multiprocessing.get_context("fork").Process(target=pack.pack, args=(str(folder), str(tmp_path / "out")))
     child.start()
-    half_done(tmp_path, child.is_alive)
+    wait_for_half(tmp_path, child.is_alive)
     child.kill()
     child.join()
     assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
     pack.pack(str(folder), str(tmp_path / "out"))
-    assert len(read(tmp_path / "out")) == 400
+    assert len(read(tmp_path / "out")) == 60

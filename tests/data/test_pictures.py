@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from data import pictures
 from data.pictures import BadContent
@@ -61,9 +62,18 @@ def test_damaged_exif_data_harm_no_picture_and_are_not_talked_about(exif):
         assert pictures.size(content) == pictures.upright(content).size == (32, 24)
 
 
-def test_a_size_is_told_from_the_header_alone():
-    content = encoded(noise(), "JPEG")
-    assert pictures.size(content[:700]) == (32, 24), "but for a PNG, whose EXIF data may lie behind its pixels"
+def test_the_orientation_in_a_png_s_text():
+    exif = turned(6).tobytes()[6:].hex()
+    info = PngInfo()
+    info.add_text("Raw profile type exif", f"\nexif\n{len(exif) // 2:8}\n{exif}\n", zip=True)
+    content = encoded(noise(), "PNG", pnginfo=info)
+    assert pictures.size(content) == pictures.upright(content).size == (24, 32)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_size_is_told_from_the_header_alone(form):
+    content = encoded(noise(), form)
+    assert pictures.size(content[: -len(content) // 3] if form != "WEBP" else content) == (32, 24)
 
 
 @pytest.mark.parametrize("form", [*FORMS, "GIF", "TIFF", "EPS", "BMP", "ICO", "PPM"])

@@ -130,9 +130,9 @@ def test_order_is_kept_whatever_the_servers_do(snapshot, shard, web):
 
 @pytest.mark.parametrize("threads", [1, 3, 8])
 def test_no_more_requests_are_under_way_than_was_said(snapshot, shard, web, threads):
-    web.latency, web.most = 0.02, 0
+    web.latency, web.most = 0.05, 0
     assert [found for _, found in Reader(snapshot, impatient(threads=threads), PARTS).ahead(jobs())] == all_of(shard)
-    assert web.most == threads
+    assert threads / 2 <= web.most <= threads
 
 
 def test_no_more_bytes_wait_than_was_said(web, write_shard, pin):
@@ -158,12 +158,13 @@ def test_who_takes_no_more_waits_for_nothing_and_asks_for_nothing(snapshot, web)
     web.faults = lambda path, number, wanted: None if wanted.startswith(at(snapshot, 0)) else "stall"
     ahead = Reader(snapshot, impatient(threads=4, idle_timeout=1.5, retries=0), PARTS).ahead(jobs())
     next(ahead)
-    time.sleep(0.1)
-    before, asked = time.monotonic(), len(web.requests)
+    while len(web.requests) < 5:  # what was taken, and one for each thread
+        time.sleep(0.01)
+    before = time.monotonic()
     ahead.close()
     assert time.monotonic() - before < 1
     time.sleep(1.7)
-    assert len(web.requests) == asked
+    assert len(web.requests) == 5
 
 
 def test_an_error_comes_in_its_place_and_at_once(snapshot, shard, web):

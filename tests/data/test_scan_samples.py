@@ -2,14 +2,18 @@
 
 import gzip
 import json
+import re
 import struct
 import zlib
 
 import pytest
 import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data import encoded as encodings
 from data import scan
+from data.pictures import BadContent
 from tests.shards import (
     END,
     FORMS,
@@ -136,7 +140,7 @@ def test_a_missing_caption_is_dropped_or_empty_as_the_policy_says(tmp_path):
 
 BAD_PICTURES = {
     "empty": (b"", "no readable"), "words": (b"not a picture", "no readable"), "half a header": (jpeg()[:100], "no readable"),
-    "half a PNG": (encoded(noise())[:900], "cannot be decoded"), "a GIF": (encoded(noise(), "GIF"), "no readable"),
+    "half a PNG header": (encoded(noise())[:30], "no readable"), "a GIF": (encoded(noise(), "GIF"), "no readable"),
     "a TIFF": (encoded(noise(), "TIFF"), "no readable"), "an EPS": (encoded(noise(), "EPS"), "no readable"),
     "HTML": (b"<html>", "no readable"), "a bomb": (bomb(13_000), "169000000 pixels|13000x13000 pixels"),
     "a smaller bomb": (bomb(10_400), "10400x10400 pixels are more than the 100,000,000"),
@@ -243,3 +247,30 @@ def test_keys_cannot_reach_the_terminal_or_grow_without_end(tmp_path):
     assert sum(found.head["ignored"].values()) == 301
     assert all(kind.isprintable() and len(kind) < 200 for kind in found.head["ignored"])
     assert "'\\x1b[31m" in refusal(lambda: scanned(tmp_path / "a.tar", tar([(f"{bad}.txt", b"x")] * 2, FORMS["pax"])))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x08", (1 << 40).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"{}", stored([1]), stored("x"), stored(None),
+     len(deep := b'{"__metadata__":{"fingerprint":' + b"[" * 50_000).to_bytes(8, "little") + deep, b"\xff" * 100],
+    ids=["empty", "short", "beyond", "no fingerprint", "a list", "a word", "null", "deep", "rubbish"],
+)  # fmt: skip
+def test_encodings_that_do_not_say_how_they_were_made(content):
+    with pytest.raises(BadContent, match=r"its encodings are no safetensors file|the fingerprint of its encodings is no JSON object"):
+        encodings.fingerprint(content)
+
+
+KEYS = st.text("ab_-/ä #", min_size=1, max_size=6).filter(lambda key: not re.search("^__.*__/|/$|^/|//", key))
+SAMPLES = st.dictionaries(KEYS, st.sets(st.sampled_from(["jpg", "png", "txt", "json", "cls"])), max_size=5)
+
+
+@settings(max_examples=60)
+@given(samples=SAMPLES)
+def test_whole_samples_are_those_that_webdataset_finds_whole(tmp_path_factory, samples):
+    place = tmp_path_factory.getbasetemp() / "compared.tar"
+    content = {"jpg": jpeg(), "png": encoded(noise()), "txt": b"from the txt", "json": b'"from the json"', "cls": b"3"}
+    found = scanned(place, tar([(f"{key}.{end}", content[end]) for key in samples for end in sorted(samples[key])]))
+    whole = [one for one in plain_webdataset(place) if len({"jpg", "png"} & set(one)) == 1 and {"txt", "json"} & set(one)]
+    assert parts(place, found) == [one["jpg" if "jpg" in one else "png"] for one in whole]
+    assert parts(place, found, "caption") == [one["txt" if "txt" in one else "json"] for one in whole]
+    assert set(rejected(found)) == {key for key, ends in samples.items() if ends - {"cls"}} - {one["__key__"] for one in whole}

@@ -16,7 +16,7 @@ from data.transport import ReadConfig, Transport
 from data.web import ChangedError
 from dev2pro.errors import DataError
 from tests.servers import Server
-from tests.shards import command, indexed, jpeg, pairs, refusal, tar
+from tests.shards import called, command, indexed, jpeg, pairs, refusal, tar
 
 TRANSPORT = Transport(ReadConfig())
 
@@ -259,15 +259,15 @@ def test_recurring_runs_take_what_is_new(tmp_path):
     january = snapshot.read(str(out))
     assert first.stdout == f"snapshot: {out} pins 3 samples in 2 shards ({january.id[:12]})\n"
     ledger.record(book, "run 1", january.id, [one.sha256 for one in january.shards], 1.0)
-    nothing = command("data.snapshot", f"{tmp_path}/*.tar", "--out", tmp_path / "b", "--ledger", book, "--only-new")
-    assert nothing.returncode == 3
-    assert f"There is nothing new: every shard is in {book}, or empty" in nothing.stderr
+    code, _, told = called(snapshot.main, f"{tmp_path}/*.tar", "--out", tmp_path / "b", "--ledger", book, "--only-new")
+    assert code == 3
+    assert f"There is nothing new: every shard is in {book}, or empty" in told
     assert not (tmp_path / "b").exists()
     shards += numbered(tmp_path, 3)[2:]
     new = command("data.snapshot", *shards, "--out", tmp_path / "new", "--ledger", book, "--only-new")
     assert re.search(r"pins 3 samples in 1 shards, 1 of them new \(", new.stdout), new
-    weighed = command("data.snapshot", *shards, "--out", tmp_path / "weighed", "--ledger", book, "--new-weight", "3")
-    assert "pins 6 samples in 3 shards, 1 of them new" in weighed.stdout
+    _, said, _ = called(snapshot.main, *shards, "--out", tmp_path / "weighed", "--ledger", book, "--new-weight", "3")
+    assert "pins 6 samples in 3 shards, 1 of them new" in said
     assert [one.repeat for one in snapshot.read(str(tmp_path / "weighed")).shards] == [1, 1, 3]
 
 
@@ -276,13 +276,16 @@ def test_what_the_command_refuses(tmp_path):
     (tmp_path / "there").write_bytes(b"x")
     for code, words, said in (
         (3, [place, "--out", tmp_path / "there"], f"snapshot: {tmp_path}/there exists, and runs may depend on it. Choose another --out"),
+        (2, [place, "--out", tmp_path / "a", "--new-weight", "0"], "--new-weight: invalid positive value: '0'"),
+        (2, [place, "--out", tmp_path / "a", "--new-weight", "2"], "snapshot: What is new, only a ledger can tell"),
         (2, [place, "--out", tmp_path / "a", "--only-new"], "snapshot: What is new, only a ledger can tell. Give --ledger FILE"),
         (3, [place, "--out", tmp_path / "a", "--min-side", "99"], "snapshot: There is no sample to pin"),
+        (3, [place, "--out", tmp_path / "a", "--min-side", "99", "--ledger", tmp_path / "l", "--only-new"], "snapshot: There is no sample to pin"),
         (3, [place, "--out", tmp_path / "a", "--without", tmp_path / "there"], f"snapshot: {tmp_path}/there is damaged in line 1"),
     ):
-        done = command("data.snapshot", *words)
-        assert (done.returncode, done.stdout) == (code, "")
-        assert said in done.stderr
+        found, out, told = called(snapshot.main, *words)
+        assert (found, out) == (code, "")
+        assert said in told
         assert not (tmp_path / "a").exists()
     assert (tmp_path / "there").read_bytes() == b"x"
 
@@ -291,6 +294,6 @@ def test_quarantine_files_are_left_out(tmp_path):
     place = shard(tmp_path / "a.tar", *SAMPLES)
     line = {"shard_sha256": built([place]).shards[0].sha256, "key_number": key_number("high"), "reason": "x"}
     (tmp_path / "quarantine.jsonl").write_text(json.dumps(line) + "\n")
-    done = command("data.snapshot", place, "--out", tmp_path / "a.snapshot", "--without", tmp_path / "quarantine.jsonl")
-    assert "pins 3 samples" in done.stdout
+    _, said, _ = called(snapshot.main, place, "--out", tmp_path / "a.snapshot", "--without", tmp_path / "quarantine.jsonl")
+    assert "pins 3 samples" in said
     assert key_number("high") not in snapshot.read(str(tmp_path / "a.snapshot")).columns["key"].tolist()

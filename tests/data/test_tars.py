@@ -1,5 +1,7 @@
 import contextlib
 import io
+import os
+import subprocess
 import tarfile
 
 import numpy as np
@@ -73,11 +75,38 @@ def test_webdataset_s_own_writer_is_read(tmp_path):
     assert [one.name for one in walked(content)] == [f"{name}.bin", f"{name}.txt"]
 
 
+@pytest.mark.parametrize("form", ["gnu", "oldgnu", "pax", "ustar", "v7"])
+def test_gnu_tar_s_own_archives_are_read(tmp_path, form):
+    names = [f"{'folder/' * 9}{'n' * 40}.jpg" if form != "v7" else "n.jpg", "ä.txt", "deep/er/x"]
+    for name in names:
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text(name * 30)
+    subprocess.run(["tar", f"--format={form}", "-cf", tmp_path / "a.tar", "-C", tmp_path / "in", "."], check=True)
+    content = (tmp_path / "a.tar").read_bytes()
+    found = {one.name.removeprefix("./"): content[one.offset :][: one.size].decode() for one in walked(content)}
+    assert found == {name: name * 30 for name in names}
+
+
+@pytest.mark.parametrize("form", ["gnu", "pax"])
+def test_gnu_tar_s_sparse_files_and_links_are_refused(tmp_path, form):
+    with (tmp_path / "hole").open("wb") as file:
+        file.truncate(1 << 28)
+    os.link(tmp_path / "hole", tmp_path / "other")
+    for words, options in (("a sparse file (tar without --sparse", ["--sparse"]), ("'other' is a hard link (tar --hard-dereference", [])):
+        if not options:
+            (tmp_path / "hole").write_bytes(b"x")
+        subprocess.run(["tar", f"--format={form}", *options, "-cf", tmp_path / "a.tar", "-C", tmp_path, "hole", "other"], check=True)
+        content = (tmp_path / "a.tar").read_bytes()
+        assert len(content) < 20_000
+        assert words in trouble(content)[1]
+
+
 @pytest.mark.parametrize(
     ("written", "read"),
     [
         (member(b"a" * 100, b"x"), "a" * 100),
         (member(b"b.jpg", b"x", fields={345: b"folder/below"}), "folder/below/b.jpg"),
+        (member(b"b.jpg", b"x", fields={345: b"d"}), "d/b.jpg"),
         (member(b"b.jpg", b"x", fields={257: b"ustar  \0", 345: b"00000000000"}), "b.jpg"),  # GNU has times there
         (member(b"b.jpg", b"x", kind=b"\0"), "b.jpg"),
         (member(b"\xff\xfe.jpg", b"x"), "\udcff\udcfe.jpg"),
@@ -86,11 +115,13 @@ def test_webdataset_s_own_writer_is_read(tmp_path):
         (pax(path=b"\xff.jpg", hdrcharset="BINARY") + member(b"p", b"x"), "\udcff.jpg"),
         (member(b"g", b"13 comment=x\n", b"g") + member(b"b", b"x"), "b"),
         (header(b"folder/", kind=b"5", size=9999) + member(b"b", b"x"), "b"),
+        (header(b"folder/", kind=b"5", fields={124: bytes(12)}) + header(b"b", fields={124: b" " * 12}) + member(b"c", b"x"), "c"),
         (member(b"\xff" * 100, b"x", fields={345: b"\xff" * 155, 157: b"\xff" * 100}), ("\udcff" * 155) + "/" + "\udcff" * 100),
     ],
     ids=[
         "100 bytes",
         "ustar prefix",
+        "short prefix",
         "no prefix in GNU's",
         "old kind",
         "not UTF-8",
@@ -99,11 +130,12 @@ def test_webdataset_s_own_writer_is_read(tmp_path):
         "pax binary",
         "global",
         "folder",
+        "blank sizes",
         "large sum",
     ],
 )
 def test_names_of_every_form(written, read):
-    ((name, offset, size),) = walked(written + END)
+    name, offset, size = walked(written + END)[-1]
     assert (name, (written + END)[offset : offset + size]) == (read, b"x")
 
 

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dev2pro import encodings, flow, flux
+from dev2pro import encodings, flow
 from dev2pro.encodings import Encoded, Texts
 from dev2pro.errors import ConfigError
 from dev2pro.flux import Encoders, ModelConfig

@@ -1,0 +1,168 @@
+"""What a stage trains on is pinned: folders and tars become snapshots, and what changes or appears later is told or left alone."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from data import index, snapshot, sources
+from data.sources import DataConfig, Pinned
+from data.transport import ReadConfig, Transport
+from data.web import ChangedError
+from dev2pro.errors import ConfigError, DataError
+from tests.shards import jpeg, pairs, tar
+
+
+@pytest.fixture
+def read(tmp_path) -> ReadConfig:
+    return ReadConfig(workers=0, threads=2, retries=0, cache=f"{tmp_path}/cache")
+
+
+def shard(path: Path, first: int = 0, count: int = 6) -> str:
+    members = [one for i in range(first, first + count) for one in ((f"{i:04d}.jpg", jpeg(i)), (f"{i:04d}.txt", b"picture %d" % i))]
+    path.write_bytes(tar(members))
+    assert not index.index(str(path), Transport(ReadConfig())).error
+    return str(path)
+
+
+def pictures(folder: Path, count: int = 3) -> str:
+    folder.mkdir()
+    for i in range(count):
+        (folder / f"{i}.jpg").write_bytes(jpeg(100 + i))
+        (folder / f"{i}.txt").write_text(f"picture {i}")
+    return str(folder)
+
+
+@pytest.fixture
+def config(tmp_path, read) -> DataConfig:
+    shard(tmp_path / "train-0.tar")
+    return DataConfig(name="x", train=[f"{tmp_path}/train-*.tar"], heldout=[pictures(tmp_path / "held")], resolution=64, read=read)
+
+
+def pin(config: DataConfig, out: Path, begun: bool = False, first: bool = True) -> Pinned:
+    made = Pinned(config, str(out), begun=begun, first=first)
+    out.mkdir(exist_ok=True)
+    made.settle()
+    return made
+
+
+def test_tars_and_folders_are_pinned_in_the_run_s_folder(config, tmp_path):
+    made = pin(config, tmp_path / "out")
+    assert (len(made.train), len(made.heldout)) == (6, 3)
+    assert snapshot.read(f"{tmp_path}/out/train.snapshot").id == made.train.id
+    assert made.parents() == {
+        "data.train": (f"{tmp_path}/out/train.snapshot", made.train.id), "data.heldout": (f"{tmp_path}/out/heldout.snapshot", made.heldout.id),
+    }  # fmt: skip
+    assert [os.path.abspath(place) for place in made.watched()] == [f"{tmp_path}/held", f"{tmp_path}/train-0.tar"]
+
+
+def test_a_shard_that_appears_is_ignored_by_a_run_that_has_begun(config, tmp_path):
+    first = pin(config, tmp_path / "out")
+    shard(tmp_path / "train-1.tar", 6)
+    assert pin(config, tmp_path / "out", begun=True).train.id == first.train.id
+    assert len(pin(config, tmp_path / "out").train) == 12  # nothing was made yet, so the run may as well start with both
+
+
+def test_other_ranks_take_what_the_first_has_written(config, tmp_path):
+    first = pin(config, tmp_path / "out")
+    shard(tmp_path / "train-1.tar", 6)
+    assert pin(config, tmp_path / "out", first=False).train.id == first.train.id
+
+
+def test_a_shard_that_changed_stops_a_run_that_has_begun(config, tmp_path):
+    pin(config, tmp_path / "out")
+    shard(tmp_path / "train-0.tar", 1)
+    with pytest.raises(ChangedError, match=r"train-0\.tar changed since it was indexed"):
+        pin(config, tmp_path / "out", begun=True)
+
+
+def test_a_copy_with_other_times_is_as_good(config, tmp_path):
+    first = pin(config, tmp_path / "out")
+    os.utime(tmp_path / "train-0.tar", (1, 1))
+    assert pin(config, tmp_path / "out", begun=True).train.id == first.train.id
+
+
+def test_a_folder_that_changed_stops_a_run_that_has_begun_and_is_packed_anew_for_the_next(config, tmp_path):
+    first = pin(config, tmp_path / "out")
+    (tmp_path / "held/0.txt").write_text("something else")
+    with pytest.raises(ChangedError, match=r"held changed .*its files are others"):
+        pin(config, tmp_path / "out", begun=True)
+    assert pin(config, tmp_path / "other").heldout.id != first.heldout.id
+
+
+def test_a_folder_is_packed_once(config, tmp_path):
+    pin(config, tmp_path / "out")
+    (packed,) = (tmp_path / "cache/packed").glob("*/000000.tar")
+    before = packed.stat()
+    pin(config, tmp_path / "other")
+    assert packed.stat().st_mtime_ns == before.st_mtime_ns
+    shutil.rmtree(tmp_path / "cache")
+    assert len(pin(config, tmp_path / "out", begun=False).heldout) == 3
+
+
+def test_a_given_snapshot_is_used_as_it_is(config, tmp_path, read):
+    made = snapshot.build([f"{tmp_path}/train-0.tar"], Transport(read), filters=snapshot.Filters(min_caption=1))
+    made.write(f"{tmp_path}/pinned.snapshot")
+    given = replace(config, train=[f"{tmp_path}/pinned.snapshot"])
+    found = pin(given, tmp_path / "out")
+    assert found.train.id == made.id
+    assert found.parents()["data.train"] == (f"{tmp_path}/pinned.snapshot", made.id)
+    assert not (tmp_path / "out/train.snapshot").exists()
+    with pytest.raises(ConfigError, match="Give it alone"):
+        pin(replace(config, train=[f"{tmp_path}/pinned.snapshot", f"{tmp_path}/train-0.tar"]), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"crop": "left"}, "data.crop=left is unknown"), ({"aspect": 0.5}, "data.aspect=0.5 cannot work"),
+        ({"aspect": 2.0, "resolution": 100}, "data.resolution=100 is no multiple of data.bucket_step=64"),
+        ({"stored": ["thoughts"]}, "names thoughts. Choose among latents, text"),
+        ({"stored": ["latents"], "flip": True}, "freezes crop and mirroring"),
+    ],
+)  # fmt: skip
+def test_a_value_that_cannot_work(config, tmp_path, wrong, said):
+    with pytest.raises(ConfigError) as caught:
+        pin(replace(config, **wrong), tmp_path / "out")
+    assert said in str(caught.value)
+
+
+def test_stored_encodings_that_are_not_there(config, tmp_path):
+    with pytest.raises(DataError, match=r"data\.stored=\['latents'\], but the shards of data\.train hold no latents"):
+        pin(replace(config, stored=["latents"]), tmp_path / "out")
+
+
+def test_nothing_and_what_is_not_indexed(config, tmp_path):
+    (tmp_path / "new.tar").write_bytes(tar(pairs(2)))
+    with pytest.raises(DataError, match=r"new\.tar is not indexed.*python -m data\.index"):
+        pin(replace(config, train=[f"{tmp_path}/new.tar"]), tmp_path / "out")
+    with pytest.raises(DataError, match=r"data\.train: nothing matches .*nothing-\*\.tar"):
+        pin(replace(config, train=[f"{tmp_path}/nothing-*.tar"]), tmp_path / "out")
+    (tmp_path / "empty.tar").write_bytes(tar([]))
+    assert not index.index(f"{tmp_path}/empty.tar", Transport(ReadConfig())).error
+    with pytest.raises(DataError, match=r"data\.train=.* holds no samples"):
+        pin(replace(config, train=[f"{tmp_path}/empty.tar"]), tmp_path / "out")
+    (tmp_path / "bad").mkdir()
+    with pytest.raises(DataError, match=r"data\.heldout: .*bad holds no pictures"):
+        pin(replace(config, heldout=[f"{tmp_path}/bad"]), tmp_path / "out")
+
+
+def test_the_stream_of_a_run_is_described(config, tmp_path):
+    made = pin(replace(config, aspect=2.0), tmp_path / "out")
+    stream = made.stream(0, 4)
+    assert [len(batch.rows) for batch in stream.steps(0, 2, [range(4)])] == [4, 4]
+    said = sources.described(stream)
+    assert (said["steps_per_epoch"], said["left_out_per_epoch"], said["quarantined"]) == (1, 2, 0)
+    assert [bucket["samples"] for bucket in said["buckets"]] == [6]
+    json.dumps(said)
+    (reference,) = made.reference(2)
+    assert (len(reference.rows), reference.size) == (2, (64, 64))
+
+
+def test_squares_are_the_middles_of_every_picture(config, tmp_path):
+    batches = list(sources.squares(config.train, "x", 16))
+    assert [row for batch in batches for row in batch.rows] == list(range(6))
+    assert all(batch.pixels.shape[1:] == (16, 16, 3) for batch in batches)

@@ -1,0 +1,134 @@
+"""encode: on one rank and on two, killed and gone on, to a folder and to s3; and training on what it stored."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data import index
+from data.transport import ReadConfig, Transport
+from tests.servers import moto
+from tests.shards import jpeg, tar
+
+ROOT = Path(__file__).resolve().parents[2]
+FORM = ["resolution=32", "bucket_step=8", "aspect=2"]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    """Four shards of pictures in three forms."""
+    folder = tmp_path_factory.mktemp("shards")
+    for number in range(4):
+        members = []
+        for row in range(8):
+            width, height = [(40, 40), (64, 40), (40, 64)][row % 3]
+            members += [(f"{row}.jpg", jpeg(8 * number + row, width, height)), (f"{row}.txt", b"a handwritten %d" % row)]
+        (folder / f"{number}.tar").write_bytes(tar(members))
+        assert not index.index(f"{folder}/{number}.tar", Transport(ReadConfig())).error
+    return folder
+
+
+def words_for(shards: Path, out: Path, to: str, *words: str) -> list[str]:
+    given = ["model=miniature", "hardware=cpu", "parts=[latents,text]", "read.workers=0", *FORM, *words]
+    return [f"shards=['{shards}/*.tar']", f"out={out}", f"to={to}", *given]
+
+
+def command(shards: Path, out: Path, to: str, ranks: int) -> list[str]:
+    starter = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    return [sys.executable, *starter, "-m", "stages.encode", *words_for(shards, out, to)]
+
+
+def run(words: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def encoded(shards, tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("encoded")
+    done = run(command(shards, place / "out", f"{place}/to", 1))
+    assert done.returncode == 0, done.stderr
+    return place
+
+
+def tars(place: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(place.glob("to/*.tar"))}
+
+
+def test_two_ranks_killed_and_gone_on_write_the_same_shards(shards, encoded, tmp_path):
+    words = command(shards, tmp_path / "out", f"{tmp_path}/to", 2)
+    child = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    while child.poll() is None and not tars(tmp_path):
+        time.sleep(0.005)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    done_before = {name: (tmp_path / "to" / name).stat().st_mtime_ns for name in tars(tmp_path) if (tmp_path / f"to/{name}.index").exists()}
+    done = run(words)
+    assert done.returncode == 0, done.stderr
+    assert tars(tmp_path) == tars(encoded)
+    assert len(tars(tmp_path)) == 4
+    assert all((tmp_path / "to" / name).stat().st_mtime_ns == when for name, when in done_before.items())
+    assert not list(tmp_path.rglob("*.partial"))
+    records = [json.loads((place / "out/artifact.json").read_text()) for place in (tmp_path, encoded)]
+    assert records[0]["parents"] == records[1]["parents"]
+
+
+def lora_on(snapshot: Path, out: Path, *words: str) -> list[str]:
+    return [
+        "experiment=miniature", "trained_on=data/miniature/pipeline", "arm=x", "steps=3", "probe.samples=4", "data.aspect=2", "batch=4",
+        f"data.train=['{snapshot}']", f"out={out}", *words,
+    ]  # fmt: skip
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_training_on_what_was_stored_is_training_on_the_pictures(encoded, tmp_path, run_stage):
+    found = []
+    for number, stored in enumerate(("", "latents", "latents,text")):
+        code, said = run_stage("lora", *lora_on(encoded / "out/encoded.snapshot", tmp_path / str(number), f"data.stored=[{stored}]"))
+        assert code == 0, said
+        found.append(losses(tmp_path / str(number)))
+    assert found[1] == pytest.approx(found[0], rel=1e-4)  # another batch in the VAE
+    assert found[2] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["data.stored=[latents]", "data.aspect=1"], "The stored latents were made in another way (sizes is"),
+        (
+            ["data.stored=[text]", "model.max_sequence_length=9"],
+            "The stored text were made in another way (max_sequence_length is 8 there and 9 here)",
+        ),
+    ],
+)
+def test_what_was_made_in_another_way_is_refused(encoded, tmp_path, words, said, run_stage):
+    code, told = run_stage("lora", *lora_on(encoded / "out/encoded.snapshot", tmp_path / "out", *words))
+    assert code == 3
+    assert said in told
+    assert "Traceback" not in told
+
+
+def test_another_way_into_the_same_place_is_refused(shards, encoded, tmp_path, run_stage):
+    code, said = run_stage("encode", *words_for(shards, tmp_path / "out", f"{encoded}/to", "parts=[latents]"))
+    assert code == 2
+    assert "000000.tar was encoded in another way" in said
+    code, said = run_stage("encode", *words_for(shards, tmp_path / "out", f"{encoded}/to", "parts=[thoughts]"))
+    assert code == 2
+    assert "parts=['thoughts'] cannot be encoded. Choose among latents, text" in said
+
+
+def test_to_s3_and_back(shards, tmp_path, run_stage):
+    with moto() as store:
+        code, said = run_stage("encode", *words_for(shards, tmp_path / "out", f"s3://{store.name}/encoded"))
+        assert code == 0, said
+        code, said = run_stage("lora", *lora_on(tmp_path / "out/encoded.snapshot", tmp_path / "lora", "data.stored=[latents]"))
+        assert code == 0, said
+    there = json.loads((tmp_path / "out/artifact.json").read_text())
+    assert there["kind"] == "encodings"
