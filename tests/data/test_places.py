@@ -3,7 +3,8 @@ import os
 import pytest
 
 from data import places
-from tests.servers import moto
+from dev2pro.errors import TryAgainError
+from tests.servers import environment, moto, s3_environment
 from tests.shards import refusal
 
 
@@ -91,6 +92,19 @@ def test_a_bucket_that_cannot_be_listed_says_what_to_set(monkeypatch):
         said = refusal(lambda: places.expand(bucket.place("*.tar"), "x"))
     assert f"{bucket.place('*.tar')} cannot be listed" in said
     assert "AWS_ACCESS_KEY_ID" in said
+
+
+def test_a_store_that_is_away_may_be_back_later():
+    with environment(**s3_environment("http://127.0.0.1:1"), AWS_MAX_ATTEMPTS="1"):
+        said = refusal(lambda: places.expand("s3://bucket/*.tar", "x"), TryAgainError)
+    assert said.startswith("s3://bucket/*.tar cannot be listed (EndpointConnectionError)")
+
+
+def test_braces_that_name_more_places_than_there_are(monkeypatch):
+    monkeypatch.setattr(places, "MOST", 5)
+    assert len(places.expand("https://host/{1..5}.tar", "x")) == 5
+    said = refusal(lambda: places.expand("https://host/{1..99999999999}.tar", "data.train"))
+    assert said == "data.train: https://host/{1..99999999999}.tar names more than 5 places. Correct the numbers in its braces."
 
 
 # ---- what is refused, and what is shown ----------------------------------------------------------------------------------------------
