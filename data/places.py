@@ -2,6 +2,7 @@
 
 import glob
 import itertools
+import math
 import os
 import re
 from urllib.parse import urlsplit
@@ -14,6 +15,7 @@ from dev2pro.errors import DataError, TryAgainError
 
 REMOTE = ("http", "https", "s3")
 MOST = 1_000_000  # places that braces may name
+_RANGE = re.compile(r"\{(-?[0-9]{1,4000})\.\.(-?[0-9]{1,4000})(?:\.\.-?([0-9]{1,4000}))?\}")  # braces with numbers from and to
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
@@ -72,13 +74,14 @@ def expand(pattern: str, what: str) -> list[str]:
 
     `what` names the setting in the DataError that is raised when nothing matches, or nothing one of the braces' names.
     """
+    many = math.prod(abs(int(last) - int(first)) // max(1, int(step or 1)) + 1 for first, last, step in _RANGE.findall(pattern)) > MOST
     try:
-        patterns = list(itertools.islice(braceexpand.braceexpand(pattern), MOST + 1))
+        patterns = [] if many else list(itertools.islice(braceexpand.braceexpand(pattern), MOST + 1))  # which holds all of a range at once
     except ValueError:  # braces that do not balance: a plain path may hold one
         patterns = [pattern]
     if os.path.exists(pattern):
         patterns = [pattern]
-    if len(patterns) > MOST:
+    elif many or len(patterns) > MOST:
         raise DataError(f"{what}: {shown(pattern)} names more than {MOST:,} places. Correct the numbers in its braces.")
     found = {one: _matches(one) for one in patterns}
     for one, places in found.items():
@@ -99,13 +102,17 @@ def _matches(pattern: str) -> list[str]:
     return [place]
 
 
+def passing(error: Exception) -> bool:
+    """Whether an error of fsspec's s3 may not come again: the store was not reached, or could not answer."""
+    kinds = (botocore.exceptions.HTTPClientError, botocore.exceptions.ConnectionError, botocore.exceptions.CredentialRetrievalError, OSError)
+    return isinstance(error, kinds) and not isinstance(error, (FileNotFoundError, PermissionError))
+
+
 def _listed(place: str) -> list[str]:
     try:
         return [f"s3://{name}" for name in sorted(fsspec.filesystem("s3").glob(place))]
     except Exception as error:  # botocore's are many, and their texts may name keys
-        passing = isinstance(error, (OSError, botocore.exceptions.HTTPClientError))
-        lasting = isinstance(error, (FileNotFoundError, PermissionError)) or not passing
-        raise (DataError if lasting else TryAgainError)(
+        raise (TryAgainError if passing(error) else DataError)(
             f"{shown(place)} cannot be listed ({type(error).__name__}). Check the address, the network, and AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; AWS_ENDPOINT_URL for other stores than Amazon's."
         ) from None

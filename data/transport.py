@@ -223,7 +223,7 @@ def _explained(place: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise SpaceError(f"{name} could not be written: no room is left there. Make room, then run the same command.") from error
-        if error.errno in (errno.EINVAL, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS):
+        if error.errno in (errno.EINVAL, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS):
             raise DataError(f"{name} cannot be used ({error.strerror}). Choose another path.") from error
         _opened.cache_clear()
         raise Passing(f"{error.strerror}") from error  # a network file system that is away

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import botocore.exceptions
 import fsspec
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
@@ -166,8 +165,7 @@ def _sign(place: str, _when: int) -> str:
 def s3_trouble(place: str, error: Exception) -> Exception:
     """What an error of fsspec's s3 means: Passing, or DataError. Its own text may name keys, so only its kind is told."""
     kind = type(error).__name__
-    passing = (botocore.exceptions.HTTPClientError, botocore.exceptions.CredentialRetrievalError, OSError)
-    if isinstance(error, passing) and not isinstance(error, (FileNotFoundError, PermissionError)):
+    if places.passing(error):
         return Passing(f"s3 was not reached, {kind}")
     return DataError(
         f"{places.shown(place)} cannot be had from s3 ({kind}). Check the address, and AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; "

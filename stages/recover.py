@@ -52,6 +52,8 @@ def run(config: RecoverConfig) -> Artifact:
         flux.check_transformer(config.teacher)
     optim.check(config.optim)
     distributed.check_dtype("save_dtype", config.save_dtype)
+    if config.ledger:
+        ledger.consumed(config.ledger)  # a damaged one is told before the training, not after it
     place = distributed.accelerator(config.hardware)
     with place.main_process_first():
         pinned = Pinned(config.data, config.out, begun=artifact.begun(config.out), first=place.is_main_process)

@@ -100,11 +100,14 @@ def test_a_store_that_is_away_may_be_back_later():
     assert said.startswith("s3://bucket/*.tar cannot be listed (EndpointConnectionError)")
 
 
-def test_braces_that_name_more_places_than_there_are(monkeypatch):
-    monkeypatch.setattr(places, "MOST", 5)
-    assert len(places.expand("https://host/{1..5}.tar", "x")) == 5
-    said = refusal(lambda: places.expand("https://host/{1..99999999999}.tar", "data.train"))
-    assert said == "data.train: https://host/{1..99999999999}.tar names more than 5 places. Correct the numbers in its braces."
+@pytest.mark.parametrize("pattern", ["{1..99999999999}", "{9999..0001}{1..9999}", "{a,b}{0..2000000..2}", "{1..%s}" % ("9" * 3999)])
+def test_braces_that_name_more_places_than_there_are(pattern):
+    said = refusal(lambda: places.expand(f"https://host/{pattern}", "data.train"))
+    assert said == f"data.train: https://host/{pattern} names more than 1,000,000 places. Correct the numbers in its braces."
+
+
+def test_braces_with_steps():
+    assert places.expand("https://host/{000..1000000..500000}", "x") == [f"https://host/{n}" for n in ("0000000", "0500000", "1000000")]
 
 
 # ---- what is refused, and what is shown ----------------------------------------------------------------------------------------------
