@@ -44,12 +44,12 @@ def walking(pairs: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         (path,) = tars(folder, [bytes(300)], 1, SMALL)
         rounds = [(timed(lambda: ours(path)), timed(lambda: pythons(path))) for _ in range(pairs)]
-    print(f"\nheaders alone, {2 * SMALL:,} members of up to 300 bytes, with pax headers as webdataset writes them; {pairs} pairs")
+    print(f"\nheaders alone, {2 * SMALL:,} members of up to 300 bytes in one tar; {pairs} pairs")
     own, other = zip(*rounds, strict=True)
-    print(f"  data.tars.walk, checking everything {spread([one[0] for one in own])} members/s, {median([one[1] for one in own]):,.0f} a CPU second, "
-          f"target 100,000")  # fmt: skip
-    print(f"  Python's tarfile                    {spread([one[0] for one in other])} members/s, {median([one[1] for one in other]):,.0f} a CPU second; "
-          f"ours {ratio([one[1] for one in own], [one[1] for one in other])} times as fast by CPU")  # fmt: skip
+    for name, found in (("data.tars.walk, strict", own), ("Python's tarfile", other)):
+        print(f"  {name:24} {spread([one[0] for one in found])} members/s, {median([one[1] for one in found]):,.0f} a CPU second")
+    times = ratio([one[1] for one in own], [one[1] for one in other])
+    print(f"  ours is {times} times as fast by CPU; target 100,000 members/s")
 
 
 def scanning(side: int, pairs: int) -> None:
@@ -61,10 +61,10 @@ def scanning(side: int, pairs: int) -> None:
     print(f"\nthe whole of {SHARDS} shards with {samples:,} pictures of {side} px, {size:.0f} MB: CRC-32, SHA-256, picture headers; {pairs} rounds")
     alone, whole = zip(*rounds, strict=True)
     each = size / samples
-    print(f"  data.scan.scan, one process {spread([one[0] for one in alone])} samples/s, {each * median([one[0] for one in alone]):,.0f} MB/s "
-          f"({each * median([one[1] for one in alone]):,.0f} MB a CPU second)")  # fmt: skip
-    print(f"  python -m data.index        {spread([samples / one for one in whole])} samples/s, {size / median(whole):,.0f} MB/s; "
-          f"{median(whole):.2f} s in all, start-up included")  # fmt: skip
+    rates, costs = [one[0] for one in alone], [one[1] for one in alone]
+    print(f"  data.scan.scan, one process {spread(rates)} samples/s, {each * median(rates):,.0f} MB/s ({each * median(costs):,.0f} MB a CPU second)")
+    commands = [samples / one for one in whole]
+    print(f"  python -m data.index        {spread(commands)} samples/s, {size / median(whole):,.0f} MB/s, {median(whole):.2f} s with its start-up")
 
 
 def command(paths: Sequence[str]) -> float:

@@ -5,7 +5,7 @@ from typing import Any
 
 from data.pictures import BadContent
 
-PARTS = ("latents", "text")  # members <key>.latents.safetensors (mean, std) and <key>.text.safetensors (prompt, pooled)
+PARTS = {"latents": {"mean", "std"}, "text": {"prompt", "pooled"}}  # part -> tensors in the member <key>.<part>.safetensors
 MAX_HEADER = 1 << 16  # bytes
 
 
@@ -30,11 +30,14 @@ def fingerprint(content: bytes) -> dict[str, Any]:
     return found
 
 
-def tensors(content: bytes) -> dict[str, Any]:
-    """The tensors of a member, by name. Raises BadContent where they are broken."""
+def tensors(content: bytes, part: str) -> dict[str, Any]:
+    """The tensors of a member, by name. Raises BadContent where they are broken or others."""
     import safetensors.torch
 
     try:
-        return safetensors.torch.load(content)
+        found = safetensors.torch.load(content)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise BadContent(f"its encodings cannot be read ({error})") from error
+        raise BadContent(f"its {part} cannot be read ({error})") from error
+    if set(found) != PARTS[part]:
+        raise BadContent(f"its {part} are {sorted(found)}, not {sorted(PARTS[part])}")
+    return found

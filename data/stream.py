@@ -75,14 +75,8 @@ class Stream:
     """The samples of a snapshot as batches. `waited`: seconds that the caller stood still for them."""
 
     def __init__(
-        self,
-        order: Order,
-        config: ReadConfig,
-        augment: Augment,
-        quarantine: Quarantine,
-        parts: Sequence[str] = PLAIN,
-        keep: bool = False,
-    ) -> None:
+        self, order: Order, config: ReadConfig, augment: Augment, quarantine: Quarantine, parts: Sequence[str] = PLAIN, keep: bool = False
+    ) -> None:  # fmt: skip
         self.order, self.config, self.augment, self.quarantine, self.parts, self.keep = order, config, augment, quarantine, tuple(parts), keep
         self.waited = 0.0
 
@@ -152,7 +146,8 @@ class Stream:
             if isinstance(one, _Failure):
                 raise one.kind(one.message)
             self.quarantine.add(one.faults)
-            yield one
+            if one.rows:
+                yield one
 
     def _from_workers(self, pipeline: "_Pipeline", batch: int) -> Iterator[Batch | _Failure]:
         config = self.config
@@ -192,6 +187,13 @@ def _next(workers: Iterator[Any], patience: float) -> Any:
 def _said(parts: dict[str, bytes], json: bool) -> list[str]:
     """Every caption of a sample; the empty one for a sample without."""
     return pictures.captions(parts["caption"], "json" if json else "txt") if parts.get("caption") else [""]
+
+
+def _stacked(stored: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    try:
+        return {name: torch.stack([one[name] for one in stored]) for name in (stored[0] if stored else {})}
+    except (RuntimeError, KeyError) as error:
+        raise DataError(f"Encodings of samples of one size do not fit each other ({error}). Encode the shards again with stages.encode.") from error
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -240,7 +242,7 @@ class _Pipeline(torch.utils.data.IterableDataset):
         texts = _said(found, bool(snapshot.columns["caption_json"][row]))
         chosen = int(self._draw("caption", job) * len(texts)) if len(texts) > 1 and job.step >= 0 else 0
         image = pictures.upright(found["picture"], max(job.size)) if "picture" in found else None
-        stored = {f"{part}.{name}": value for part in encoded.PARTS if part in found for name, value in encoded.tensors(found[part]).items()}
+        stored = {f"{part}.{name}": value for part in encoded.PARTS if part in found for name, value in encoded.tensors(found[part], part).items()}
         return {"caption": texts[chosen], "image": image, "stored": stored, "parts": found if self.keep else {}}
 
     def _fault(self, job: Job, row: int, reason: str) -> Fault:
@@ -280,7 +282,6 @@ class _Pipeline(torch.utils.data.IterableDataset):
                 pixels = torch.empty((len(used), height, width, 3), dtype=torch.uint8)
                 for place, sample in zip(pixels.numpy(), used, strict=True):
                     place[:] = sample["image"]
-            names = used[0]["stored"] if used else {}
-            stored = {name: torch.stack([sample["stored"][name] for sample in used]) for name in names}
+            stored = _stacked([sample["stored"] for sample in used])
             rows, captions, parts = ([sample[name] for sample in used] for name in ("row", "caption", "parts"))
             yield Batch((width, height), rows, captions, pixels, stored, parts, faults)

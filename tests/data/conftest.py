@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from data.snapshot import Snapshot
 from data.web import Web
 from tests.servers import Server, impatient
+from tests.streams import BAD, pinned
 
 Members = Mapping[str, bytes]
 
@@ -80,3 +82,16 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("no file systems may be mounted here")
     yield place
     subprocess.run(["umount", "-l", place], check=True)
+
+
+@pytest.fixture(scope="session")
+def many(tmp_path_factory) -> list[Snapshot]:
+    """One, two and four shards, without and with pictures that cannot be decoded."""
+    folder = tmp_path_factory.mktemp("many")
+    made = []
+    for bad in (frozenset[int](), frozenset(BAD)):
+        for shards in (1, 2, 4):
+            place = folder / f"{shards}-{len(bad)}"
+            place.mkdir()
+            made.append(pinned(place, shards, bad))
+    return made

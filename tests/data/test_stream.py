@@ -1,79 +1,23 @@
 """The stream: the same (sample, crop, mirroring, caption) in every slot of every step, on any number of ranks and workers, after any kill."""
 
 import io
-import itertools
-import json
-import os
-import signal
-import time
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import index, order, pictures, snapshot
+from data import encoded, index, snapshot
 from data.order import Order
 from data.quarantine import Quarantine
-from data.snapshot import Snapshot
 from data.stream import Augment, Batch, Stream
-from data.transport import ReadConfig, Transport
-from dev2pro.errors import DataError, TryAgainError
+from data.transport import Transport
+from dev2pro.errors import DataError
 from tests.shards import tar
-
-READ = ReadConfig(workers=0, threads=3, retries=0)
-DRAWN = Augment("random", flip=True)
-BUCKETS = order.sizes(16, 8, 2.0)
-FORMS = [(20, 20), (40, 16), (16, 40), (24, 18), (17, 23)]
-PER_SHARD = 11
-BAD = {3, 17, 18}  # rows whose pictures cannot be decoded
-
-
-def picture(row: int, broken: bool = False) -> bytes:
-    """Told apart by every pixel; a broken one has a good header and half of its body."""
-    width, height = FORMS[row % len(FORMS)]
-    pixels = np.random.default_rng(row).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()[: len(buffer.getvalue()) // 2] if broken else buffer.getvalue()
-
-
-def pinned(folder: Path, shards: int, bad: frozenset[int] = frozenset()) -> Snapshot:
-    """A snapshot of shards whose samples have three captions each, every fourth one."""
-    transport, places = Transport(READ), []
-    for number in range(shards):
-        members: list[tuple[str, bytes]] = []
-        for row in range(number * PER_SHARD, (number + 1) * PER_SHARD):
-            several = json.dumps({"captions": [f"picture {row} {word}" for word in ("seen", "told", "shown")]}).encode()
-            caption = (f"{row:04d}.txt", b"picture %d" % row) if row % 4 else (f"{row:04d}.json", several)
-            members += [(f"{row:04d}.png", picture(row, row in bad)), caption]
-        places.append(str(folder / f"{number}.tar"))
-        Path(places[-1]).write_bytes(tar(members))
-        assert not index.index(places[-1], transport).error
-    return snapshot.build(places, transport)
-
-
-@pytest.fixture(scope="module")
-def many(tmp_path_factory) -> list[Snapshot]:
-    """One, two and four shards, without and with pictures that cannot be decoded."""
-    folder = tmp_path_factory.mktemp("many")
-    made = []
-    for bad in (frozenset[int](), frozenset(BAD)):
-        for shards in (1, 2, 4):
-            place = folder / f"{shards}-{len(bad)}"
-            place.mkdir()
-            made.append(pinned(place, shards, bad))
-    return made
-
-
-def stream(pins: Snapshot, *, batch: int, seed: int = 0, workers: int = 0, augment: Augment = DRAWN, path: str | None = None) -> Stream:
-    quarantine = Quarantine(pins, path)
-    quarantine._check = lambda *_: None  # three of eleven are too many; that is another test's matter
-    return Stream(Order(pins, BUCKETS, seed, batch), replace(READ, workers=workers), augment, quarantine)
+from tests.streams import BAD, BUCKETS, PER_SHARD, READ, picture, stream
 
 
 def slots_of(rank: int, world: int, batch: int, micro: int) -> list[range]:
@@ -196,99 +140,18 @@ def test_a_stretch_keeps_the_order_and_every_bucket(many):
     assert all(source.order.size_of(row) == batch.size for batch in batches for row in batch.rows)
 
 
-# ---- faults --------------------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_picture_makes_room_for_another_and_is_noted(many, tmp_path, workers):
-    path = f"{tmp_path}/quarantine.jsonl"
-    source = stream(many[5], batch=4, workers=workers, path=path)
-    rows = [row for batch in source.steps(0, 22, [range(4)]) for row in batch.rows]
-    assert not BAD & set(rows)
-    assert len(rows) == 88
-    lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    assert {line["key"] for line in lines} == {f"{row:04d}.png" for row in BAD}
-    for line in lines:
-        shard = Path(line["shard"]).read_bytes()
-        assert shard[line["offset"] :].startswith(b"\x89PNG")
-        assert "its pixels cannot be decoded" in line["reason"]
-        assert source.order.step(line["step"]).rows[line["slot"]] == int(line["key"][:4])
-
-
-def test_nothing_but_broken_pictures(tmp_path):
-    pins = pinned(tmp_path, 1, frozenset(range(PER_SHARD)))
-    with pytest.raises(DataError, match="neither its sample nor 100 substitutes could be used"):
-        next(stream(pins, batch=1).steps(0, 1, [range(1)]))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_shard_that_changes_under_a_run_stops_it(tmp_path, workers):
-    pins = pinned(tmp_path, 2)
-    source = stream(pins, batch=2, workers=workers)
-    come = source.steps(0, 200, [range(2)])
-    next(come)
-    content = bytearray((tmp_path / "1.tar").read_bytes())
-    for row in range(PER_SHARD):
-        content[pins.span(PER_SHARD + row, "picture").offset + 50] ^= 1
-    (tmp_path / "1.tar").write_bytes(content)
-    with pytest.raises(DataError, match=r"1\.tar changed since it was indexed"):
-        list(come)
-
-
-def children() -> list[int]:
-    return [int(child) for child in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()]
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
-def test_a_worker_that_dies_ends_the_run_and_it_goes_on_where_it_was(many, number, monkeypatch):
-    monkeypatch.setattr("data.stream.LOOK_AFTER", 1)
-    before = set(children())
-    come = stream(many[2], batch=2, workers=2).steps(0, 100_000, [range(2)])
-    first = [next(come).rows for _ in range(3)]
-    (victim, *_) = sorted(set(children()) - before)
-    os.kill(victim, number)
-    with pytest.raises(TryAgainError, match="goes on from the last checkpoint") as caught:
-        for _ in come:  # and nowhere else: what was read before it died is still good
-            pass
-    assert caught.value.exit_code == 75
-    del caught, come  # the traceback holds the other worker
-    rest = stream(many[2], batch=2, workers=2).steps(3, 5, [range(2)])
-    alone = stream(many[2], batch=2).steps(0, 5, [range(2)])
-    assert [*first, *(batch.rows for batch in rest)] == [batch.rows for batch in alone]
-    assert not set(children()) - before  # no worker is left behind
-
-
-def test_a_worker_that_hangs_is_noticed(many, monkeypatch):
-    monkeypatch.setattr("data.stream.LONGEST_PAUSE", 0.0)
-    monkeypatch.setattr("data.stream.LOOK_AFTER", 1)
-    decode, count = pictures.upright, itertools.count()
-    monkeypatch.setattr(pictures, "upright", lambda *some: time.sleep(3600) if next(count) == 40 else decode(*some))  # workers inherit it
-    source = stream(many[2], batch=2, workers=1)
-    source.config = replace(source.config, connect_timeout=0.5, idle_timeout=0.5)
-    before, come = set(children()), source.steps(0, 100_000, [range(2)])
-    with pytest.raises(TryAgainError, match="it hangs"):
-        for got in enumerate(come):  # noqa: B007
-            pass
-    assert got[0] >= 15  # what was decoded before
-    assert not set(children()) - before
-
-
-def test_what_waits_is_bounded_in_bytes(many, monkeypatch):
-    asked: dict[str, object] = {}
-
-    def loader(pipeline: object, **options: object) -> list:
-        asked.update(options)
-        return []
-
-    monkeypatch.setattr("data.stream.DataLoader", loader)
-    ahead: Callable[[int, int], object] = lambda workers, prefetch: (  # noqa: E731
-        list(
-            Stream(Order(many[2], [(1024, 1024)], 0, 4), replace(READ, workers=workers, prefetch_mb=prefetch), Augment(), Quarantine(many[2])).steps(
-                0, 1, [range(4)]
-            )
-        ),
-        asked["prefetch_factor"],
-    )[1]
-    assert ahead(2, 512) == 10  # 12 MB a batch, two workers, half of 512 MB for what is decoded
-    assert ahead(2, 48) == 1
-    assert ahead(1, 4096) == 16
+def test_stored_encodings_come_as_they_lie_and_odd_ones_are_told(tmp_path):
+    members = []
+    for row, width in enumerate((4, 4, 4, 5)):
+        latents = encoded.member({"mean": torch.full((width, 2), float(row)), "std": torch.ones(width, 2)}, {"vae": "abc"})
+        members += [(f"{row}.png", picture(0)), (f"{row}.txt", b"x"), (f"{row}.latents.safetensors", latents)]
+    (tmp_path / "0.tar").write_bytes(tar(members))
+    assert not index.index(f"{tmp_path}/0.tar", Transport(READ)).error
+    pins = snapshot.build([f"{tmp_path}/0.tar"], Transport(READ))
+    source = Stream(Order(pins, BUCKETS, 0, 1, cropped=True), READ, Augment(), Quarantine(pins), ("caption", "latents"))
+    (three,) = source.rows([0, 1, 2], (16, 16), 3)
+    assert three.stored["latents.mean"][:, 0, 0].tolist() == [0, 1, 2]
+    assert three.pixels is None
+    assert not source.fixed
+    with pytest.raises(DataError, match="do not fit each other"):
+        list(source.rows([2, 3], (16, 16), 2))

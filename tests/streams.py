@@ -1,0 +1,54 @@
+"""Small shards of pictures in several forms, some of them broken, and streams over them."""
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data import index, order, snapshot
+from data.order import Order
+from data.quarantine import Quarantine
+from data.snapshot import Snapshot
+from data.stream import Augment, Stream
+from data.transport import ReadConfig, Transport
+from tests.shards import tar
+
+READ = ReadConfig(workers=0, threads=3, retries=0)
+DRAWN = Augment("random", flip=True)
+BUCKETS = order.sizes(16, 8, 2.0)
+FORMS = [(20, 20), (40, 16), (16, 40), (24, 18), (17, 23)]
+PER_SHARD = 11
+BAD = {3, 17, 18}  # rows whose pictures cannot be decoded
+
+
+def picture(row: int, broken: bool = False) -> bytes:
+    """Told apart by every pixel; a broken one has a good header and half of its body."""
+    width, height = FORMS[row % len(FORMS)]
+    pixels = np.random.default_rng(row).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()[: len(buffer.getvalue()) // 2] if broken else buffer.getvalue()
+
+
+def pinned(folder: Path, shards: int, bad: frozenset[int] = frozenset()) -> Snapshot:
+    """A snapshot of shards whose samples have three captions each, every fourth one."""
+    transport, places = Transport(READ), []
+    for number in range(shards):
+        members: list[tuple[str, bytes]] = []
+        for row in range(number * PER_SHARD, (number + 1) * PER_SHARD):
+            several = json.dumps({"captions": [f"picture {row} {word}" for word in ("seen", "told", "shown")]}).encode()
+            caption = (f"{row:04d}.txt", b"picture %d" % row) if row % 4 else (f"{row:04d}.json", several)
+            members += [(f"{row:04d}.png", picture(row, row in bad)), caption]
+        places.append(str(folder / f"{number}.tar"))
+        Path(places[-1]).write_bytes(tar(members))
+        assert not index.index(places[-1], transport).error
+    return snapshot.build(places, transport)
+
+
+def stream(pins: Snapshot, *, batch: int, seed: int = 0, workers: int = 0, augment: Augment = DRAWN, path: str | None = None) -> Stream:
+    quarantine = Quarantine(pins, path)
+    quarantine._check = lambda *_: None  # three of eleven are too many; that is another test's matter
+    return Stream(Order(pins, BUCKETS, seed, batch), replace(READ, workers=workers), augment, quarantine)
