@@ -24,19 +24,20 @@ class DiskCache:
         self._full = False
         self._locks = [threading.Lock() for _ in range(LOCKS)]
 
-    def get(self, key: str, length: int, fetch: Callable[[], bytes]) -> bytes:
-        """The `length` bytes known as `key`, from the folder or, once, from `fetch`."""
+    def get(self, key: str, length: int, fetch: Callable[[], bytes], start: int = 0, end: int | None = None) -> bytes:
+        """From `start` to `end` of the `length` bytes known as `key`, from the folder or, once, from `fetch`."""
         file = self._file(key)
         with self._locks[hash(key) % LOCKS]:  # of several threads that want it, one fetches it
             try:
-                if len(content := file.read_bytes()) == length:
-                    self._touch(file)
-                    return content
+                with file.open("rb", buffering=0) as held:
+                    if os.fstat(held.fileno()).st_size == length:
+                        self._touch(file)
+                        return os.pread(held.fileno(), (length if end is None else end) - start, start)
             except OSError:
                 pass
             content = fetch()
             self._keep(file, content)
-        return content
+        return content[start:end]
 
     def drop(self, key: str) -> None:
         """Forgets what turned out to be wrong."""

@@ -30,7 +30,10 @@ def sizes(resolution: int, step: int, aspect: float) -> list[Size]:
 def nearest(width: np.ndarray, height: np.ndarray, buckets: list[Size]) -> np.ndarray:
     """The bucket (N,) whose form is nearest, by the logarithm of the aspect ratio. No logarithm is taken: its last bit differs among machines."""
     form = np.array([w / h for w, h in buckets])
-    return np.searchsorted(form[:-1] * form[1:], (width.astype(np.float64) / height) ** 2, "right")
+    square = width.astype(np.float64)
+    square /= height
+    square *= square
+    return np.searchsorted(form[:-1] * form[1:], square, "right")
 
 
 @dataclass(frozen=True)
@@ -102,11 +105,18 @@ class Order:
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         """All entries: blocks shuffled, then samples within windows of them."""
-        raw = np.random.Philox(key=[self.seed, epoch]).random_raw(len(self._rows) + int(self._block[-1]) + 1)
-        place = np.empty(int(self._block[-1]) + 1, np.uint64)  # of each block in the shuffled row of blocks
-        place[np.argsort(raw[len(self._rows) :], kind="stable")] = np.arange(len(place), dtype=np.uint64)
-        window = (place // np.uint64(WINDOW) << np.uint64(40))[self._block]
-        return np.argsort(window | raw[: len(self._rows)] >> np.uint64(24), kind="stable").astype(np.int32)
+        count, blocks = len(self._rows), int(self._block[-1]) + 1
+        raw = np.random.Philox(key=[self.seed, epoch]).random_raw(count + blocks)
+        place = np.empty(blocks, np.uint64)  # of each block in the shuffled row of blocks
+        place[np.argsort(raw[count:], kind="stable")] = np.arange(blocks, dtype=np.uint64)
+        high, low = (blocks // WINDOW).bit_length(), count.bit_length()
+        key = raw[:count]  # a sample's window in the high bits, its own number in the low ones, chance between them
+        key >>= np.uint64(high + low)
+        key <<= np.uint64(low)
+        key |= np.arange(count, dtype=np.uint64)
+        key |= (place // np.uint64(WINDOW) << np.uint64(64 - high))[self._block] if high else np.uint64(0)
+        key.sort()  # much faster than argsort
+        return (key & np.uint64((1 << low) - 1)).astype(np.int32)
 
     def _kept(self, epoch: int) -> np.ndarray:
         """Which entries (N,) are used: in every bucket the remainder moves on by its own length each epoch, so all are left out equally often."""

@@ -78,7 +78,8 @@ def upright(encoded: bytes, target: int = 0) -> Image.Image:
             image.draft(None, (2 * target, 2 * target))  # libjpeg scales while it decodes: several times faster for camera pictures
         if image.mode.startswith("I;16"):  # which Pillow would clip to white
             image = image.convert("I").point(lambda value: value / 257).convert("L")
-        return ImageOps.exif_transpose(image).convert("RGB")
+        ImageOps.exif_transpose(image, in_place=True)  # which copies nothing, nor does what follows
+        return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def cropped(image: Image.Image, target: tuple[int, int], across: float = 0.5, down: float = 0.5) -> Image.Image:

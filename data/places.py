@@ -66,7 +66,7 @@ def shown(place: str) -> str:
 
 def printable(text: str) -> str:
     """The text with control characters spelt out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def expand(pattern: str, what: str) -> list[str]:

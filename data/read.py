@@ -4,6 +4,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 from data import places, tars
@@ -17,6 +18,7 @@ from dev2pro.errors import DataError, TryAgainError
 
 J = TypeVar("J")
 NEAR = 1 << 16  # bytes between two parts of a sample that are worth reading along
+TOGETHER = 4  # samples of this machine that a thread reads one after the other
 MAX_BLOCK = 1 << 26  # bytes of neighbours fetched for the cache at a time; every thread may hold one
 
 
@@ -40,8 +42,9 @@ class Reader:
                 f"{places.shown(shard.place)}: the snapshot has a {wrong} of {spans[wrong].bytes:,} bytes, which no index lets in. Make it again."
             )
         found = self._parts(shard, row, spans)
-        if _wrong(spans, found):
-            found = self._parts(shard, row, spans, fresh=True)
+        if not _wrong(spans, found):
+            return found
+        found = self._parts(shard, row, spans, fresh=True)
         if wrong := _wrong(spans, found):
             where = f"bytes {spans[wrong].offset} to {spans[wrong].offset + spans[wrong].bytes} ({wrong}) are not those of the index, twice"
             if not places.remote(shard.place):
@@ -59,19 +62,21 @@ class Reader:
     def ahead(self, jobs: Iterable[tuple[int, J]]) -> Iterator[tuple[J, dict[str, bytes]]]:
         """(job, sample) for every (row, job), in order, while up to `threads` more are on their way; prefetch_mb holds half of what waits."""
         limit = self.config.prefetch_mb * 2**20 / max(1, self.config.workers) / 2
-        waiting: deque[tuple[J, int, Future]] = deque()
+        waiting: deque[tuple[list[tuple[int, J]], int, Future]] = deque()
+        each = 1 if any(places.remote(shard.place) for shard in self.snapshot.shards) else TOGETHER
         jobs, held = iter(jobs), 0
         pool = ThreadPoolExecutor(self.config.threads, "sample")
         try:
             while True:
-                while len(waiting) < 2 * self.config.threads and (held < limit or not waiting) and (job := next(jobs, None)):
-                    size = sum(self.snapshot.span(job[0], part).bytes for part in self.parts)
-                    waiting.append((job[1], size, pool.submit(self.sample, job[0])))
+                while len(waiting) * each < 2 * self.config.threads and (held < limit or not waiting) and (some := list(islice(jobs, each))):
+                    size = sum(self.snapshot.span(row, part).bytes for row, _ in some for part in self.parts)
+                    waiting.append((some, size, pool.submit(lambda rows: [self.sample(row) for row in rows], [row for row, _ in some])))
                     held += size
                 if not waiting:
                     return
-                one, size, read = waiting.popleft()
-                yield one, read.result()
+                some, size, read = waiting.popleft()
+                for (_, one), found in zip(some, read.result(), strict=True):
+                    yield one, found
                 held -= size
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # what hangs must not hold up an error
@@ -82,7 +87,7 @@ class Reader:
             start = min(spans[part].offset for part in group)
             end = max(spans[part].offset + spans[part].bytes for part in group)
             content = self._range(shard, row, group, start, end, fresh)
-            found |= {part: content[spans[part].offset - start :][: spans[part].bytes] for part in group}
+            found |= {part: content[(first := spans[part].offset - start) : first + spans[part].bytes] for part in group}
         return found
 
     def _range(self, shard: Shard, row: int, group: Sequence[str], start: int, end: int, fresh: bool) -> bytes:
@@ -100,7 +105,7 @@ class Reader:
         if fresh:
             self.cache.drop(key)
             return fetch(start, end)
-        return self.cache.get(key, last - first, lambda: fetch(first, last))[start - first : end - first]
+        return self.cache.get(key, last - first, lambda: fetch(first, last), start - first, end - first)
 
     def _block(self, shard: Shard, row: int, group: Sequence[str]) -> tuple[int, int]:
         begin = shard.first + (row - shard.first) // BLOCK * BLOCK

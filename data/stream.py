@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from data import encoded, pictures
+from data.lent import Lender, Piece, Room, large_pieces
 from data.order import ORDER_VERSION, Order, Size
 from data.pictures import BadContent
 from data.quarantine import Fault, Quarantine
@@ -135,7 +137,7 @@ class Stream:
         return len(rows), found()
 
     def _batches(self, units: Callable[[], Iterator[list[Job]]], batch: int) -> Iterator[Batch]:
-        pipeline = _Pipeline(self, units)
+        pipeline = _Pipeline(self, units, batch)
         come = self._from_workers(pipeline, batch) if self.config.workers else iter(pipeline)
         while True:
             before = time.perf_counter()
@@ -153,8 +155,10 @@ class Stream:
         config = self.config
         width, height = self.order.buckets[-1]
         ahead = config.prefetch_mb * 2**20 / config.workers / 2 / (batch * width * height * 3)
+        each = max(1, min(MOST_AHEAD, int(ahead)))
+        pipeline.lender = lender = Lender(config.workers, each + 2, batch * max(w * h for w, h in self.order.buckets) * 3)
         loader = DataLoader(
-            pipeline, batch_size=None, num_workers=config.workers, prefetch_factor=max(1, min(MOST_AHEAD, int(ahead))),
+            pipeline, batch_size=None, num_workers=config.workers, prefetch_factor=each,
             timeout=LOOK_AFTER, collate_fn=_as_it_is, multiprocessing_context="fork",
         )  # fmt: skip
         before = signal.getsignal(signal.SIGCHLD)
@@ -163,6 +167,8 @@ class Stream:
             signal.signal(signal.SIGCHLD, before)
         patience = (config.retries + 1) * (config.connect_timeout + config.idle_timeout + LONGEST_PAUSE)
         while (one := _next(workers, patience)) is not None:
+            if isinstance(one, Batch) and isinstance(one.pixels, Piece):
+                one.pixels = lender.tensor(one.pixels)
             yield one
 
 
@@ -203,12 +209,15 @@ def _as_it_is(batch: Any) -> Any:
 class _Pipeline(torch.utils.data.IterableDataset):
     """What a worker does with its share of the units: every n-th, so that all together they come in order."""
 
-    def __init__(self, stream: Stream, units: Callable[[], Iterator[list[Job]]]) -> None:
+    def __init__(self, stream: Stream, units: Callable[[], Iterator[list[Job]]], batch: int) -> None:
         super().__init__()
         self.order, self.config, self.augment, self.parts, self.keep = stream.order, stream.config, stream.augment, stream.parts, stream.keep
-        self.units, self.faults = units, list[Fault]()
+        self.units, self.batch, self.faults = units, batch, list[Fault]()
+        self.lender: Lender | None = None  # where worker processes put pixels
 
     def __iter__(self) -> Iterator[Batch | _Failure]:
+        if get_worker_info():
+            large_pieces()
         self.reader = Reader(self.order.snapshot, self.config, self.parts)
         stages = [webdataset.map(stage) for stage in (self._decoded, self._cropped, self._flipped)]
         try:
@@ -252,19 +261,19 @@ class _Pipeline(torch.utils.data.IterableDataset):
         return Fault(shard.place, shard.sha256, self.reader.key(row), number, offset, reason, job.step, job.slot)
 
     def _cropped(self, sample: dict[str, Any]) -> dict[str, Any]:
-        """The `image` cut and scaled to the size of its bucket, as an array."""
+        """The `image` cut and scaled to the size of its bucket."""
         if sample.get("image") is not None:
             job, across, down = sample["job"], 0.5, 0.5
             if self.augment.crop == "random" and job.step >= 0:
                 across, down = self._draw("crop across", job), self._draw("crop down", job)
-            sample["image"] = np.asarray(pictures.cropped(sample["image"], job.size, across, down))
+            sample["image"] = pictures.cropped(sample["image"], job.size, across, down)
         return sample
 
     def _flipped(self, sample: dict[str, Any]) -> dict[str, Any]:
         """Every other picture mirrored."""
         job = sample["job"]
         if sample.get("image") is not None and self.augment.flip and job.step >= 0 and self._draw("flip", job) < 0.5:
-            sample["image"] = sample["image"][:, ::-1]
+            sample["image"] = sample["image"].transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return sample
 
     def _draw(self, purpose: str, job: Job) -> float:
@@ -273,15 +282,16 @@ class _Pipeline(torch.utils.data.IterableDataset):
     def _grouped(self, samples: Iterable[dict[str, Any]]) -> Iterator[Batch]:
         """One batch for every unit."""
         for _, unit in itertools.groupby(samples, lambda sample: sample["unit"]):
-            whole = list(unit)
-            used = [sample for sample in whole if sample["row"] >= 0]
+            used, size, room = list[dict[str, Any]](), (0, 0), None
+            for sample in unit:
+                size = sample["job"].size
+                if sample["row"] < 0:
+                    continue
+                if sample["image"] is not None:  # its place is in memory that was used before; an array of its own would be fresh
+                    room = room or Room(self.lender, (self.batch, size[1], size[0], 3))
+                    room.array[len(used)] = np.asarray(sample.pop("image"))
+                used.append(sample)
             faults, self.faults = self.faults, []
-            width, height = whole[0]["job"].size
-            pixels = None
-            if "picture" in self.parts:
-                pixels = torch.empty((len(used), height, width, 3), dtype=torch.uint8)
-                for place, sample in zip(pixels.numpy(), used, strict=True):
-                    place[:] = sample["image"]
-            stored = _stacked([sample["stored"] for sample in used])
             rows, captions, parts = ([sample[name] for sample in used] for name in ("row", "caption", "parts"))
-            yield Batch((width, height), rows, captions, pixels, stored, parts, faults)
+            stored = _stacked([sample["stored"] for sample in used])
+            yield Batch(size, rows, captions, room.filled(len(used)) if room else None, stored, parts, faults)

@@ -49,28 +49,30 @@ def walk(at: At, size: int) -> Iterator[Member]:
     position, extended = 0, dict[str, str]()
     while True:
         block = at(position, BLOCK)
-        if block == ZEROS and extended:
-            raise DamagedTar(position, "an end mark where the member of a long name or pax header was to come")
         if block == ZEROS:
+            if extended:
+                raise DamagedTar(position, "an end mark where the member of a long name or pax header was to come")
             return _check_end(at, position, size)
         if len(block) < BLOCK or not _sum_is_right(block):
             raise DamagedTar(min(position, size), _no_header(block, position))
         kind, length = block[156:157], _number(block[124:136], position)
-        if kind in b"xgL":  # of the next member: pax records, global ones, a GNU long name
-            extended |= _extension(kind, at(position + BLOCK, min(length, MAX_EXTENSION + 1)), length, position)
-        elif kind in b"0\0":
-            name = extended.get("path") or name_of(block)
-            length = _pax_size(extended["size"], position) if "size" in extended else length
+        if kind in b"0\0":
+            name = name_of(block)
+            if extended:
+                name = extended.get("path") or name
+                length = _pax_size(extended["size"], position) if "size" in extended else length
+                extended = {}
             if position + BLOCK + length > size:
                 raise DamagedTar(position, f"{name!r} has {length} bytes, of which the file holds {max(0, size - position - BLOCK)}")
             yield Member(name, position + BLOCK, length)
-            extended = {}
+        elif kind in b"xgL":  # of the next member: pax records, global ones, a GNU long name
+            extended |= _extension(kind, at(position + BLOCK, min(length, MAX_EXTENSION + 1)), length, position)
         elif kind == b"5":
             extended, length = {}, 0
         else:
             what = OTHER_KINDS.get(kind, f"a member of type {kind!r}")
             raise DamagedTar(position, f"{extended.get('path') or name_of(block)!r} is {what}; only files and folders are read")
-        position += BLOCK + -(-length // BLOCK) * BLOCK
+        position += BLOCK + (length + BLOCK - 1) // BLOCK * BLOCK
 
 
 def _sum_is_right(block: bytes) -> bool:
@@ -109,7 +111,7 @@ def _pax_size(text: str, position: int) -> int:
 def name_of(block: bytes) -> str:
     """The name in a header block."""
     name = block[:100].partition(b"\0")[0]
-    if block[257:263] == b"ustar\0" and block[345]:  # GNU's own format has other things there
+    if block[345] and block[257:263] == b"ustar\0":  # GNU's own format has other things there
         name = block[345:500].partition(b"\0")[0] + b"/" + name
     return name.decode("utf-8", "surrogateescape")
 
