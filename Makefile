@@ -40,8 +40,8 @@ format: $(READY) ## put imports and layout in order
 	$(PY) -m ruff check --select I --fix .
 	$(PY) -m ruff format .
 
-bench: $(READY) ## measure: every bench/*.py, one after the other
-	@set -e; for file in bench/*.py; do echo "== $$file"; PYTHONPATH=. $(PY) $$file; done
+bench: $(READY) ## measure the training step and the stream
+	@set -e; for file in bench/training.py bench/data.py; do echo "== $$file"; PYTHONPATH=. $(PY) $$file; done
 
 miniature: $(READY) ## build data/miniature again from nothing
 	$(PY) -m flows.miniature

@@ -13,6 +13,8 @@ import numpy as np
 import webdataset
 from PIL import Image
 
+sys.path.sort(key=os.path.dirname(os.path.abspath(__file__)).__eq__)  # this folder last: in a script of it, `data` would be bench/data.py
+
 from data import snapshot
 from data.commands import cores
 from data.index import index

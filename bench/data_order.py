@@ -1,6 +1,6 @@
 """What it costs to go on at the end of an epoch of three million samples: our order, and two ways of finding the place by going there again.
 
-`PYTHONPATH=. python bench/data_order.py [pairs]`. torchdata is measured where it can be imported; it is no dependency.
+`PYTHONPATH=. python bench/data_order.py [pairs]`.
 """
 
 import itertools
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from bench.common import machine, median, photos, tars
 from data import snapshot, table
@@ -89,7 +90,6 @@ def skipped(paths: list[str]) -> float:
 
 def replayed(paths: list[str]) -> float:
     """torchdata's loader with two workers: from load_state_dict to the first batch."""
-    from torchdata.stateful_dataloader import StatefulDataLoader
 
     def took(batches: int) -> float:
         loader = StatefulDataLoader(decoded(paths), batch_size=None, num_workers=2)
@@ -107,21 +107,13 @@ def replayed(paths: list[str]) -> float:
     return (took(MANY) - took(FEW)) / (16 * (MANY - FEW))
 
 
-def has_torchdata() -> bool:
-    try:
-        import torchdata.stateful_dataloader  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 def main(pairs: int) -> None:
     torch.set_num_threads(1)
     machine()
     with tempfile.TemporaryDirectory() as folder:
         pin(f"{folder}/large.snapshot")
         paths = tars(folder, photos(512, 16), 8, 128)
-        rounds = [(fresh(f"{folder}/large.snapshot"), skipped(paths), replayed(paths) if has_torchdata() else float("nan")) for _ in range(pairs)]
+        rounds = [(fresh(f"{folder}/large.snapshot"), skipped(paths), replayed(paths)) for _ in range(pairs)]
     own = [sum(mine[:3]) for mine, _, _ in rounds]
     opening, ordering, stepping, cpu, modules, most = (median(values) for values in zip(*(mine for mine, _, _ in rounds), strict=True))
     print(f"\nat the end of an epoch of {SAMPLES:,} samples in {SHARDS:,} shards, batch {BATCH}; a fresh process; {pairs} rounds")
@@ -130,9 +122,6 @@ def main(pairs: int) -> None:
     print(f"        peak {most:.0f} MB, target 300, of which Python and its modules {modules:.0f}")
     for name, price in (("webdataset, skipping undecoded", [r[1] for r in rounds]), ("torchdata, fast-forward", [r[2] for r in rounds])):
         whole = [SAMPLES * one for one in price]
-        if np.isnan(price).any():
-            print(f"  {name}: not installed")
-            continue
         print(f"  {name}: {1e6 * median(price):,.0f} µs for each of {16 * (MANY - FEW)} local samples of 67 kB;")
         print(f"        EXTRAPOLATED to the whole epoch {median(whole) / 60:.0f} minutes, {median(whole) / median(own):,.0f} times ours")
     machine()

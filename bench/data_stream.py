@@ -30,7 +30,7 @@ from data.snapshot import Snapshot
 from data.stream import Augment, Stream
 from data.transport import ReadConfig
 
-WORKERS, WARM, SECONDS = 2, 1.0, 4.0
+WORKERS, WARM, SECONDS = 2, 1.0, 5.0
 SHARDS = 8
 LATENCY = 0.04  # seconds
 
@@ -198,7 +198,7 @@ def main(pairs: int) -> None:
     machine()
     throughput(512, 128, 16, pairs)
     throughput(1024, 32, 8, pairs)
-    latency(max(1, pairs - 1))
+    latency(max(1, pairs // 2))
     print()
     machine()
 
