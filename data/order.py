@@ -88,6 +88,12 @@ class Order:
         found = [(size, np.flatnonzero(self._assigned == b)) for b, size in enumerate(self.buckets)]
         return [(size, rows) for size, rows in found if len(rows)]
 
+    def cropped_away(self) -> float:
+        """The mean share of a picture that lies outside its crop."""
+        columns, forms = self.snapshot.columns, np.array([w / h for w, h in self.buckets])
+        fit = columns["width"] / columns["height"] / forms[self._assigned]
+        return float(np.mean(1 - np.minimum(fit, 1 / fit)))
+
     def histogram(self) -> list[tuple[Size, int, int, int]]:
         """(size, samples an epoch, steps, remainder) of every bucket in use."""
         counts = [(size, len(members)) for size, members in zip(self.buckets, self._members, strict=True)]

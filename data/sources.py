@@ -176,6 +176,17 @@ def described(stream: Stream) -> dict[str, Any]:
     found = stream.order
     buckets = [{"size": f"{w}x{h}", "samples": samples, "steps": steps} for (w, h), samples, steps, _ in found.histogram()]
     return {
-        "steps_per_epoch": found.steps_per_epoch, "left_out_per_epoch": found.dropped, "buckets": buckets,
-        "quarantined": len(stream.quarantine), "waited_seconds": round(stream.waited, 1),
+        "samples": len(found.snapshot), "steps_per_epoch": found.steps_per_epoch, "left_out_per_epoch": found.dropped,
+        "cropped_away": round(found.cropped_away(), 4), "buckets": buckets, "quarantined": len(stream.quarantine),
+        "waited_seconds": round(stream.waited, 1),
     }  # fmt: skip
+
+
+def told(stream: Stream) -> str:
+    """The same in a line, for people, before the training."""
+    said = described(stream)
+    buckets = ", ".join(f"{bucket['size']}: {bucket['samples']:,}" for bucket in said["buckets"])
+    return (
+        f"data: {said['samples']:,} samples ({buckets}), {said['cropped_away']:.1%} of their area cropped away; {said['steps_per_epoch']:,} steps "
+        f"an epoch, {said['left_out_per_epoch']:,} samples left out of each in turn"
+    )

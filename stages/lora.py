@@ -42,17 +42,9 @@ class LoraConfig:
 
 def run(config: LoraConfig) -> Artifact:
     """Trains one LoRA and writes it in the diffusers layout, with metrics.jsonl and artifact.json, into `config.out`."""
-    lora.check(config.adapter)
-    if config.hardware.int8_base:
-        optim.need_torchao("hardware.int8_base=true")
-    if config.hardware.shard:
-        raise ConfigError(
-            "hardware.shard=true is for recover: a LoRA's weights are small, every process keeps the base whole. Set hardware.shard=false."
-        )
-    flux.check_transformer(config.trained_on)
-    check_guidance(config.trained_on, config.guidance)
-    optim.check(config.optim)
+    check(config)
     place = distributed.accelerator(config.hardware)
+    distributed.own_slots(config.batch, config.hardware.micro_batch, place)
     with place.main_process_first():
         pinned = Pinned(config.data, config.out, begun=artifact.begun(config.out), first=place.is_main_process)
         parents: artifact.Parents = {"trained_on": config.trained_on, "apply_to": config.model.path, **pinned.parents()}
@@ -63,6 +55,7 @@ def run(config: LoraConfig) -> Artifact:
 
     dtype, scheduler = distributed.DTYPES[config.hardware.dtype], flux.scheduler_settings(config.model.path)
     stream = pinned.stream(config.seed, config.batch, place.process_index)
+    place.print(sources.told(stream))
     reference = pinned.reference(config.probe.samples)
     samples, texts, held_out = feed.prepare(config.model, stream, reference, config.hardware, place)
     transformer = flux.load_transformer(config.trained_on, dtype, config.model.variant)
@@ -110,6 +103,20 @@ def run(config: LoraConfig) -> Artifact:
     return artifact.publish(
         place, config.out, "lora", "lora", config, parents, step=config.steps, metrics=metrics, inference=contract, watched=pinned.watched()
     )
+
+
+def check(config: LoraConfig) -> None:
+    """Raises ConfigError for values that cannot work, before anything is read."""
+    lora.check(config.adapter)
+    if config.hardware.int8_base:
+        optim.need_torchao("hardware.int8_base=true")
+    if config.hardware.shard:
+        raise ConfigError(
+            "hardware.shard=true is for recover: a LoRA's weights are small, every process keeps the base whole. Set hardware.shard=false."
+        )
+    flux.check_transformer(config.trained_on)
+    check_guidance(config.trained_on, config.guidance)
+    optim.check(config.optim)
 
 
 def check_guidance(base: str, guidance: float) -> None:

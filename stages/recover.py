@@ -55,6 +55,7 @@ def run(config: RecoverConfig) -> Artifact:
     if config.ledger:
         ledger.consumed(config.ledger)  # a damaged one is told before the training, not after it
     place = distributed.accelerator(config.hardware)
+    distributed.own_slots(config.batch, config.hardware.micro_batch, place)
     with place.main_process_first():
         pinned = Pinned(config.data, config.out, begun=artifact.begun(config.out), first=place.is_main_process)
         parents = {**parents, **pinned.parents()}
@@ -65,6 +66,7 @@ def run(config: RecoverConfig) -> Artifact:
 
     dtype, scheduler = distributed.DTYPES[config.hardware.dtype], flux.scheduler_settings(config.model.path)
     stream = pinned.stream(config.seed, config.batch, place.process_index)
+    place.print(sources.told(stream))
     reference = pinned.reference(config.probe.samples)
     samples, texts, held_out = feed.prepare(config.model, stream, reference, config.hardware, place)
     transformer = flux.load_transformer(config.model.path, dtype, config.model.variant)

@@ -172,6 +172,12 @@ def test_encoded_samples_stay_in_their_bucket_and_are_left_out_where_it_is_too_s
         Order(snapshot([22], sides), BUCKETS, 0, 64, cropped=True)
 
 
+def test_what_is_cropped_away():
+    assert Order(snapshot([10], [(64, 64)]), SQUARE, 0, 2).cropped_away() == 0
+    assert Order(snapshot([10], [(128, 64), (64, 64)]), SQUARE, 0, 2).cropped_away() == pytest.approx(0.25)
+    assert Order(snapshot([10], [(96, 64), (64, 96)]), BUCKETS, 0, 2).cropped_away() == pytest.approx(1 - 1.5 / (80 / 48))
+
+
 # ---- substitutes ------------------------------------------------------------------------------------------------------------------------
 
 

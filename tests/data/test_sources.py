@@ -157,6 +157,10 @@ def test_the_stream_of_a_run_is_described(config, tmp_path):
     said = sources.described(stream)
     assert (said["steps_per_epoch"], said["left_out_per_epoch"], said["quarantined"]) == (1, 2, 0)
     assert [bucket["samples"] for bucket in said["buckets"]] == [6]
+    assert said["cropped_away"] == pytest.approx(0.25)  # pictures of 32x24 in a square
+    assert sources.told(stream) == (
+        "data: 6 samples (64x64: 6), 25.0% of their area cropped away; 1 steps an epoch, 2 samples left out of each in turn"
+    )
     json.dumps(said)
     (reference,) = made.reference(2)
     assert (len(reference.rows), reference.size) == (2, (64, 64))

@@ -13,6 +13,7 @@ from PIL import Image
 from data import encoded, index, snapshot
 from data.order import Order
 from data.quarantine import Quarantine
+from data.snapshot import Snapshot
 from data.stream import Augment, Batch, Stream
 from data.transport import Transport
 from dev2pro.errors import DataError
@@ -37,23 +38,36 @@ def seen(source: Stream, first: int, last: int, slots: list[range]) -> Seen:
     return found
 
 
+@st.composite
+def weights(draw) -> tuple[list[int], float]:
+    """How often each of four shards is taken, not all of them never; and the longest form that is let in."""
+    return draw(st.lists(st.integers(0, 3), min_size=4, max_size=4).filter(any)), draw(st.sampled_from([0.0, 1.5, 2.0]))
+
+
+def weighted(pins: Snapshot, times: list[int], longest: float) -> Snapshot:
+    often = {shard.sha256: count for shard, count in zip(pins.shards, times, strict=False)}
+    filters = snapshot.Filters(max_aspect=longest)
+    return snapshot.build([shard.place for shard in pins.shards], Transport(READ), filters=filters, repeat=lambda sha256: often[sha256])
+
+
 @given(
-    number=st.integers(0, 5), seed=st.integers(0, 2**32), share=st.integers(1, 4), world=st.sampled_from([1, 2, 3, 4]),
-    micro=st.integers(1, 5), kill=st.integers(0, 7), steps=st.integers(1, 7),
+    broken=st.booleans(), pinned=weights(), seed=st.integers(0, 2**32), share=st.integers(1, 4), world=st.sampled_from([1, 2, 3, 4]),
+    workers=st.sampled_from([0, 0, 0, 0, 0, 1, 2]), micro=st.integers(1, 5), kill=st.integers(0, 7), steps=st.integers(1, 7),
 )  # fmt: skip
 @settings(max_examples=60)
-def test_any_ranks_micro_batches_and_kills_see_the_same(many, number, seed, share, world, micro, kill, steps):
-    batch = share * world
-    alone = seen(stream(many[number], batch=batch, seed=seed), 0, steps, [range(batch)])
+def test_any_ranks_workers_micro_batches_and_kills_see_the_same(many, broken, pinned, seed, share, world, workers, micro, kill, steps):
+    batch, pins = share * world, weighted(many[5 if broken else 2], *pinned)
+    alone = seen(stream(pins, batch=batch, seed=seed), 0, steps, [range(batch)])
     split: Seen = {}
     for rank in range(world):
         slots = slots_of(rank, world, batch, micro)
-        source = stream(many[number], batch=batch, seed=seed)
+        source = stream(pins, batch=batch, seed=seed, workers=workers)
         before = source.steps(0, steps, slots)
         for _ in range(min(kill, steps) * len(slots)):
             next(before)
         before.close()  # killed here; whoever comes next begins with nothing but the number of the step
-        split |= seen(source, 0, min(kill, steps), slots) | seen(stream(many[number], batch=batch, seed=seed), min(kill, steps), steps, slots)
+        split |= seen(source, 0, min(kill, steps), slots)
+        split |= seen(stream(pins, batch=batch, seed=seed, workers=workers), min(kill, steps), steps, slots)
     assert split == alone
 
 
