@@ -25,8 +25,8 @@ venv: $(READY) ## create .venv with exactly requirements.lock (again when that c
 demo: $(READY) ## the whole job on the bundled miniature: SEED=0 OUT=runs/demo
 	$(PY) -m flows.pipeline plan=miniature seed=$(SEED) out=$(OUT)
 
-test: $(READY) ## the tests
-	$(PY) -m pytest
+test: $(READY) ## the tests, several files at a time
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 proof: $(READY) ## the longer proofs
 	$(PY) -m pytest -m slow

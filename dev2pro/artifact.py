@@ -19,8 +19,7 @@ from dev2pro.errors import ConfigError
 
 SCHEMA = 1
 RECORD = "artifact.json"
-CONFIG = "config.json"
-STARTED = {CONFIG, "config.partial", "metrics.jsonl", "train.snapshot", "heldout.snapshot"}  # what a run has written before it made anything
+CONFIG = "config.json"  # which run a folder belongs to, from its start on
 TRANSIENT = re.compile(r"artifact\.json$|checkpoint-|.*\.(partial|lock)$")  # under a stage's folder, but no part of what it made
 UNIDENTIFYING = (".jsonl", ".log", ".snapshot")  # they hold times and places; what a snapshot pins is among the parents
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
@@ -77,33 +76,8 @@ def _head(file: Path) -> str:
 Parents = Mapping[str, str | tuple[str, str]]  # role -> path, or (path, id) where the id is known
 
 
-def begun(out: str) -> bool:
-    """Whether a run has made something in `out`; if not, whoever comes next may have the folder."""
-    folder = Path(out)
-    return folder.is_dir() and bool({f.name for f in folder.iterdir()} - STARTED)
-
-
-def begin(out: str, stage: str, config: Any, parents: Parents) -> Artifact | None:
-    """Claims the folder `out` for one configuration.
-
-    Returns the finished artifact if this configuration with these parents already made it and its files are whole; None when
-    there is work to do, begun or not. Raises ConfigError when the folder belongs to another configuration.
-    """
-    folder = Path(out)
-    claim = {"stage": stage, "config": identity(config), "parents": {role: known for role, (_, known) in _known(parents).items()}}
-    there = {f.name for f in folder.iterdir()} if folder.is_dir() else set()
-    if begun(out):
-        if CONFIG not in there:
-            raise ConfigError(f"out={out} is not empty and no stage of dev2pro wrote it. Choose another out=, or empty that folder.")
-        _refuse_other(out, _read_json(folder / CONFIG), claim)
-        return _finished(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if CONFIG not in there or _read_json(folder / CONFIG) != claim:  # the other ranks of a run find it written
-        _write_json(folder / CONFIG, claim)
-    return None
-
-
-def _known(parents: Parents) -> dict[str, tuple[str, str]]:
+def known(parents: Parents) -> dict[str, tuple[str, str]]:
+    """role -> (path, id) of every parent."""
     return {role: (one, fingerprint(one)) if isinstance(one, str) else one for role, one in parents.items()}
 
 
@@ -115,36 +89,6 @@ def identity(config: Any) -> dict[str, Any]:
         if field.name != "out" and field.metadata.get("identity", True)
     }
     return json.loads(json.dumps(values))
-
-
-def _refuse_other(out: str, there: dict, here: dict) -> None:
-    changed = [f"{key} is {old} there and {new} here" for key, old, new in _differences(_flat(there), _flat(here))]
-    if changed:
-        more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise ConfigError(
-            f"out={out} holds a run of another configuration ({'; '.join(changed[:3])}{more}). "
-            "Choose another out=, or remove that folder if it is no longer needed."
-        )
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}.{key}" if prefix else key).items()}
-
-
-def _differences(there: dict, here: dict) -> list[tuple[str, Any, Any]]:
-    keys = dict.fromkeys([*there, *here])
-    return [(k.removeprefix("config."), there.get(k), here.get(k)) for k in keys if there.get(k) != here.get(k)]
-
-
-def _finished(folder: Path) -> Artifact | None:
-    if not (folder / RECORD).is_file():
-        return None
-    found = read(str(folder))
-    _sweep(folder)
-    whole = all((folder / f["path"]).is_file() and _file(folder, folder / f["path"]) == f for f in found.files)
-    return found if whole else None
 
 
 def write(
@@ -164,9 +108,9 @@ def write(
     `watched`: local files and folders whose change means that the stage must look again (see `stands`).
     """
     folder = Path(out)
-    files = [_file(folder, f) for f in sorted(folder.rglob("*")) if f.is_file() and not TRANSIENT.match(str(f.relative_to(folder)))]
+    files = [entry(folder, f) for f in sorted(folder.rglob("*")) if f.is_file() and not TRANSIENT.match(str(f.relative_to(folder)))]
     asked = identity(config)
-    lineage = [{"role": role, "uri": uri, "id": known} for role, (uri, known) in _known(parents).items()]
+    lineage = [{"role": role, "uri": uri, "id": known} for role, (uri, known) in known(parents).items()]
     content = [f for f in files if not f["path"].endswith(UNIDENTIFYING)]
     record = Artifact(
         kind=kind,
@@ -184,16 +128,16 @@ def write(
         git_revision=_revision(),
         packages={name: importlib.metadata.version(name) for name in PACKAGES},
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        watched={path: _state(path) for path in watched},
+        watched={path: state(path) for path in watched},
     )
     values = dataclasses.asdict(record)
     values.pop("uri")
-    _write_json(folder / RECORD, values)
-    _sweep(folder)
+    write_json(folder / RECORD, values)
+    sweep(folder)
     return dataclasses.replace(record, uri=out)
 
 
-def _sweep(folder: Path) -> None:
+def sweep(folder: Path) -> None:
     """Removes checkpoints, which are needed no more."""
     for place in folder.glob("checkpoint-*"):
         shutil.rmtree(place)
@@ -213,7 +157,7 @@ def read(path: str) -> Artifact:
     record = Path(path) / RECORD
     if not record.is_file():
         raise ConfigError(f"{path} is no finished artifact: {record} is missing. Run the stage that makes it, or correct the path.")
-    values = _read_json(record)
+    values = read_json(record)
     if values.get("schema") != SCHEMA:
         raise ConfigError(f"{record} has schema {values.get('schema')}; this version reads schema {SCHEMA}. Make it again.")
     try:
@@ -222,7 +166,8 @@ def read(path: str) -> Artifact:
         raise ConfigError(f"{record} is damaged ({error}). Remove the folder and make it again.") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ConfigError for anything else."""
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
@@ -242,22 +187,7 @@ def conf_digest() -> str:
     return digest([[str(f.relative_to(ROOT)), f.read_text()] for f in sorted((ROOT / "conf").rglob("*.yaml"))])
 
 
-def stands(out: str, command: list[str]) -> Artifact | None:
-    """The finished artifact in `out` if this very command made it, from conf/ and parents that are still the same, and it is whole.
-
-    What lets a flow skip a stage without starting a process. None means: start the stage, it knows.
-    """
-    made = origin(out)
-    if made is None or (made.command, made.conf) != (command, conf_digest()):
-        return None
-    if any(_state(path) != was for path, was in made.watched.items()):
-        return None
-    if any(fingerprint(p["uri"]) != p["id"] for p in made.parents if not p["role"].startswith(DATA)):
-        return None
-    return _finished(Path(out))
-
-
-def _state(path: str) -> Any:
+def state(path: str) -> Any:
     """Size and time of a file; of a folder a digest of those of its files; null for nothing."""
     place = Path(path)
     if place.is_dir():
@@ -265,12 +195,14 @@ def _state(path: str) -> Any:
     return [place.stat().st_size, place.stat().st_mtime_ns] if place.is_file() else None
 
 
-def _file(folder: Path, file: Path) -> dict[str, Any]:
+def entry(folder: Path, file: Path) -> dict[str, Any]:
+    """A file as the record lists it: path, bytes, sha256."""
     with file.open("rb") as f:
         return {"path": str(file.relative_to(folder)), "bytes": file.stat().st_size, "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Writes beside and renames: a reader finds the old object or the new one."""
     partial = path.with_suffix(".partial")
     with partial.open("w") as f:
         json.dump(value, f, indent=1, sort_keys=True)

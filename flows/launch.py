@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.logging import get_run_logger
 
-from dev2pro import artifact
+from dev2pro import artifact, claim
 from dev2pro.artifact import ROOT, Artifact
 
 GRACE = 25.0  # seconds a stage gets to stop; Prefect kills a cancelled flow after 30
@@ -37,7 +37,7 @@ def launch(stage: str, words: list[str], out: str, processes: int = 1) -> Artifa
     A finished artifact made by the same command is returned at once. Raises StageFailed.
     """
     log = get_run_logger()
-    if made := artifact.stands(str(ROOT / out), words):
+    if made := claim.stands(str(ROOT / out), words):
         log.info("%s: finished before, skipped", out)
         return made
     starter = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []

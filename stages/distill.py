@@ -13,7 +13,7 @@ from torch.nn.functional import mse_loss
 
 from data import sources
 from data.sources import DataConfig, Pinned
-from dev2pro import artifact, checkpoint, distributed, draws, encodings, feed, flow, flux, optim, stage
+from dev2pro import artifact, checkpoint, claim, distributed, draws, encodings, feed, flow, flux, optim, stage
 from dev2pro.artifact import Artifact
 from dev2pro.distributed import HardwareConfig
 from dev2pro.errors import ConfigError
@@ -57,9 +57,9 @@ def run(config: DistillConfig) -> Artifact:
     place = distributed.accelerator(config.hardware)
     distributed.own_slots(config.batch, config.hardware.micro_batch, place)
     with place.main_process_first():
-        pinned = Pinned(config.data, config.out, begun=artifact.begun(config.out), first=place.is_main_process)
+        pinned = Pinned(config.data, config.out, begun=claim.begun(config.out), first=place.is_main_process)
         parents: artifact.Parents = {"teacher": config.teacher, **pinned.parents()}
-        finished = artifact.begin(config.out, "distill", config, parents)
+        finished = claim.begin(config.out, "distill", config, parents)
         if finished:
             return finished
         pinned.settle()

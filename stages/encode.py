@@ -13,7 +13,7 @@ from data.quarantine import Quarantine
 from data.snapshot import Snapshot
 from data.stream import Augment, Batch, Stream
 from data.transport import ReadConfig, Transport
-from dev2pro import artifact, distributed, feed, stage
+from dev2pro import artifact, claim, distributed, feed, stage
 from dev2pro.artifact import Artifact
 from dev2pro.distributed import HardwareConfig
 from dev2pro.encodings import Texts
@@ -50,7 +50,7 @@ def run(config: EncodeConfig) -> Artifact:
     with place.main_process_first():
         source = sources.opened(config.shards, "shards", transport)
         parents: artifact.Parents = {"data.shards": (", ".join(config.shards), source.id), "model": config.model.path}
-        finished = artifact.begin(config.out, "encode", config, parents)
+        finished = claim.begin(config.out, "encode", config, parents)
     if finished:
         return finished
 
@@ -95,7 +95,7 @@ def _stands(name: str, made: dict[str, Any], transport: Transport) -> bool:
         there = sidecar.read(name, transport)
     except DataError:
         return False
-    if there.head["encodings"] != made:
+    if len(there) and there.head["encodings"] != made:
         raise ConfigError(f"{places.shown(name)} was encoded in another way. Choose another to=, or remove it.")
     return not there.stamp.differs(transport.stamp(name))
 

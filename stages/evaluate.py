@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from data import sources
-from dev2pro import artifact, comparison, distributed, encodings, feed, flow, flux, lora, metrics, report, sampling, stage
+from dev2pro import artifact, claim, comparison, distributed, encodings, feed, flow, flux, lora, metrics, report, sampling, stage
 from dev2pro.artifact import Artifact
 from dev2pro.comparison import Cell
 from dev2pro.distributed import HardwareConfig
@@ -73,7 +73,7 @@ def run(config: EvaluateConfig) -> Artifact:
     parents |= {f"{style}/{one.inference['arm']}": one.uri for style, arms in by_style(loras).items() for one in arms}
     hands = distributed.accelerator(config.hardware)
     with hands.main_process_first():
-        finished = artifact.begin(config.out, "evaluate", config, parents)
+        finished = claim.begin(config.out, "evaluate", config, parents)
     if finished:
         return finished
 

@@ -7,7 +7,7 @@ import torch
 
 from data import sources
 from data.sources import DataConfig, Pinned
-from dev2pro import artifact, checkpoint, distributed, encodings, feed, flux, lora, optim, stage
+from dev2pro import artifact, checkpoint, claim, distributed, encodings, feed, flux, lora, optim, stage
 from dev2pro.artifact import Artifact
 from dev2pro.distributed import HardwareConfig
 from dev2pro.errors import ConfigError
@@ -46,9 +46,9 @@ def run(config: LoraConfig) -> Artifact:
     place = distributed.accelerator(config.hardware)
     distributed.own_slots(config.batch, config.hardware.micro_batch, place)
     with place.main_process_first():
-        pinned = Pinned(config.data, config.out, begun=artifact.begun(config.out), first=place.is_main_process)
+        pinned = Pinned(config.data, config.out, begun=claim.begun(config.out), first=place.is_main_process)
         parents: artifact.Parents = {"trained_on": config.trained_on, "apply_to": config.model.path, **pinned.parents()}
-        finished = artifact.begin(config.out, "lora", config, parents)
+        finished = claim.begin(config.out, "lora", config, parents)
         if finished:
             return finished
         pinned.settle()

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from data import digits
-from dev2pro import artifact, stage
+from dev2pro import artifact, claim, stage
 from dev2pro.artifact import Artifact
 from dev2pro.errors import ConfigError
 from dev2pro.log import Log
@@ -56,7 +56,7 @@ def run(config: MiniatureConfig) -> Artifact:
     """Writes the shards, the prompts and `pipeline/`, or `judge/`, into `config.out`."""
     if config.part not in PARTS:
         raise ConfigError(f"part={config.part} is not made here. Choose one of {', '.join(PARTS)}.")
-    if finished := artifact.begin(config.out, "miniature", config, {}):
+    if finished := claim.begin(config.out, "miniature", config, {}):
         return finished
     torch.set_num_threads(1)  # the two parts run side by side, a core each
     steps, metrics = PARTS[config.part](config, Path(config.out), *digits.load())

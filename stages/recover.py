@@ -12,7 +12,7 @@ import torch
 
 from data import ledger, sources
 from data.sources import DataConfig, Pinned
-from dev2pro import artifact, checkpoint, distributed, encodings, feed, flux, optim, stage
+from dev2pro import artifact, checkpoint, claim, distributed, encodings, feed, flux, optim, stage
 from dev2pro.artifact import Artifact
 from dev2pro.distributed import HardwareConfig
 from dev2pro.flux import ModelConfig
@@ -57,9 +57,9 @@ def run(config: RecoverConfig) -> Artifact:
     place = distributed.accelerator(config.hardware)
     distributed.own_slots(config.batch, config.hardware.micro_batch, place)
     with place.main_process_first():
-        pinned = Pinned(config.data, config.out, begun=artifact.begun(config.out), first=place.is_main_process)
+        pinned = Pinned(config.data, config.out, begun=claim.begun(config.out), first=place.is_main_process)
         parents = {**parents, **pinned.parents()}
-        finished = artifact.begin(config.out, "recover", config, parents)
+        finished = claim.begin(config.out, "recover", config, parents)
         if finished:
             return noted(config, pinned, finished)
         pinned.settle()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dev2pro import artifact
+from dev2pro import artifact, claim
 from dev2pro.errors import ConfigError
 
 COMMAND = ["out=there", "steps=3"]
@@ -39,7 +39,7 @@ def parents(tmp_path) -> dict[str, str]:
 
 def make(config: Config, parents: dict[str, str], **what) -> artifact.Artifact:
     """What a stage does: claim, make files, record."""
-    assert artifact.begin(config.out, "test", config, parents) is None
+    assert claim.begin(config.out, "test", config, parents) is None
     (Path(config.out) / "transformer").mkdir(exist_ok=True)
     (Path(config.out) / "transformer" / "weights.bin").write_bytes(b"weights")
     (Path(config.out) / "metrics.jsonl").write_text(what.pop("rows", '{"step": 1}\n'))
@@ -48,7 +48,7 @@ def make(config: Config, parents: dict[str, str], **what) -> artifact.Artifact:
 
 def refusal(config: Config, parents: dict[str, str]) -> str:
     with pytest.raises(ConfigError) as caught:
-        artifact.begin(config.out, "test", config, parents)
+        claim.begin(config.out, "test", config, parents)
     assert config.out in str(caught.value)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -61,7 +61,7 @@ def test_what_was_written_is_read_and_found_finished(tmp_path, parents):
     config = Config(str(tmp_path / "out"))
     made = make(config, parents, inference={"arm": "x"})
     assert artifact.read(config.out) == made
-    assert artifact.begin(config.out, "test", config, parents) == made
+    assert claim.begin(config.out, "test", config, parents) == made
     assert (made.kind, made.stage, made.step, made.metrics, made.inference) == ("thing", "test", 3, {"loss": 0.5}, {"arm": "x"})
     assert made.config == {"steps": 3, "names": ["a"], "optim": {"lr": 0.1}}
     assert [f["path"] for f in made.files] == ["config.json", "metrics.jsonl", "transformer/weights.bin"]
@@ -74,12 +74,12 @@ def test_what_was_written_is_read_and_found_finished(tmp_path, parents):
 
 def test_a_half_done_run_goes_on_and_a_claim_that_made_nothing_is_taken_over(tmp_path, parents):
     config = Config(str(tmp_path / "out"))
-    assert artifact.begin(config.out, "test", config, parents) is None
+    assert claim.begin(config.out, "test", config, parents) is None
     (tmp_path / "out" / "metrics.jsonl").write_text("{}\n")
     other = replace(config, steps=4)
-    assert artifact.begin(config.out, "test", other, parents) is None  # nothing was made yet
+    assert claim.begin(config.out, "test", other, parents) is None  # nothing was made yet
     (tmp_path / "out" / "weights.bin").write_bytes(b"half")
-    assert artifact.begin(config.out, "test", other, parents) is None
+    assert claim.begin(config.out, "test", other, parents) is None
     assert "steps is 4 there and 3 here" in refusal(config, parents)
 
 
@@ -104,7 +104,7 @@ def test_another_stage_is_refused(tmp_path, parents):
     config = Config(str(tmp_path / "out"))
     make(config, parents)
     with pytest.raises(ConfigError, match="stage is test there and lora here"):
-        artifact.begin(config.out, "lora", config, parents)
+        claim.begin(config.out, "lora", config, parents)
 
 
 def test_a_folder_of_someone_else_is_refused_and_untouched(tmp_path, parents):
@@ -120,9 +120,9 @@ def test_a_damaged_file_is_not_finished(tmp_path, parents, damage):
     make(config, parents)
     weights = tmp_path / "out" / "transformer" / "weights.bin"
     {"shorter": lambda: weights.write_bytes(b"wei"), "same length": lambda: weights.write_bytes(b"weighed"), "gone": weights.unlink}[damage]()
-    assert artifact.begin(config.out, "test", config, parents) is None
+    assert claim.begin(config.out, "test", config, parents) is None
     make(config, parents)
-    assert artifact.begin(config.out, "test", config, parents)
+    assert claim.begin(config.out, "test", config, parents)
 
 
 # ---- the id ------------------------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def test_what_a_killed_writer_left_does_not_spoil_the_next_record(tmp_path, pare
     with pytest.raises(TypeError):  # as far as a process gets that is killed while it writes the record
         make(config, parents, metrics={"loss": object()})
     made = make(config, parents)
-    assert artifact.begin(config.out, "test", config, parents) == made
+    assert claim.begin(config.out, "test", config, parents) == made
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 1}', '{"schema": 1, "kind": "thing", "more": 1}', "\xff"])
@@ -213,7 +213,7 @@ def test_an_unreadable_claim_is_an_error_that_names_it(tmp_path, parents):
     make(config, parents)
     (tmp_path / "out" / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"config\.json"):
-        artifact.begin(config.out, "test", config, parents)
+        claim.begin(config.out, "test", config, parents)
 
 
 def test_origin_is_none_for_what_no_stage_made(tmp_path, parents):
@@ -234,34 +234,34 @@ def standing(tmp_path, parents, monkeypatch) -> artifact.Artifact:
 
 def test_the_same_command_stands(standing):
     assert standing.command == COMMAND
-    assert artifact.stands(standing.uri, COMMAND) == standing
+    assert claim.stands(standing.uri, COMMAND) == standing
 
 
 def test_another_command_does_not_stand(standing):
-    assert artifact.stands(standing.uri, [*COMMAND, "seed=1"]) is None
-    assert artifact.stands(standing.uri, COMMAND[::-1]) is None
+    assert claim.stands(standing.uri, [*COMMAND, "seed=1"]) is None
+    assert claim.stands(standing.uri, COMMAND[::-1]) is None
 
 
 def test_nothing_stands_where_nothing_is_finished(tmp_path):
-    assert artifact.stands(str(tmp_path / "nowhere"), COMMAND) is None
+    assert claim.stands(str(tmp_path / "nowhere"), COMMAND) is None
     (tmp_path / "empty").mkdir()
-    assert artifact.stands(str(tmp_path / "empty"), COMMAND) is None
+    assert claim.stands(str(tmp_path / "empty"), COMMAND) is None
 
 
 def test_a_changed_or_vanished_parent_does_not_stand(standing, tmp_path, parents):
     (tmp_path / "model" / "transformer" / "config.json").write_text('{"changed": true}')
-    assert artifact.stands(standing.uri, COMMAND) is None
+    assert claim.stands(standing.uri, COMMAND) is None
     shutil.rmtree(parents["base"])
-    assert artifact.stands(standing.uri, COMMAND) is None
+    assert claim.stands(standing.uri, COMMAND) is None
 
 
 def test_a_damaged_file_does_not_stand(standing):
     (Path(standing.uri) / "transformer" / "weights.bin").write_bytes(b"weighed")
-    assert artifact.stands(standing.uri, COMMAND) is None
+    assert claim.stands(standing.uri, COMMAND) is None
 
 
 def test_a_changed_conf_does_not_stand(standing, tmp_path, monkeypatch):
     (tmp_path / "root" / "conf").mkdir(parents=True)
     (tmp_path / "root" / "conf" / "recover.yaml").write_text("steps: 1\n")
     monkeypatch.setattr(artifact, "ROOT", tmp_path / "root")
-    assert artifact.stands(standing.uri, COMMAND) is None
+    assert claim.stands(standing.uri, COMMAND) is None

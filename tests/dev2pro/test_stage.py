@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from dev2pro import artifact, stage
+from dev2pro import claim, stage
 from dev2pro.artifact import ROOT, Artifact
 from dev2pro.errors import DataError, DivergedError, TryAgainError
 from stages import recover
@@ -76,7 +76,7 @@ def test_done_then_skipped_then_refused_to_another_configuration(run, words, tmp
     assert [row["step"] for row in rows] == [1, 2]
     assert [row["step"] for row in made[0].metrics["curve"]] == [0, 2]
     assert made[0].command == command(words)  # so that a flow can tell that it stands
-    assert artifact.stands(made[0].uri, command(words)) == made[0]
+    assert claim.stands(made[0].uri, command(words)) == made[0]
 
     assert run(words, work).code == 0
     assert made[1] == made[0]

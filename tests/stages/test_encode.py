@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data import index
+from data import index, snapshot
 from data.transport import ReadConfig, Transport
 from tests.servers import moto
 from tests.shards import jpeg, tar
@@ -21,21 +21,23 @@ FORM = ["resolution=32", "bucket_step=8", "aspect=2"]
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
-    """Four shards of pictures in three forms."""
-    folder = tmp_path_factory.mktemp("shards")
-    for number in range(4):
+    """A snapshot of four shards of pictures in three forms, and of a first one whose pictures are all too small for it."""
+    folder, transport = tmp_path_factory.mktemp("shards"), Transport(ReadConfig())
+    for number in range(5):
         members = []
         for row in range(8):
-            width, height = [(40, 40), (64, 40), (40, 64)][row % 3]
+            width, height = [(40, 40), (64, 40), (40, 64)][row % 3] if number else (20, 20)
             members += [(f"{row}.jpg", jpeg(8 * number + row, width, height)), (f"{row}.txt", b"a handwritten %d" % row)]
         (folder / f"{number}.tar").write_bytes(tar(members))
-        assert not index.index(f"{folder}/{number}.tar", Transport(ReadConfig())).error
-    return folder
+        assert not index.index(f"{folder}/{number}.tar", transport).error
+    pinned = snapshot.build([f"{folder}/{number}.tar" for number in range(5)], transport, filters=snapshot.Filters(min_side=40))
+    pinned.write(f"{folder}/all.snapshot")
+    return folder / "all.snapshot"
 
 
 def words_for(shards: Path, out: Path, to: str, *words: str) -> list[str]:
     given = ["model=miniature", "hardware=cpu", "parts=[latents,text]", "read.workers=0", *FORM, *words]
-    return [f"shards=['{shards}/*.tar']", f"out={out}", f"to={to}", *given]
+    return [f"shards=['{shards}']", f"out={out}", f"to={to}", *given]
 
 
 def command(shards: Path, out: Path, to: str, ranks: int) -> list[str]:
@@ -70,17 +72,17 @@ def test_two_ranks_killed_and_gone_on_write_the_same_shards(shards, encoded, tmp
     done = run(words)
     assert done.returncode == 0, done.stderr
     assert tars(tmp_path) == tars(encoded)
-    assert len(tars(tmp_path)) == 4
+    assert len(tars(tmp_path)) == 5
     assert all((tmp_path / "to" / name).stat().st_mtime_ns == when for name, when in done_before.items())
     assert not list(tmp_path.rglob("*.partial"))
     records = [json.loads((place / "out/artifact.json").read_text()) for place in (tmp_path, encoded)]
     assert records[0]["parents"] == records[1]["parents"]
 
 
-def lora_on(snapshot: Path, out: Path, *words: str) -> list[str]:
+def lora_on(pinned: Path, out: Path, *words: str) -> list[str]:
     return [
         "experiment=miniature", "trained_on=data/miniature/pipeline", "arm=x", "steps=3", "probe.samples=4", "data.aspect=2", "batch=4",
-        f"data.train=['{snapshot}']", f"out={out}", *words,
+        f"data.train=['{pinned}']", f"out={out}", *words,
     ]  # fmt: skip
 
 
@@ -118,7 +120,7 @@ def test_what_was_made_in_another_way_is_refused(encoded, tmp_path, words, said,
 def test_another_way_into_the_same_place_is_refused(shards, encoded, tmp_path, run_stage):
     code, said = run_stage("encode", *words_for(shards, tmp_path / "out", f"{encoded}/to", "parts=[latents]"))
     assert code == 2
-    assert "000000.tar was encoded in another way" in said
+    assert "000001.tar was encoded in another way" in said
     code, said = run_stage("encode", *words_for(shards, tmp_path / "out", f"{encoded}/to", "parts=[thoughts]"))
     assert code == 2
     assert "parts=['thoughts'] cannot be encoded. Choose among latents, text" in said
