@@ -1,0 +1,31 @@
+"""Small artifacts as a stage makes them: claimed, filled, recorded."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dev2pro import artifact, claim
+
+
+@dataclass(frozen=True)
+class Optim:
+    lr: float = 0.1
+
+
+@dataclass(frozen=True)
+class Config:
+    """Shaped like a stage's."""
+
+    out: str
+    steps: int = 3
+    names: list[str] = field(default_factory=lambda: ["a"])
+    optim: Optim = Optim()
+
+
+def make(config: Config, parents: dict[str, str], **what: Any) -> artifact.Artifact:
+    """What a stage does: claim, make files, record."""
+    assert claim.begin(config.out, "test", config, parents) is None
+    (Path(config.out) / "transformer").mkdir(exist_ok=True)
+    (Path(config.out) / "transformer" / "weights.bin").write_bytes(b"weights")
+    (Path(config.out) / "metrics.jsonl").write_text(what.pop("rows", '{"step": 1}\n'))
+    return artifact.write(config.out, "test", "thing", config, parents, **{"step": 3, "metrics": {"loss": 0.5}, **what})
