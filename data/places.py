@@ -7,21 +7,21 @@ import os
 import re
 from urllib.parse import urlsplit
 
-import botocore.exceptions
 import braceexpand
-import fsspec
 
+from dev2pro import s3
 from dev2pro.errors import DataError, TryAgainError
+from dev2pro.s3 import ADDRESS, shown
+from dev2pro.s3 import printable as printable
 
 REMOTE = ("http", "https", "s3")
 MOST = 1_000_000  # places that braces may name
 _RANGE = re.compile(r"\{(-?[0-9]{1,4000})\.\.(-?[0-9]{1,4000})(?:\.\.-?([0-9]{1,4000}))?\}")  # braces with numbers from and to
-_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
 def remote(place: str) -> bool:
     """Whether a checked place is an address and not a path on this machine."""
-    return bool(_ADDRESS.match(place))
+    return bool(ADDRESS.match(place))
 
 
 def check(place: str) -> str:
@@ -29,7 +29,7 @@ def check(place: str) -> str:
 
     A name such as `pipe:cat x` or `a.tar::pipe:ls` is a path like any other: no part of a place is ever run.
     """
-    found = _ADDRESS.match(place)
+    found = ADDRESS.match(place)
     if not found:
         return os.path.abspath(place)
     scheme = found[1].lower()
@@ -51,22 +51,6 @@ def check(place: str) -> str:
     if "@" in parts.netloc:
         raise DataError(f"{shown(place)} holds a password. Give it without; dev2pro keeps no secrets in snapshots.")
     return scheme + place[len(scheme) :]
-
-
-def shown(place: str) -> str:
-    """The place for messages: without password, query and fragment, and without characters that a terminal would obey."""
-    if _ADDRESS.match(place):
-        scheme, rest = place.split("://", 1)
-        rest = re.split(r"[?#]", rest, maxsplit=1)[0]
-        if re.match(r"[^/]*(@|:(?!\d*(/|$)))", rest):  # a name or a password, which may itself hold a slash
-            rest = rest.rpartition("@")[2]
-        place = f"{scheme}://{rest}"
-    return printable(place)
-
-
-def printable(text: str) -> str:
-    """The text with control characters spelt out."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def expand(pattern: str, what: str) -> list[str]:
@@ -102,17 +86,10 @@ def _matches(pattern: str) -> list[str]:
     return [place]
 
 
-def passing(error: Exception) -> bool:
-    """Whether an error of fsspec's s3 may not come again: the store was not reached, or could not answer."""
-    kinds = (botocore.exceptions.HTTPClientError, botocore.exceptions.ConnectionError, botocore.exceptions.CredentialRetrievalError, OSError)
-    return isinstance(error, kinds) and not isinstance(error, (FileNotFoundError, PermissionError))
-
-
 def _listed(place: str) -> list[str]:
     try:
-        return [f"s3://{name}" for name in sorted(fsspec.filesystem("s3").glob(place))]
+        return [f"s3://{name}" for name in sorted(s3.client().glob(place))]
     except Exception as error:  # botocore's are many, and their texts may name keys
-        raise (TryAgainError if passing(error) else DataError)(
-            f"{shown(place)} cannot be listed ({type(error).__name__}). Check the address, the network, and AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; AWS_ENDPOINT_URL for other stores than Amazon's."
+        raise (TryAgainError if s3.passing(error) else DataError)(
+            f"{shown(place)} cannot be listed ({type(error).__name__}). Check the address, the network, and {s3.CURE}"
         ) from None

@@ -3,11 +3,9 @@
 import errno
 import functools
 import os
-import random
 import shutil
 import stat
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -15,12 +13,13 @@ from dataclasses import dataclass
 from typing import BinaryIO, TypeVar
 
 from data import places, web
-from data.web import LONGEST_PAUSE as LONGEST_PAUSE
-from data.web import ChangedError, Passing, Stamp, Web
+from data.web import ChangedError, Stamp, Web
+from dev2pro import s3, tries
 from dev2pro.errors import DataError, SpaceError, TryAgainError
+from dev2pro.tries import LONGEST_PAUSE as LONGEST_PAUSE
+from dev2pro.tries import Passing
 
 T = TypeVar("T")
-DICE = random.SystemRandom()  # draws from no generator that training uses, and other numbers in every process
 STEADY = 1e6  # bytes per second: a read that is this fast is not slow, however long it takes
 
 
@@ -86,13 +85,10 @@ class Transport:
 
     def _tried(self, place: str, once: Callable[[], T], done: str = "read") -> T:
         """What `once` returns; failures that may pass are met with pauses and more tries."""
-        for attempt in range(self.config.retries + 1):
-            try:
-                return once()
-            except Passing as error:
-                last = error
-            if attempt < self.config.retries:
-                time.sleep(max(last.pause, DICE.uniform(0.1, 1) * min(LONGEST_PAUSE, 0.5 * 2**attempt)))
+        try:
+            return tries.tried(once, self.config.retries)
+        except Passing as error:
+            last = error
         raise TryAgainError(
             f"{places.shown(place)} could not be {done} in {self.config.retries + 1} tries (the last: {places.printable(str(last))}). "
             "Nothing was skipped: the same command goes on from the last checkpoint once the place answers again."
@@ -121,14 +117,14 @@ def _writable(place: str) -> bool:
 
 def _write_s3(place: str, content: bytes) -> None:
     try:
-        web.s3().pipe_file(place, content)
+        s3.client().pipe_file(place, content)
     except Exception as error:  # botocore's, aiohttp's, the system's
         raise web.s3_trouble(place, error) from None
 
 
 def _move_to_s3(file: str, place: str) -> None:
     try:
-        web.s3().put_file(file, place)
+        s3.client().put_file(file, place)
     except Exception as error:
         raise web.s3_trouble(place, error) from None
     os.unlink(file)

@@ -4,7 +4,6 @@ import email.utils
 import functools
 import ipaddress
 import logging
-import os
 import re
 import ssl
 import time
@@ -12,17 +11,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import fsspec
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from data import places
+from dev2pro import s3
 from dev2pro.errors import DataError
+from dev2pro.tries import LONGEST_PAUSE, Passing
 
 PASSING = {408, 425, 429}  # statuses that may be others next time, besides those from 500 on
 SLOWEST = 20_000  # bytes per second below which a transfer counts as stuck
-LONGEST_PAUSE = 30.0  # seconds between two tries
 SIGNED_FOR = 3600  # seconds an s3 address is signed for
 SIGNED_ANEW = 300  # seconds after which it is signed again: credentials that are lent for a while are good for 10 minutes more at least
 RANGE = re.compile(r"bytes (?:([0-9]{1,18})-[0-9]{1,18}|\*)/([0-9]{1,18})")
@@ -64,14 +63,6 @@ class ChangedError(DataError):
 
     def __init__(self, place: str, why: str) -> None:
         super().__init__(f"{places.shown(place)} changed since it was indexed ({places.printable(why)}). {OTHER}")
-
-
-class Passing(Exception):
-    """A failure that the next try may not meet; `pause` is what the server asked for, in seconds."""
-
-    def __init__(self, reason: str, pause: float = 0.0) -> None:
-        super().__init__(reason)
-        self.pause = pause
 
 
 class Web:
@@ -148,16 +139,10 @@ class Web:
         return b"".join(parts)
 
 
-def s3() -> Any:
-    """The s3 of the environment (AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_ENDPOINT_URL, ...), and at Amazon's of whichever region a bucket lies in."""
-    amazon = not os.environ.get("AWS_ENDPOINT_URL")
-    return fsspec.filesystem("s3", cache_regions=amazon, config_kwargs={"signature_version": "s3v4"})  # newer stores and buckets know no older one
-
-
 def _sign(place: str, _when: int) -> str:
     """An address for an s3 object, good for SIGNED_FOR."""
     try:
-        return s3().url(place, expires=SIGNED_FOR)
+        return s3.client().url(place, expires=SIGNED_FOR)
     except Exception as error:  # botocore has many kinds of missing credentials
         raise s3_trouble(place, error) from None
 
@@ -165,11 +150,10 @@ def _sign(place: str, _when: int) -> str:
 def s3_trouble(place: str, error: Exception) -> Exception:
     """What an error of fsspec's s3 means: Passing, or DataError. Its own text may name keys, so only its kind is told."""
     kind = type(error).__name__
-    if places.passing(error):
+    if s3.passing(error):
         return Passing(f"s3 was not reached, {kind}")
     return DataError(
-        f"{places.shown(place)} cannot be had from s3 ({kind}). Check the address, and AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; "
-        "AWS_ENDPOINT_URL for other stores than Amazon's. What anybody may read has an https:// address."
+        f"{places.shown(place)} cannot be had from s3 ({kind}). Check the address, and {s3.CURE} What anybody may read has an https:// address."
     )
 
 
