@@ -22,7 +22,7 @@ from data.pictures import BadContent
 from data.quarantine import Fault, Quarantine
 from data.read import Reader
 from data.transport import LONGEST_PAUSE, ReadConfig
-from dev2pro import draws
+from dev2pro import draws, stop
 from dev2pro.errors import DataError, StageError, TryAgainError
 
 ATTEMPTS = 100  # substitutes tried for one slot
@@ -217,6 +217,7 @@ class _Pipeline(torch.utils.data.IterableDataset):
 
     def __iter__(self) -> Iterator[Batch | _Failure]:
         if get_worker_info():
+            stop.apart()
             large_pieces()
         self.reader = Reader(self.order.snapshot, self.config, self.parts)
         stages = [webdataset.map(stage) for stage in (self._decoded, self._cropped, self._flipped)]

@@ -12,19 +12,23 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, get_origin, get_type_hints
 
 from dev2pro.errors import ConfigError
 
 SCHEMA = 1
 RECORD = "artifact.json"
 CONFIG = "config.json"  # which run a folder belongs to, from its start on
+CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")  # a folder
 TRANSIENT = re.compile(r"artifact\.json$|checkpoint-|.*\.(partial|lock)$")  # under a stage's folder, but no part of what it made
 UNIDENTIFYING = (".jsonl", ".log", ".snapshot")  # they hold times and places; what a snapshot pins is among the parents
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 DATA = "data."  # how the roles of snapshots begin: their ids come from the data room, and `watched` says whether they still hold
 ROOT = Path(__file__).resolve().parent.parent
+LARGEST = 16 << 20  # bytes of a record
+HASH = re.compile(r"[0-9a-f]{64}")  # SHA-256
+STORED = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.*/([0-9a-f]{64})/?")  # an artifact's address in a store
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ def digest(value: Any) -> str:
 
 def fingerprint(path: str) -> str:
     """The identity of a parent: an artifact's id, a hash of a folder's or file's names, sizes and contents, or a hub id as it stands."""
+    if stored := STORED.fullmatch(path):
+        return stored[1]
     place = Path(path)
     if (place / RECORD).is_file():
         return read(path).id
@@ -91,6 +97,12 @@ def identity(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(values))
 
 
+def identify(kind: str, stage: str, config_digest: str, parents: list[dict[str, str]], files: list[dict[str, Any]]) -> str:
+    """The id of an artifact: what it was made from and how, and the contents of its files."""
+    content = [f for f in files if not f["path"].endswith(UNIDENTIFYING)]
+    return digest([kind, stage, config_digest, [p["id"] for p in parents], content])
+
+
 def write(
     out: str,
     stage: str,
@@ -108,14 +120,13 @@ def write(
     `watched`: local files and folders whose change means that the stage must look again (see `stands`).
     """
     folder = Path(out)
-    files = [entry(folder, f) for f in sorted(folder.rglob("*")) if f.is_file() and not TRANSIENT.match(str(f.relative_to(folder)))]
+    files = [entry(folder, f) for f in sorted(folder.rglob("*")) if f.is_file() and proper(str(f.relative_to(folder)))]
     asked = identity(config)
     lineage = [{"role": role, "uri": uri, "id": known} for role, (uri, known) in known(parents).items()]
-    content = [f for f in files if not f["path"].endswith(UNIDENTIFYING)]
     record = Artifact(
         kind=kind,
         stage=stage,
-        id=digest([kind, stage, digest(asked), [p["id"] for p in lineage], content]),
+        id=identify(kind, stage, digest(asked), lineage, files),
         config=asked,
         config_digest=digest(asked),
         parents=lineage,
@@ -138,9 +149,15 @@ def write(
 
 
 def sweep(folder: Path) -> None:
-    """Removes checkpoints, which are needed no more."""
-    for place in folder.glob("checkpoint-*"):
+    """Removes what a finished run needs no more: every checkpoint but the last, from which more steps can go on."""
+    there = sorted((int(name[1]), place) for place in folder.iterdir() if (name := CHECKPOINT.fullmatch(place.name)))
+    for place in [place for _, place in there[:-1]] + list(folder.glob("checkpoint-*.partial")):
         shutil.rmtree(place)
+
+
+def retract(out: str) -> None:
+    """What is in the folder is no artifact any more, until `write`: before files of a finished one are written over."""
+    (Path(out) / RECORD).unlink(missing_ok=True)
 
 
 def publish(place: Any, out: str, stage: str, kind: str, config: Any, parents: Parents, **what: Any) -> Artifact:
@@ -157,20 +174,58 @@ def read(path: str) -> Artifact:
     record = Path(path) / RECORD
     if not record.is_file():
         raise ConfigError(f"{path} is no finished artifact: {record} is missing. Run the stage that makes it, or correct the path.")
-    values = read_json(record)
+    return parse(read_json(record), str(record), str(path))
+
+
+def parse(values: dict[str, Any], record: str, uri: str) -> Artifact:
+    """The artifact of a record's values, which may be anybody's; `record` names it in the ConfigError for one that is not as `write` makes them."""
     if values.get("schema") != SCHEMA:
-        raise ConfigError(f"{record} has schema {values.get('schema')}; this version reads schema {SCHEMA}. Make it again.")
+        raise ConfigError(f"{record} has schema {str(values.get('schema'))[:20]}; this version reads schema {SCHEMA}. Make it again.")
     try:
-        return Artifact(**values, uri=str(path))
-    except TypeError as error:
-        raise ConfigError(f"{record} is damaged ({error}). Remove the folder and make it again.") from error
+        made = Artifact(**{**values, "uri": uri})
+        wrong = _malformed(made)
+    except (TypeError, KeyError) as error:
+        wrong = str(error)
+    if wrong:
+        raise ConfigError(f"{record} is damaged ({wrong}). Remove the folder and make it again.")
+    return made
+
+
+def _malformed(made: Artifact) -> str:
+    """What in a record has another form than `write` gives it, or nothing."""
+    for name, hint in get_type_hints(Artifact).items():
+        if not isinstance(getattr(made, name), kind := get_origin(hint) or hint):
+            return f"{name} is no {kind.__name__}"
+    if not HASH.fullmatch(made.id):
+        return "its id is no SHA-256"
+    if not all(isinstance(p, dict) and all(isinstance(p[key], str) for key in ("role", "uri", "id")) for p in made.parents):
+        return "parents are (role, uri, id)"
+    for f in made.files:
+        if not (isinstance(f, dict) and isinstance(f["path"], str) and type(f["bytes"]) is int and f["bytes"] >= 0):
+            return "files are (path, bytes, sha256)"
+        if not proper(f["path"]):
+            return f"no file of an artifact may be called {f['path'][:80]!r}"
+        if not (isinstance(f["sha256"], str) and HASH.fullmatch(f["sha256"])):
+            return f"{f['path']} has no SHA-256"
+    names = {f["path"] for f in made.files}
+    if len(names) < len(made.files) or any(str(above) in names for name in names for above in PurePosixPath(name).parents):
+        return "two files have one name"
+    return ""
+
+
+def proper(name: str) -> bool:
+    """Whether a file of an artifact may be called so: a relative path that stays in the folder, and nothing that comes and goes there."""
+    parts = name.split("/")
+    return name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(parts) and not TRANSIENT.match(name)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises ConfigError for anything else."""
     try:
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"it has more than {LARGEST:,} bytes")
         values = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged ({error}). Remove the folder and make it again.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} is damaged (it holds no JSON object). Remove the folder and make it again.")

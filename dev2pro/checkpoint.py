@@ -1,113 +1,290 @@
-"""Writes a run down so that it goes on, on any number of ranks, as if nothing had happened: tensors and numbers, no pickle."""
+"""Writes a run down while it goes on, and brings it back on any number of ranks as if nothing had happened: tensors and numbers, no pickle.
 
+A checkpoint is a folder `checkpoint-<step>`: a safetensors file from each rank that has something to write (torch.distributed.checkpoint's
+layout, which any number of ranks reads again), and checkpoint.json with the numbers and the SHA-256 of every file.
+"""
+
+import hashlib
 import json
 import os
 import re
 import shutil
+import time
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from dev2pro.errors import ConfigError
+from dev2pro import draws, stop
+from dev2pro.artifact import CHECKPOINT, digest
+from dev2pro.errors import ConfigError, InterruptedRun, SpaceError, out_of_space
 from dev2pro.training import Training
 
-NAME = re.compile(r"checkpoint-(\d+)")
-GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)  # on the first rank; the others get nothing
+VERSION = 1
+NUMBERS = "checkpoint.json"
+MARGIN = 1.05  # what files need beyond their tensors
 
 
-def save(out: str, training: Training, step: int, data: dict[str, Any], curve: list[dict[str, Any]]) -> None:
-    """Writes `out`/checkpoint-<step>, which appears at once and whole, and removes older ones.
+@dataclass(slots=True, kw_only=True)
+class CheckpointConfig:
+    """When, how many, and how long a stop may take."""
 
-    `data` says which samples the run is on, `curve` what was measured so far.
+    every: int  # steps; killed in between, a run goes on from there with the same result
+    keep: int = 2  # the newest ones; the one with the lowest held-out loss is kept besides
+    grace: float = 30.0  # seconds from SIGTERM or SIGINT until the checkpoint must be written
+
+
+class Checkpoints:
+    """The checkpoints of a run in `out` over `steps` steps. `data` says which samples the run is on.
+
+    Within `with`, signals wait for the end of the step. `stalled`: seconds that the training stood still for `written` of them.
     """
-    tensors: dict[str, Any] = {f"model/{name}": value for name, value in get_model_state_dict(training.model, options=GATHERED).items()}
-    if training.ema:
-        with training.averaged() as model:
-            averaged: dict[str, Any] = get_model_state_dict(model, options=GATHERED)
-            tensors |= {f"ema/{name}": value.clone() for name, value in averaged.items()}
-    moments: dict[str, Any] = get_optimizer_state_dict(training.model, training.optimizer.optimizer, options=GATHERED)
-    tensors |= {f"optimizer/{what}/{name}": value for name, values in moments.get("state", {}).items() for what, value in values.items()}
-    if training.place.is_main_process:
-        state = {"step": step, "ema_steps": training.ema.optimization_step if training.ema else 0, "data": data, "curve": curve}
-        _write(Path(out), step, {name: value.contiguous() for name, value in tensors.items()}, state)
-    training.place.wait_for_everyone()
 
+    def __init__(self, out: str, training: Training, config: CheckpointConfig, steps: int, data: dict[str, Any]) -> None:
+        self.out, self.training, self.config, self.steps, self.data = Path(out), training, config, steps, data
+        self.stalled, self.written = 0.0, 0
+        self._ranks, self._rank, self._main = training.place.num_processes, training.place.process_index, training.place.is_main_process
+        self._group = dist.new_group(backend="gloo") if self._ranks > 1 else None  # of its own, for the thread that writes
+        self._hands, self._writing = ThreadPoolExecutor(1, "checkpoint"), None
+        self._around = ExitStack()
+        training.stop_wanted = lambda: stop.asked() or self._failed()
 
-def _write(out: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    partial, whole = out / f"checkpoint-{step}.partial", out / f"checkpoint-{step}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    save_file(tensors, partial / "tensors.safetensors")
-    (partial / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True))
-    for place in (*partial.iterdir(), partial):
-        _to_disk(place)
-    shutil.rmtree(whole, ignore_errors=True)
-    partial.rename(whole)
-    _to_disk(out)
-    for other, folder in found(str(out)).items():
-        if other != step:
-            shutil.rmtree(folder)
+    _writing: Future | None
 
+    def __enter__(self) -> Self:
+        self._around.enter_context(stop.finishing(self.config.grace))
+        return self
 
-def _to_disk(place: Path) -> None:
-    handle = os.open(place, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        with self._around, suppress(Exception) if kind else ExitStack():
+            self.wait()
 
+    def after(self, step: int, curve: list[dict[str, Any]]) -> None:
+        """After every step: writes one when it is due, or when a rank was asked to stop, which ends in InterruptedRun.
 
-def found(out: str) -> dict[int, Path]:
-    """step -> folder of every whole checkpoint."""
-    return {int(name[1]): folder for folder in Path(out).glob("checkpoint-*") if (name := NAME.fullmatch(folder.name))}
+        Raises DivergedError where the curve's new point is none to go on from.
+        """
+        new = bool(curve) and curve[-1]["step"] == step
+        if new:
+            self.training.guard.held_out(curve)
+        if step % self.config.every and step != self.steps and not self.training.stopping:
+            return
+        self.wait()
+        before = time.perf_counter()
+        training, held_out = self.training, curve[-1]["loss"] if new else None
+        numbers = {
+            "version": VERSION, "draws": draws.VERSION, "step": step, "data": self.data, "curve": curve, "held_out": held_out,
+            "recent": training.guard.recent, "ema_steps": training.ema.optimization_step if training.ema else 0,
+        }  # fmt: skip
+        copied = BlockingAsyncStager().stage(_tensors(self.training))
+        self._writing = self._hands.submit(self._write, step, copied, json.loads(json.dumps(numbers)))
+        self.stalled, self.written = self.stalled + time.perf_counter() - before, self.written + 1
+        if self.training.stopping:
+            self.wait()
+            raise InterruptedRun(f"interrupted after step {step} of {self.steps}. The same command goes on from there.")
 
+    def wait(self) -> None:
+        """Until the last one is written. Raises SpaceError where it could not be."""
+        writing, self._writing, before = self._writing, None, time.perf_counter()
+        if writing:
+            writing.result()
+            self.stalled += time.perf_counter() - before
 
-def restore(out: str, training: Training, data: dict[str, Any]) -> tuple[int, list[dict[str, Any]]]:
-    """Brings a run back to its last checkpoint: (steps done, curve), (0, []) where there is none.
+    def metrics(self) -> dict[str, Any]:
+        """What the training was like, for the run's record."""
+        return {**self.training.clock.metrics(), "checkpoints": self.written, "stalled_seconds": round(self.stalled, 3)}
 
-    Raises ConfigError where the checkpoint is on other samples than `data` says, or is damaged.
-    """
-    there = found(out)
-    if not there:
+    def _failed(self) -> bool:
+        return bool(self._writing and self._writing.done() and self._writing.exception())
+
+    # ---- writing, in a thread of every rank ----
+
+    def _write(self, step: int, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        partial = self.out / f"checkpoint-{step}.partial"
+        try:
+            self._agreed(lambda: self._begin(partial, tensors))
+            self._agreed(lambda: _save(tensors, partial, self._group))
+            mine = self._agreed(lambda: {file.name: _sealed(file) for file in sorted(partial.glob(f"shard-{self._rank + 1:05d}-*"))})
+            numbers["files"] = {name: entry for files in self._gathered(mine) for name, entry in files.items()}
+            self._agreed(lambda: self._publish(partial, step, numbers))
+        except BaseException:
+            if self._main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _begin(self, partial: Path, tensors: dict[str, Tensor]) -> None:
+        if self._main:
+            need = sum(value.numel() * value.element_size() for value in tensors.values())
+            if not _room(self.out, need):
+                prune(self.out, 1)
+            check_room(self.out, need)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+
+    def _publish(self, partial: Path, step: int, numbers: dict[str, Any]) -> None:
+        if self._main:
+            file = partial / NUMBERS
+            file.write_text(json.dumps({**numbers, "digest": digest(numbers)}, indent=1, sort_keys=True))
+            _to_disk(file, partial)
+            whole = self.out / f"checkpoint-{step}"
+            _remove(whole)
+            partial.rename(whole)
+            _to_disk(self.out)
+            prune(self.out, self.config.keep)
+
+    def _agreed(self, work: Any) -> Any:
+        """What `work` returns. If it fails on one rank it fails on all, with the same kind of error."""
+        found, error = None, ""
+        try:
+            found = work()
+        except (Exception, CheckpointException) as failure:  # told to the other ranks, who would wait for this one for ever
+            error = ("space:" if out_of_space(failure) else "other:") + (str(failure).strip() or repr(failure)).splitlines()[-1]
+        if errors := [one for one in self._gathered(error) if one]:
+            kind, _, said = errors[0].partition(":")
+            said = f"A checkpoint could not be written into {self.out}; the one before it is whole. {said}"
+            raise SpaceError(f"{said} Make room, then run the same command.") if kind == "space" else RuntimeError(said)
+        return found
+
+    def _gathered(self, one: Any) -> list[Any]:
+        if not self._group:
+            return [one]
+        found = [None] * self._ranks
+        dist.all_gather_object(found, one, group=self._group)
+        return found
+
+    # ---- reading ----
+
+    def restore(self) -> tuple[int, list[dict[str, Any]]]:
+        """Brings the run back to its last whole checkpoint: (steps done, curve), (0, []) where there is none. Damaged ones are told and skipped.
+
+        Raises ConfigError where one is on other samples than `data` says or drawn by another law, or where all are damaged.
+        """
+        if self._main:
+            for left in self.out.glob("checkpoint-*.partial"):
+                shutil.rmtree(left)
+        self.training.place.wait_for_everyone()
+        there = found(self.out)
+        for step in sorted(there, reverse=True):
+            why = next((why for why in self._gathered(_damage(there[step], self._rank, self._ranks)) if why), "")
+            if not why:
+                return self._load(there[step])
+            self.training.place.print(f"{there[step]} is damaged ({why}) and is left out", flush=True)
+        if there:
+            raise ConfigError(f"Every checkpoint in {self.out} is damaged. Look at that disk; to start from the beginning, remove them.")
         return 0, []
-    folder = there[max(there)]
-    try:
-        state = json.loads((folder / "state.json").read_text())
-        tensors = load_file(folder / "tensors.safetensors") if training.place.is_main_process else {}
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"The checkpoint {folder} is damaged ({error}). Remove it; the same command then goes on without it.") from error
-    if state["data"] != data:
-        raise ConfigError(f"The checkpoint {folder} is on other data or another order ({state['data']}, not {data}). Choose another out=.")
-    _load(training, tensors, state)
-    if training.place.is_main_process:
-        print(f"going on after step {state['step']}", flush=True)
-    return state["step"], state["curve"]
+
+    def _load(self, folder: Path) -> tuple[int, list[dict[str, Any]]]:
+        numbers, training = json.loads((folder / NUMBERS).read_text()), self.training
+        now = {"version": VERSION, "draws": draws.VERSION, "data": self.data}
+        if other := {key: numbers[key] for key in now if numbers[key] != now[key]}:
+            raise ConfigError(
+                f"{folder} is on other data, or of another version ({other}, not { ({k: now[k] for k in other}) }). Choose another out=."
+            )
+        get_optimizer_state_dict(training.model, training.optimizer.optimizer)  # gives a fresh optimizer its state, to be filled
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that there is only one process
+            dcp.load(_tensors(training), storage_reader=HuggingFaceStorageReader(str(folder)), process_group=self._group, no_dist=not self._group)
+        if training.ema:
+            training.ema.optimization_step = numbers["ema_steps"]
+        training.guard.recent = numbers["recent"]
+        training.schedule.load_state_dict({**training.schedule.state_dict(), "last_epoch": numbers["step"] - 1})
+        training.schedule.step()
+        training.place.print(f"going on after step {numbers['step']} of {self.steps}", flush=True)
+        return numbers["step"], numbers["curve"]
 
 
-def _load(training: Training, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    spread = StateDictOptions(full_state_dict=True, strict=False, broadcast_from_rank0=torch.distributed.is_initialized())
+def _tensors(training: Training) -> dict[str, Any]:
+    """Every tensor that makes the run what it is, by name; the live ones."""
+    named = [(name, p) for name, p in training.place.unwrap_model(training.model).named_parameters() if p.requires_grad]
+    found = {f"model/{name}": p.detach() for name, p in named}
     if training.ema:
-        set_model_state_dict(training.model, _named(tensors, "ema/"), options=spread)
-        training.ema.shadow_params = [p.detach().clone() for p in training.parameters]
-        training.ema.optimization_step = state["ema_steps"]
-    set_model_state_dict(training.model, _named(tensors, "model/"), options=spread)
-    optimizer = training.optimizer.optimizer
-    fresh: dict[str, Any] = get_optimizer_state_dict(training.model, optimizer, options=GATHERED)
-    for name, values in fresh.get("state", {}).items():
-        fresh["state"][name] = {what: tensors[f"optimizer/{what}/{name}"] for what in values}
-    set_optimizer_state_dict(training.model, optimizer, fresh, options=spread)
-    training.schedule.load_state_dict({**training.schedule.state_dict(), "last_epoch": state["step"] - 1})
-    training.schedule.step()
+        found |= {f"ema/{name}": average for (name, _), average in zip(named, training.ema.shadow_params, strict=True)}
+    moments = training.optimizer.optimizer.state
+    return found | {f"optimizer/{what}/{name}": value for name, p in named for what, value in moments[p].items()}
 
 
-def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Any]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+def _save(tensors: dict[str, Any], folder: Path, group: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there is only one process
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=not group)
+
+
+def _sealed(file: Path) -> list[Any]:
+    """[bytes, SHA-256] of a file that is on the disk."""
+    _to_disk(file)
+    with file.open("rb") as content:
+        return [file.stat().st_size, hashlib.file_digest(content, "sha256").hexdigest()]
+
+
+def _to_disk(*places: Path) -> None:
+    for place in places:
+        handle = os.open(place, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def found(out: Path) -> dict[int, Path]:
+    """step -> folder of every checkpoint that was published."""
+    return {int(name[1]): folder for folder in out.glob("checkpoint-*") if (name := CHECKPOINT.fullmatch(folder.name))}
+
+
+def prune(out: Path, keep: int) -> None:
+    """Removes all but the newest ones and the one with the lowest held-out loss."""
+    there = found(out)
+    scored = [(score, step) for step, folder in there.items() if (score := _held_out(folder)) is not None]
+    kept = {*sorted(there)[-keep:], *(step for _, step in sorted(scored)[:1])}
+    for step in there.keys() - kept:
+        _remove(there[step])
+
+
+def _held_out(folder: Path) -> float | None:
+    with suppress(OSError, ValueError, KeyError):
+        return json.loads((folder / NUMBERS).read_text())["held_out"]
+    return None
+
+
+def _remove(folder: Path) -> None:
+    """Under another name first: what is called a checkpoint is whole."""
+    if folder.exists():
+        going = folder.with_name(f"{folder.name}-old.partial")
+        shutil.rmtree(going, ignore_errors=True)
+        folder.rename(going)
+        shutil.rmtree(going)
+
+
+def _room(out: Path, need: float) -> bool:
+    return shutil.disk_usage(out).free >= MARGIN * need
+
+
+def check_room(out: Path, need: float) -> None:
+    """Raises SpaceError where `need` bytes do not fit."""
+    if not _room(out, need):
+        free = shutil.disk_usage(out).free
+        raise SpaceError(
+            f"A checkpoint needs {MARGIN * need / 1e9:.3g} GB in {out}, and {free / 1e9:.3g} GB are free. Make room, or choose another out=."
+        )
+
+
+def _damage(folder: Path, rank: int, ranks: int) -> str:
+    """What is wrong with this rank's share of the files, or nothing."""
+    try:
+        numbers = json.loads((folder / NUMBERS).read_text())
+        if numbers.pop("digest") != digest(numbers):
+            return f"{NUMBERS} is not as it was written"
+        for name in sorted(numbers["files"])[rank::ranks]:
+            if _sealed(folder / re.sub("[^a-z0-9.-]", "", name)) != numbers["files"][name]:
+                return f"{name} is not as it was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""

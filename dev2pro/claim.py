@@ -1,13 +1,18 @@
 """Who may work in a stage's folder: claims it for one configuration, and knows what is begun, finished, or another's."""
 
+import fcntl
+import os
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from dev2pro import artifact
 from dev2pro.artifact import Artifact
-from dev2pro.errors import ConfigError
+from dev2pro.errors import ConfigError, TryAgainError
 
 STARTED = {artifact.CONFIG, "config.partial", "metrics.jsonl", "train.snapshot", "heldout.snapshot"}  # what a run has written before it made anything
+PATIENCE = 5.0  # seconds to wait for a folder that is in use
 
 
 def begun(out: str) -> bool:
@@ -17,23 +22,77 @@ def begun(out: str) -> bool:
 
 
 def begin(out: str, stage: str, config: Any, parents: artifact.Parents) -> Artifact | None:
-    """Claims the folder `out` for one configuration.
+    """Claims the folder `out` for one configuration, and on the first rank holds it until `release` or the end of the process.
 
     Returns the finished artifact if this configuration with these parents already made it and its files are whole; None when
-    there is work to do, begun or not. Raises ConfigError when the folder belongs to another configuration.
+    there is work to do: new, begun, or more `steps` than a finished or begun run had. Raises ConfigError when the folder belongs to another
+    configuration, TryAgainError while another process works in it.
     """
     folder = Path(out)
     claim = {"stage": stage, "config": artifact.identity(config), "parents": {role: known for role, (_, known) in artifact.known(parents).items()}}
-    there = {f.name for f in folder.iterdir()} if folder.is_dir() else set()
-    if begun(out):
-        if artifact.CONFIG not in there:
-            raise ConfigError(f"out={out} is not empty and no stage of dev2pro wrote it. Choose another out=, or empty that folder.")
-        _refuse_other(out, artifact.read_json(folder / artifact.CONFIG), claim)
-        return _finished(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if artifact.CONFIG not in there or artifact.read_json(folder / artifact.CONFIG) != claim:  # the other ranks of a run find it written
-        artifact.write_json(folder / artifact.CONFIG, claim)
-    return None
+    _hold(folder)
+    if not begun(out):
+        if not (folder / artifact.CONFIG).exists() or artifact.read_json(folder / artifact.CONFIG) != claim:  # other ranks find it written
+            artifact.write_json(folder / artifact.CONFIG, claim)
+        return None
+    if not (folder / artifact.CONFIG).is_file():
+        raise ConfigError(f"out={out} is not empty and no stage of dev2pro wrote it. Choose another out=, or empty that folder.")
+    there = artifact.read_json(folder / artifact.CONFIG)
+    if _extends(there, claim):
+        _extend(folder, there["config"]["steps"], claim)
+        return None
+    _refuse_other(out, there, claim)
+    return _finished(folder)
+
+
+def _extends(there: dict[str, Any], here: dict[str, Any]) -> bool:
+    """Whether a run differs from the one in the folder by more steps and nothing else."""
+    before, now = (claim.get("config", {}).get("steps", 0) for claim in (there, here))
+    return now > before and there == {**here, "config": {**here["config"], "steps": before}}
+
+
+def _extend(folder: Path, before: int, claim: dict[str, Any]) -> None:
+    finished = (folder / artifact.RECORD).is_file()
+    if finished and not any(artifact.CHECKPOINT.fullmatch(place.name) for place in folder.iterdir()):
+        raise ConfigError(f"out={folder} has finished {before} steps, and the checkpoint it would go on from was removed. Choose another out=.")
+    artifact.write_json(folder / artifact.CONFIG, claim)
+    what = "the finished run" if finished else "the run"
+    print(
+        f"extending {what} from {before} to {claim['config']['steps']} steps; a learning rate that falls with them falls more slowly now", flush=True
+    )
+
+
+_held: dict[str, int] = {}  # folder -> open handle with the lock
+
+
+def _hold(folder: Path) -> None:
+    """The lock is on the folder itself, so there is no file to be left behind, and the system lifts it when the process dies, however it does."""
+    name, patience = os.path.realpath(folder), time.monotonic() + PATIENCE
+    if name in _held or os.environ.get("RANK", "0") != "0":
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _held[name] = handle
+            return
+        except BlockingIOError:
+            if time.monotonic() < patience:  # a run that was killed takes a moment to be gone
+                time.sleep(0.1)
+                continue
+            os.close(handle)
+            raise TryAgainError(f"Another process works in out={folder}. Wait for it or stop it, or choose another out=.") from None
+        except OSError as error:
+            print(f"{folder} cannot be locked ({error.strerror}): see to it yourself that no two runs work in it.", file=sys.stderr, flush=True)
+            _held[name] = handle
+            return
+
+
+def release() -> None:
+    """Lets go of every folder that this process holds."""
+    while _held:
+        os.close(_held.popitem()[1])
 
 
 def _refuse_other(out: str, there: dict, here: dict) -> None:

@@ -1,7 +1,8 @@
 """Where the work runs: device, precision, ranks. Placement, wrapping and launching are accelerate's; this names the choices."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
@@ -11,19 +12,24 @@ from dev2pro.errors import ConfigError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+def _free(value: Any) -> Any:
+    """A field that may be another one when a run goes on: it decides about speed and memory, and about the last bits at most."""
+    return field(default=value, metadata={"identity": False})
+
+
 @dataclass(slots=True, kw_only=True)
 class HardwareConfig:
     """One machine's choices; see conf/hardware/."""
 
-    device: str = "auto"  # auto takes a GPU when there is one; cpu forces the CPU
+    device: str = _free("auto")  # auto takes a GPU when there is one; cpu forces the CPU
     dtype: str = "float32"  # of the weights
     mixed_precision: str = "no"  # bf16: computes in bfloat16 over float32 weights
-    gradient_checkpointing: bool = False  # a third more compute for a fraction of the activation memory
-    micro_batch: int = 64  # samples per forward pass and rank; the batch is made of as many as it takes
+    gradient_checkpointing: bool = _free(False)  # a third more compute for a fraction of the activation memory
+    micro_batch: int = _free(64)  # samples per forward pass and rank; the batch is made of as many as it takes
     int8_base: bool = False  # lora only: the frozen blocks in int8, half the memory of bfloat16
-    shard: bool = False  # FSDP2: weights, gradients and optimizer state spread over the ranks
-    encodings_gb: float = 4.0  # of host memory a process may fill with encoded captions and pictures; what fits is encoded once, before training
-    threads: int = 0  # CPU threads of one process; 0 lets torch decide
+    shard: bool = _free(False)  # FSDP2: weights, gradients and optimizer state spread over the ranks
+    encodings_gb: float = _free(4.0)  # of host memory a process may fill with encoded captions and pictures; what fits is encoded once, ahead
+    threads: int = _free(0)  # CPU threads of one process; 0 lets torch decide
 
 
 def accelerator(hardware: HardwareConfig) -> Accelerator:

@@ -38,3 +38,17 @@ class TryAgainError(StageError):
 
 
 INTERRUPTED = 130  # SIGINT or SIGTERM: the stage stopped; the same command goes on from the last checkpoint
+
+
+class InterruptedRun(StageError):
+    """Asked to stop, and saved."""
+
+    exit_code = INTERRUPTED
+
+
+FULL = ("No space left on device", "Disk quota exceeded", "os error 28")  # the last is how Rust's libraries spell it
+
+
+def out_of_space(error: BaseException) -> bool:
+    """Whether the system or a library says that the disk is full, each in its own way."""
+    return isinstance(error, SpaceError) or any(words in str(error) for words in FULL)

@@ -2,14 +2,12 @@
 
 import dataclasses
 import difflib
-import errno
 import os
 import re
-import signal
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any, TypeVar, get_type_hints
+from typing import TypeVar, get_type_hints
 
 import diffusers.utils.logging
 import hydra
@@ -18,10 +16,10 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from safetensors import SafetensorError
 
+from dev2pro import claim, stop
 from dev2pro.artifact import ROOT, Artifact
-from dev2pro.errors import INTERRUPTED, ConfigError, SpaceError, StageError
+from dev2pro.errors import INTERRUPTED, ConfigError, SpaceError, StageError, out_of_space
 
 C = TypeVar("C")
 NO_SPACE = "no space is left where out= writes. Free some, or choose another out=, and run again."
@@ -80,7 +78,7 @@ def typed(schema: type[C], values: DictConfig) -> C:
 
 
 COUNTS = (  # 1 or more, in every stage
-    "steps", "batch", "micro_batch", "every", "samples", "bins", "seeds", "bootstrap", "resolution", "bucket_step", "checkpoint_every", "prefetch_mb",
+    "steps", "batch", "micro_batch", "every", "samples", "bins", "seeds", "bootstrap", "resolution", "bucket_step", "keep", "prefetch_mb",
 )  # fmt: skip
 SHARES = ("caption_dropout", "ema")  # 0 to 1
 
@@ -95,7 +93,7 @@ def check_ranges(values: DictConfig, above: str = "") -> None:
 
 
 def _guarded(name: str, work: Callable[[], Artifact]) -> int:
-    signal.signal(signal.SIGTERM, _interrupt)
+    stop.listen()
     if not sys.stderr.isatty():  # a bar that redraws itself is a hundred lines in a log
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
@@ -107,23 +105,15 @@ def _guarded(name: str, work: Callable[[], Artifact]) -> int:
         return _fail(name, "interrupted. The same command goes on from the last checkpoint, if there is one.", INTERRUPTED)
     except StageError as error:
         return _fail(name, str(error), error.exit_code)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            traceback.print_exc()
-            return 1
-        return _fail(name, NO_SPACE, SpaceError.exit_code)
-    except SafetensorError as error:
-        if "os error 28" not in str(error):  # how the Rust library spells ENOSPC
-            traceback.print_exc()
-            return 1
-        return _fail(name, NO_SPACE, SpaceError.exit_code)
-    except Exception:
+    except Exception as error:
+        if out_of_space(error):
+            return _fail(name, NO_SPACE, SpaceError.exit_code)
+        if "closed by peer" in str(error) or "Connection reset by peer" in str(error):  # gloo
+            return _fail(name, f"rank {os.environ.get('RANK')}: another rank ended; what went wrong is told there.", 1)
         traceback.print_exc()
         return 1
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
+    finally:
+        claim.release()
 
 
 def _fail(name: str, message: str, code: int) -> int:

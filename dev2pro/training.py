@@ -12,9 +12,9 @@ from diffusers import FluxTransformer2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from dev2pro import distributed, optim
+from dev2pro import distributed, optim, stop
 from dev2pro.distributed import HardwareConfig
-from dev2pro.errors import DivergedError
+from dev2pro.guard import Guard, GuardConfig
 from dev2pro.optim import OptimConfig
 
 B = TypeVar("B")
@@ -36,6 +36,7 @@ class Training:
         steps: int,
         batch: int,
         ema: float = 0.0,
+        guard: GuardConfig | None = None,
     ) -> None:
         self.place, self.config = place, config
         self.slots = distributed.own_slots(batch, hardware.micro_batch, place)
@@ -48,13 +49,15 @@ class Training:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.schedule = optim.schedule(config, self.optimizer.optimizer, steps)
         self.ema = EMAModel(self.parameters, decay=ema) if ema else None
-        self.clock = Clock()
+        self.clock, self.guard = Clock(), Guard(guard or GuardConfig())
+        self.stop_wanted: Callable[[], bool] = stop.asked  # by this rank; `stopping`: by any, which all know after the same step
+        self.stopping = False
 
     def step(self, step: int, draw: Callable[[range], B], loss_of: Callable[[B], Tensor]) -> tuple[float, float]:
         """One optimizer step: (mean loss, gradient norm before clipping), the same on every rank.
 
-        `draw(slots)` makes the micro-batch for some slots of this step, `loss_of` its mean loss. Raises DivergedError when a
-        number is not finite; the weights are then those of the step before.
+        `draw(slots)` makes the micro-batch for some slots of this step, `loss_of` its mean loss. Raises DivergedError when the
+        guard says so; the weights are then those of the step before.
         """
         total = torch.zeros((), device=self.place.device)
         for i, slots in enumerate(self.slots):
@@ -68,12 +71,10 @@ class Training:
                 total += loss.detach()
         with self.clock.compute():
             norm = self.place.clip_grad_norm_(self.parameters, self.config.clip)
-            mean, size = float(self.place.reduce(total, "mean")), _whole(norm)
-            if not (_finite(mean) and _finite(size)):
-                raise DivergedError(
-                    f"The loss ({mean}) or the gradient ({size}) of step {step} is not finite. Lower optim.lr, lengthen optim.warmup, "
-                    "or look for a broken picture; nothing was saved over what was there."
-                )
+            told = torch.stack([total, total.new_tensor(float(self.stop_wanted()))])
+            (mean, wanted), size = self.place.reduce(told, "mean").tolist(), _whole(norm)
+            self.stopping = wanted > 0
+            self.guard.look(step, mean, size)
             self.optimizer.step()
             self.schedule.step()
             self.optimizer.zero_grad()
@@ -144,10 +145,6 @@ class Clock:
             "share_outside": round(max(0.0, 1 - self.computing / seconds), 4),
             "peak_memory_mb": round(peak),
         }
-
-
-def _finite(value: float) -> bool:
-    return value - value == 0
 
 
 def _whole(norm: Any) -> float:

@@ -32,7 +32,7 @@ class StageFailed(RuntimeError):
 
 
 def launch(stage: str, words: list[str], out: str, processes: int = 1) -> Artifact:
-    """Runs `python -m stages.<stage> <words>` (under torchrun for several processes) and returns the artifact it left in `out`.
+    """Runs `python -m stages.<stage> <words>` (under torchrun's ranks for several processes) and returns the artifact it left in `out`.
 
     A finished artifact made by the same command is returned at once. Raises StageFailed.
     """
@@ -40,7 +40,7 @@ def launch(stage: str, words: list[str], out: str, processes: int = 1) -> Artifa
     if made := claim.stands(str(ROOT / out), words):
         log.info("%s: finished before, skipped", out)
         return made
-    starter = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    starter = ["-m", "dev2pro.ranks", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     command = [sys.executable, *starter, "-m", f"stages.{stage}", *words]
     with _turn:
         log.info("python -m stages.%s %s", stage, " ".join(words))

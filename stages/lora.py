@@ -7,11 +7,13 @@ import torch
 
 from data import sources
 from data.sources import DataConfig, Pinned
-from dev2pro import artifact, checkpoint, claim, distributed, encodings, feed, flux, lora, optim, stage
+from dev2pro import artifact, claim, distributed, encodings, feed, flux, lora, optim, stage
 from dev2pro.artifact import Artifact
+from dev2pro.checkpoint import CheckpointConfig, Checkpoints
 from dev2pro.distributed import HardwareConfig
 from dev2pro.errors import ConfigError
 from dev2pro.flux import ModelConfig
+from dev2pro.guard import GuardConfig
 from dev2pro.log import Log
 from dev2pro.lora import AdapterConfig
 from dev2pro.optim import OptimConfig
@@ -37,7 +39,8 @@ class LoraConfig:
     batch: int
     guidance: float
     caption_dropout: float
-    checkpoint_every: int = field(metadata={"identity": False})
+    checkpoint: CheckpointConfig = field(metadata={"identity": False})
+    guard: GuardConfig = field(metadata={"identity": False})
 
 
 def run(config: LoraConfig) -> Artifact:
@@ -62,7 +65,7 @@ def run(config: LoraConfig) -> Artifact:
     if config.hardware.int8_base:
         lora.to_int8(transformer, place.device)
     lora.inject(transformer, config.adapter, config.seed)
-    training = Training(place, transformer, config.optim, config.hardware, steps=config.steps, batch=config.batch)
+    training = Training(place, transformer, config.optim, config.hardware, steps=config.steps, batch=config.batch, guard=config.guard)
     probe = Probe(held_out, config.probe, scheduler=scheduler, seed=config.seed, batch=config.hardware.micro_batch)
 
     def draw(step: int, slots: range) -> encodings.Noised:
@@ -76,17 +79,17 @@ def run(config: LoraConfig) -> Artifact:
         with training.averaged() as model:
             return {"step": done, **probe.measure(model, config.guidance, config.model.usual_guidance)}
 
-    start, curve = checkpoint.restore(config.out, training, stream.state)
+    kept = Checkpoints(config.out, training, config.checkpoint, config.steps, stream.state)
+    start, curve = kept.restore()
     samples.begin(start, config.steps, training.slots)
-    with Log(config.out, f"lora {config.arm}", config.steps, place.is_main_process, start) as log:
+    with Log(config.out, f"lora {config.arm}", config.steps, place.is_main_process, start) as log, kept:
         curve = curve or [measured(0)]
         for step in range(start, config.steps):
             loss, norm = training.step(step, lambda slots: draw(step, slots), loss_of)  # noqa: B023
             log.write(step + 1, loss=loss, gradient_norm=norm, lr=training.lr)
             if (step + 1) % config.probe.every == 0 or step + 1 == config.steps:
                 curve.append(measured(step + 1))
-            if (step + 1) % config.checkpoint_every == 0:
-                checkpoint.save(config.out, training, step + 1, stream.state, curve)
+            kept.after(step + 1, curve)
             log.step(step + 1, loss=loss, held_out=curve[-1]["loss"])
 
     contract = {
@@ -97,9 +100,16 @@ def run(config: LoraConfig) -> Artifact:
         "suggested_guidance": config.model.usual_guidance,
         "suggested_strength": 1.0,
     }
+    artifact.retract(config.out)
     if place.is_main_process:
         lora.save(place.unwrap_model(training.model), config.adapter, config.out, {**contract, "config": artifact.identity(config)})
-    metrics = {**training.clock.metrics(), "guidance": config.guidance, "curve": curve, "data": sources.described(stream)}
+    metrics = {
+        **training.clock.metrics(),
+        "checkpoints": kept.metrics(),
+        "guidance": config.guidance,
+        "curve": curve,
+        "data": sources.described(stream),
+    }
     return artifact.publish(
         place, config.out, "lora", "lora", config, parents, step=config.steps, metrics=metrics, inference=contract, watched=pinned.watched()
     )

@@ -12,10 +12,12 @@ import torch
 
 from data import ledger, sources
 from data.sources import DataConfig, Pinned
-from dev2pro import artifact, checkpoint, claim, distributed, encodings, feed, flux, optim, stage
+from dev2pro import artifact, claim, distributed, encodings, feed, flux, optim, stage
 from dev2pro.artifact import Artifact
+from dev2pro.checkpoint import CheckpointConfig, Checkpoints
 from dev2pro.distributed import HardwareConfig
 from dev2pro.flux import ModelConfig
+from dev2pro.guard import GuardConfig
 from dev2pro.log import Log
 from dev2pro.optim import OptimConfig
 from dev2pro.probe import Probe, ProbeConfig
@@ -39,7 +41,8 @@ class RecoverConfig:
     caption_dropout: float
     ema: float
     save_dtype: str
-    checkpoint_every: int = field(metadata={"identity": False})
+    checkpoint: CheckpointConfig = field(metadata={"identity": False})
+    guard: GuardConfig = field(metadata={"identity": False})
     teacher: str | None = None
     ledger: str | None = field(default=None, metadata={"identity": False})
 
@@ -70,7 +73,7 @@ def run(config: RecoverConfig) -> Artifact:
     reference = pinned.reference(config.probe.samples)
     samples, texts, held_out = feed.prepare(config.model, stream, reference, config.hardware, place)
     transformer = flux.load_transformer(config.model.path, dtype, config.model.variant)
-    training = Training(place, transformer, config.optim, config.hardware, steps=config.steps, batch=config.batch, ema=config.ema)
+    training = Training(place, transformer, config.optim, config.hardware, steps=config.steps, batch=config.batch, ema=config.ema, guard=config.guard)
     probe = Probe(held_out, config.probe, scheduler=scheduler, seed=config.seed, batch=config.hardware.micro_batch)
     if config.teacher:
         probe.know_teacher(flux.load_transformer(config.teacher, dtype, config.model.variant).to(place.device))
@@ -86,22 +89,23 @@ def run(config: RecoverConfig) -> Artifact:
         with training.averaged() as model:
             return {"step": done, **probe.measure(model, config.guidance, config.model.usual_guidance)}
 
-    start, curve = checkpoint.restore(config.out, training, stream.state)
+    kept = Checkpoints(config.out, training, config.checkpoint, config.steps, stream.state)
+    start, curve = kept.restore()
     samples.begin(start, config.steps, training.slots)
-    with Log(config.out, "recover (dev2pro)", config.steps, place.is_main_process, start) as log:
+    with Log(config.out, "recover (dev2pro)", config.steps, place.is_main_process, start) as log, kept:
         curve = curve or [measured(0)]
         for step in range(start, config.steps):
             loss, norm = training.step(step, lambda slots: draw(step, slots), loss_of)  # noqa: B023
             log.write(step + 1, loss=loss, gradient_norm=norm, lr=training.lr)
             if (step + 1) % config.probe.every == 0 or step + 1 == config.steps:
                 curve.append(measured(step + 1))
-            if (step + 1) % config.checkpoint_every == 0:
-                checkpoint.save(config.out, training, step + 1, stream.state, curve)
+            kept.after(step + 1, curve)
             log.step(step + 1, loss=loss, held_out=curve[-1]["loss"])
 
+    artifact.retract(config.out)
     training.save(config.out, distributed.DTYPES[config.save_dtype])
     metrics = {
-        **training.clock.metrics(), "guidance": config.guidance, "curve": curve, "recovered": _recovered(curve), "data": sources.described(stream),
+        **kept.metrics(), "guidance": config.guidance, "curve": curve, "recovered": _recovered(curve), "data": sources.described(stream),
     }  # fmt: skip
     made = artifact.publish(
         place, config.out, "recover", "transformer", config, parents, step=config.steps, metrics=metrics, watched=pinned.watched()

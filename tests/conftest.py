@@ -3,6 +3,7 @@
 import importlib
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,7 +31,7 @@ def run_stage(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> 
     """Runs `python -m stages.<name> words...` in this process, which spares the seconds of a new one: (exit code, what it said)."""
     from dev2pro import stage
 
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def started(name: str, *words: str) -> tuple[int, str]:
         module = importlib.import_module(f"stages.{name}")
@@ -42,7 +43,26 @@ def run_stage(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> 
         return end.value.code, capfd.readouterr().err
 
     yield started
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[float], Path]]:
+    """Makes a file system of so many MiB."""
+    made: list[Path] = []
+
+    def mounted(mib: float) -> Path:
+        made.append(tmp_path / f"disk-{len(made)}")
+        made[-1].mkdir()
+        size = f"size={int(mib * 1024)}k"
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", made[-1]], capture_output=True, check=False).returncode:
+            pytest.skip("no file systems may be mounted here")
+        return made[-1]
+
+    yield mounted
+    for place in made:
+        subprocess.run(["umount", "-l", place], check=False, capture_output=True)
 
 
 def _clip(seed: int):

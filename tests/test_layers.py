@@ -14,7 +14,7 @@ OURS = ("flows", "stages", "data", "dev2pro", "tests", "bench")
 ARROWS = {
     "flows": ("flows", "dev2pro.artifact", "dev2pro.claim", "dev2pro.errors"),
     "stages": ("data", "dev2pro"),  # and no other stage
-    "data": ("data", "dev2pro.draws", "dev2pro.errors", "dev2pro.s3", "dev2pro.tries"),
+    "data": ("data", "dev2pro.draws", "dev2pro.errors", "dev2pro.s3", "dev2pro.stop", "dev2pro.tries"),
     "dev2pro": ("dev2pro",),
 }
 BRING_TORCH = ("torch", "accelerate", "diffusers", "peft", "torchao", "transformers")

@@ -50,7 +50,7 @@ def command(words: dict[str, str]) -> list[str]:
 @pytest.fixture
 def run(monkeypatch, capfd) -> Iterator[Callable[..., End]]:
     """Runs the recover stage's command in this process, as far as its exit code."""
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def started(words: dict[str, str], work: Callable[[recover.RecoverConfig], Artifact] = recover.run) -> End:
         monkeypatch.setattr(sys, "argv", ["recover.py", *command(words)])
@@ -60,7 +60,8 @@ def run(monkeypatch, capfd) -> Iterator[Callable[..., End]]:
         return End(end.value.code, capfd.readouterr().err)
 
     yield started
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def test_done_then_skipped_then_refused_to_another_configuration(run, words, tmp_path, capfd):
@@ -82,13 +83,54 @@ def test_done_then_skipped_then_refused_to_another_configuration(run, words, tmp
     assert made[1] == made[0]
     assert weights.stat().st_mtime_ns == written
 
-    end = run(words | {"steps": "3"}, work)
+    end = run(words | {"steps": "1"}, work)
     assert end.code == 2
-    assert "steps is 2 there and 3 here" in end.paragraph
+    assert "steps is 2 there and 1 here" in end.paragraph
 
     again = words | {"out": f"{tmp_path}/again"}
     assert run(again, work).code == 0
     assert made[2].id == made[0].id  # the same weights, bit for bit
+
+
+def test_more_steps_go_on_from_a_finished_run(run, words, tmp_path):
+    longer = words | {"steps": "5", "optim.schedule": "constant"}
+    assert run(longer | {"steps": "2"}).code == 0
+    assert run(longer).code == 0
+    assert run(longer | {"out": f"{tmp_path}/whole"}).code == 0
+    one, other = ((tmp_path / name / "transformer/diffusion_pytorch_model.safetensors").read_bytes() for name in ("out", "whole"))
+    assert one == other
+    rows = [json.loads(line)["step"] for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert rows == [1, 2, 3, 4, 5]
+    assert [file.name for file in (tmp_path / "out").glob("checkpoint*")] == ["checkpoint-5"]
+
+    for folder in (tmp_path / "out").glob("checkpoint*"):
+        shutil.rmtree(folder)
+    end = run(longer | {"steps": "6"})
+    assert end.code == 2
+    assert "has finished 5 steps, and the checkpoint it would go on from was removed" in end.paragraph
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from dev2pro import claim
+claim._hold(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_runs_do_not_work_in_one_folder(run, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(claim, "PATIENCE", 0.0)
+    (tmp_path / "out").mkdir()
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, words["out"]], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    end = run(words)
+    assert end.code == 75
+    assert f"Another process works in out={words['out']}" in end.paragraph
+    holder.kill()
+    holder.wait()
+    assert run(words).code == 0
 
 
 def test_a_process_says_done_and_where(words):

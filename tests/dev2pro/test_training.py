@@ -132,7 +132,7 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_weights(tiny, data, spoi
     run = Run(tiny, data, micro_batch=2, ema=0.5)
     run.step(0)
     before, shadows = run.weights, [p.clone() for p in run.training.ema.shadow_params]
-    with pytest.raises(DivergedError, match=r"step 1 is not finite. Lower optim\.lr"):
+    with pytest.raises(DivergedError, match=r"step 1 is not finite.*Lower optim\.lr"):
         run.step(1, spoil)
     assert torch.equal(run.weights, before)
     assert all(torch.equal(a, b) for a, b in zip(shadows, run.training.ema.shadow_params, strict=True))

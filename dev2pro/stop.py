@@ -1,0 +1,86 @@
+"""Being asked to stop: SIGTERM (a scheduler, a preemption notice, the UI) or SIGINT. Training goes on to the end of its step and is saved first.
+
+Imports no torch. A second signal, or the end of the grace, ends the process at once; what was saved before stays whole.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from dev2pro.errors import INTERRUPTED
+
+ONE = 2.0  # seconds within which several signals are one: a terminal and torchrun both pass theirs on
+PR_SET_PDEATHSIG = 1
+_since = 0.0  # when the first signal came
+_held = 0.0  # seconds of grace, while a step is to be finished
+
+
+def listen() -> None:
+    """From now on SIGTERM and SIGINT raise KeyboardInterrupt, or wait for the step (see `finishing`).
+
+    A process that was started by a flow or by torchrun is asked to stop, too, when its parent dies.
+    """
+    global _since
+    _since = 0.0
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _on)
+    if "TORCHELASTIC_RUN_ID" in os.environ or "DEV2PRO_EVENTS" in os.environ:
+        follow_parent(signal.SIGTERM)
+
+
+def follow_parent(number: int) -> None:
+    """Has the system send this process a signal when its parent dies. Linux; elsewhere nothing happens."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+
+
+def apart() -> None:
+    """In a child whose parent sees to its end: it is not meant when the parent's group is asked to stop, and it does not outlive the parent."""
+    os.setpgid(0, 0)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    follow_parent(signal.SIGKILL)
+
+
+@contextmanager
+def finishing(grace: float) -> Iterator[None]:
+    """Within, a signal is only noted (`asked`), and `grace` seconds are left to save and end."""
+    global _held
+    _held = grace
+    try:
+        yield
+    finally:
+        _held = 0.0
+
+
+def asked() -> bool:
+    """Whether this process was asked to stop."""
+    return _since > 0
+
+
+def _on(number: int, _frame: Any) -> None:
+    global _since
+    now = time.monotonic()
+    if asked() and now - _since < ONE:
+        return
+    if not _held:
+        _since = _since or now
+        raise KeyboardInterrupt
+    if asked():
+        _end("asked twice")
+    _since = now
+    print(f"asked to stop ({signal.Signals(number).name}): finishing the step and saving, for up to {_held:.0f} s", file=sys.stderr, flush=True)
+    timer = threading.Timer(_held, _end, [f"{_held:.0f} s were not enough to save"])
+    timer.daemon = True
+    timer.start()
+
+
+def _end(why: str) -> None:
+    print(f"stopped at once ({why}). The same command goes on from the last checkpoint, if there is one.", file=sys.stderr, flush=True)
+    os._exit(INTERRUPTED)
