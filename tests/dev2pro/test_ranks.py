@@ -1,0 +1,58 @@
+"""Ranks end with the code of the one that knows what went wrong, and one that is interrupted takes the others along."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dev2pro import ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+WORK = """
+import os, sys, time
+if os.environ["RANK"] == sys.argv[1]:
+    sys.exit(int(sys.argv[2]))
+open(sys.argv[3] + os.environ["RANK"], "w").close()
+time.sleep(60)
+"""
+
+
+def start(tmp_path: Path, *words: str) -> subprocess.Popen:
+    (tmp_path / "work.py").write_text(WORK)
+    command = [sys.executable, "-m", "dev2pro.ranks", "--standalone", "--nproc-per-node=2", f"{tmp_path}/work.py", *words, f"{tmp_path}/started-"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_rank_s_own_code_comes_out(tmp_path):
+    child = start(tmp_path, "1", "3")
+    _, error = child.communicate(timeout=60)
+    assert child.returncode == 3
+    assert "Traceback" not in error
+
+
+def test_an_interruption_is_one(tmp_path):
+    child = start(tmp_path, "none", "0")
+    while len(list(tmp_path.glob("started-*"))) < 2:
+        time.sleep(0.05)
+    child.send_signal(signal.SIGTERM)
+    child.communicate(timeout=60)
+    assert child.returncode == 130
+
+
+@pytest.mark.parametrize(
+    ("ended", "code"),
+    [([1, 3], 3), ([75, 1], 75), ([130, 4], 4), ([130, 130], 130), ([1, 1], 1), ([-9, 1], 137), ([-9, 5], 5), ([1, -15], 1)],
+)
+def test_who_knows_is_asked_first(ended, code):
+    assert ranks._code(ended) == code
+
+
+def test_words_that_torchrun_does_not_know():
+    done = subprocess.run(
+        [sys.executable, "-m", "dev2pro.ranks", "--nproc"], cwd=ROOT, capture_output=True, text=True, env={**os.environ}, check=False
+    )
+    assert done.returncode == 2
+    assert "usage" in done.stderr

@@ -1,0 +1,128 @@
+"""A process that is asked to stop: at once where nothing is lost, else after what it is at; twice or too late means at once. In real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+WORK = """
+import os, sys, time
+from dev2pro import stop
+stop.listen()
+try:
+    print("preparing", flush=True)
+    while sys.argv[1] == "prepare":
+        time.sleep(0.01)
+    with stop.finishing(float(sys.argv[2])):
+        print("training", flush=True)
+        while not stop.asked():
+            time.sleep(0.01)
+        print("saving", flush=True)
+        time.sleep(float(sys.argv[3]))
+        print("saved", flush=True)
+    sys.exit(7)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+    sys.exit(130)
+"""
+
+
+def started(*words: str, until: str, **more: str) -> subprocess.Popen:
+    child = subprocess.Popen(
+        [sys.executable, "-c", WORK, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **more}
+    )
+    read_until(child, until)
+    return child
+
+
+def read_until(child: subprocess.Popen, word: str) -> None:
+    assert child.stdout is not None
+    while child.stdout.readline().strip() != word:
+        assert child.poll() is None
+
+
+def ended(child: subprocess.Popen) -> tuple[int, str, str]:
+    said, error = child.communicate(timeout=20)
+    return child.returncode, said, error
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_before_the_training_it_stops_at_once(number):
+    child = started("prepare", until="preparing")
+    child.send_signal(number)
+    assert ended(child)[:2] == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_while_training_it_finishes_and_saves(number):
+    child = started("train", "20", "0.1", until="training")
+    child.send_signal(number)
+    code, said, error = ended(child)
+    assert (code, said) == (7, "saving\nsaved\n")  # what it ends with is the stage's business
+    assert f"asked to stop ({number.name}): finishing the step and saving, for up to 20 s" in error
+
+
+def test_signals_that_come_together_are_one():
+    child = started("train", "20", "0.5", until="training")
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+        child.send_signal(number)
+        time.sleep(0.05)
+    assert ended(child)[:2] == (7, "saving\nsaved\n")
+
+
+def test_a_second_signal_stops_it_at_once():
+    child = started("train", "20", "20", until="training")
+    child.send_signal(signal.SIGTERM)
+    read_until(child, "saving")
+    time.sleep(2.1)
+    before = time.monotonic()
+    child.send_signal(signal.SIGINT)
+    code, said, error = ended(child)
+    assert (code, said) == (130, "")
+    assert "stopped at once (asked twice). The same command goes on from the last checkpoint" in error
+    assert time.monotonic() - before < 5
+
+
+def test_the_grace_has_an_end():
+    child = started("train", "1", "20", until="training")
+    before = time.monotonic()
+    child.send_signal(signal.SIGTERM)
+    code, said, error = ended(child)
+    assert (code, said) == (130, "saving\n")
+    assert "stopped at once (1 s were not enough to save)" in error
+    assert 1 <= time.monotonic() - before < 6
+
+
+LAUNCHER = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1], "train", "20", "0"], stdout=sys.stdout)
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("launched_by", ["TORCHELASTIC_RUN_ID", "DEV2PRO_EVENTS", ""])
+def test_a_launched_process_is_asked_to_stop_when_its_launcher_dies(launched_by):
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, WORK],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ} | ({launched_by: "1"} if launched_by else {}),
+    )
+    assert launcher.stdout is not None
+    pid = int(launcher.stdout.readline())
+    read_until(launcher, "training")
+    launcher.kill()
+    if launched_by:
+        assert launcher.stdout.read() == "saving\nsaved\n"  # to the end of the file: nobody has it open any more
+    else:
+        time.sleep(0.5)
+        os.kill(pid, signal.SIGKILL)  # it lives, as one that a shell has started does
+        assert launcher.stdout.read() == ""
+    launcher.wait()
