@@ -24,6 +24,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dev2pro import draws, stop
 from dev2pro.artifact import CHECKPOINT, digest
@@ -210,7 +212,14 @@ def _tensors(training: Training) -> dict[str, Any]:
     if training.ema:
         found |= {f"ema/{name}": average for (name, _), average in zip(named, training.ema.shadow_params, strict=True)}
     moments = training.optimizer.optimizer.state
-    return found | {f"optimizer/{what}/{name}": value for name, p in named for what, value in moments[p].items()}
+    return found | {f"optimizer/{what}{part}/{name}": value for name, p in named for what, one in moments[p].items() for part, value in _plain(one)}
+
+
+def _plain(value: Tensor) -> list[tuple[str, Tensor]]:
+    """A tensor, or the parts that one in 8 bits is made of."""
+    if isinstance(value, DTensor) or not is_traceable_wrapper_subclass(value):
+        return [("", value)]
+    return [(f".{part}", getattr(value, part)) for part in value.__tensor_flatten__()[0]]
 
 
 def _save(tensors: dict[str, Any], folder: Path, group: Any) -> None:

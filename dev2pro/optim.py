@@ -26,12 +26,16 @@ class OptimConfig:
     clip: float = 1.0  # largest norm of the whole gradient
 
 
-def check(config: OptimConfig) -> None:
-    """Raises ConfigError for an optimizer or a schedule nobody knows, before any model is loaded."""
+def check(config: OptimConfig, *, shard: bool = False) -> None:
+    """Raises ConfigError for an optimizer or a schedule that cannot work, before any model is loaded."""
     if config.name not in OPTIMIZERS:
         raise ConfigError(f"optim.name={config.name} is unknown. Choose one of {', '.join(OPTIMIZERS)}.")
     if config.name == "adamw_8bit":
         need_torchao("optim.name=adamw_8bit")
+        if shard:
+            raise ConfigError(
+                "optim.name=adamw_8bit has a state that no other number of ranks could go on with. Set optim.name=adamw, or hardware.shard=false."
+            )
     if config.schedule not in SCHEDULES:
         raise ConfigError(f"optim.schedule={config.schedule} is unknown. Choose one of {', '.join(SCHEDULES)}.")
 

@@ -75,6 +75,7 @@ class Training:
             (mean, wanted), size = self.place.reduce(told, "mean").tolist(), _whole(norm)
             self.stopping = wanted > 0
             self.guard.look(step, mean, size)
+            torch.manual_seed(step)  # stochastic rounding draws from here, and has to draw the same after a kill
             self.optimizer.step()
             self.schedule.step()
             self.optimizer.zero_grad()

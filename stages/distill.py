@@ -55,7 +55,7 @@ def run(config: DistillConfig) -> Artifact:
     if not 0 < low <= high:
         raise ConfigError(f"guidance={config.guidance} is no range. Give the lowest and the highest guidance to train at, such as [2,6].")
     flux.check_transformer(config.teacher)
-    optim.check(config.optim)
+    optim.check(config.optim, shard=config.hardware.shard)
     distributed.check_dtype("save_dtype", config.save_dtype)
     place = distributed.accelerator(config.hardware)
     distributed.own_slots(config.batch, config.hardware.micro_batch, place)

@@ -53,7 +53,7 @@ def run(config: RecoverConfig) -> Artifact:
     parents: artifact.Parents = {"base": config.model.path} | ({"teacher": config.teacher} if config.teacher else {})
     if config.teacher:
         flux.check_transformer(config.teacher)
-    optim.check(config.optim)
+    optim.check(config.optim, shard=config.hardware.shard)
     distributed.check_dtype("save_dtype", config.save_dtype)
     if config.ledger:
         ledger.consumed(config.ledger)  # a damaged one is told before the training, not after it

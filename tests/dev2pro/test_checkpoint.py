@@ -26,8 +26,10 @@ SHARD = "shard-00001-model-00001-of-00001.safetensors"
 class Run:
     """Steps on inputs that depend on nothing but the number of the step."""
 
-    def __init__(self, tiny: Path, out: Path, *, ema: float = 0.9, adapter: bool = False, every: int = 1, keep: int = 2, **optim) -> None:
-        model = flux.load_transformer(str(tiny))
+    def __init__(
+        self, tiny: Path, out: Path, *, ema: float = 0.9, adapter: bool = False, every: int = 1, keep: int = 2, dtype=torch.float32, **optim
+    ) -> None:
+        self.dtype, model = dtype, flux.load_transformer(str(tiny), dtype)
         if adapter:
             lora.inject(model, AdapterConfig(rank=4, alpha=4, targets="attention"), 0)
         config = OptimConfig(**{"lr": 1e-3, "schedule": "cosine", "warmup": 2, **optim})
@@ -36,7 +38,7 @@ class Run:
 
     def step(self, step: int) -> tuple[float, float]:
         draw = torch.Generator().manual_seed(step)
-        x, prompt, pooled = (torch.randn(2, *shape, generator=draw) for shape in ((16, 16), (8, 64), (64,)))
+        x, prompt, pooled = (torch.randn(2, *shape, generator=draw).to(self.dtype) for shape in ((16, 16), (8, 64), (64,)))
         said = flux.condition(prompt, pooled, (4, 4))
 
         def loss_of(_: range) -> torch.Tensor:
@@ -83,6 +85,17 @@ def test_a_restored_run_goes_on_bit_for_bit(tiny, tmp_path, options):
     assert second.training.guard.recent == first.training.guard.recent
     assert second.steps(4, 7) == numbers[4:]
     assert same(second, whole)
+
+
+def test_moments_in_8_bits_and_their_rounding_go_on_bit_for_bit(tiny, tmp_path):
+    pytest.importorskip("torchao")
+    with torch.compiler.set_stance("force_eager"):  # compiling it takes minutes
+        whole = Run(tiny, tmp_path, every=3, name="adamw_8bit", dtype=torch.bfloat16)
+        numbers = whole.steps(0, 5)
+        again = Run(tiny, tmp_path, every=3, name="adamw_8bit", dtype=torch.bfloat16)
+        assert again.kept.restore()[0] == 3
+        assert again.steps(3, 5) == numbers[3:]
+    assert same(again, whole)
 
 
 def test_saving_changes_nothing(tiny, tmp_path):

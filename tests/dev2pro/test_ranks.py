@@ -1,5 +1,6 @@
 """Ranks end with the code of the one that knows what went wrong, and one that is interrupted takes the others along."""
 
+import os
 import signal
 import subprocess
 import sys

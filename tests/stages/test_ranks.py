@@ -75,10 +75,10 @@ def test_ranks_see_the_same_and_end_within_rounding(alone, ranks, shard, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after", "shard"), [(2, 1, "false"), (2, 4, "true")])
+@pytest.mark.parametrize(("before", "after", "shard"), [(2, 1, "false"), (2, 1, "true"), (2, 4, "true"), (1, 2, "true")])
 def test_a_checkpoint_goes_on_with_another_number_of_ranks(alone, before, after, shard, tmp_path):
-    words = ["checkpoint.every=1", f"hardware.shard={shard}"]
-    assert start(tmp_path, before, *words, stop_at=2) != 0
-    assert [folder.name for folder in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
-    assert start(tmp_path, after, *words) == 0
+    words = ["checkpoint.every=1"]
+    assert start(tmp_path, before, *words, f"hardware.shard={shard if before > 1 else 'false'}", stop_at=2) != 0
+    assert {folder.name for folder in (tmp_path / "out").glob("checkpoint-*")} >= {"checkpoint-1"}  # the one of step 2 may be half written
+    assert start(tmp_path, after, *words, f"hardware.shard={shard if after > 1 else 'false'}") == 0
     same(found(tmp_path), alone)
