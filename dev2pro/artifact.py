@@ -272,3 +272,9 @@ def _revision() -> str:
         return done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+if __name__ == "__main__":
+    from dev2pro import biography
+
+    biography.main()

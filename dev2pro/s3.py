@@ -18,9 +18,11 @@ def client() -> Any:
 
 
 def passing(error: Exception) -> bool:
-    """Whether an error of the client may not come again: the store was not reached, or could not answer."""
+    """Whether an error of the client may not come again: the store was not reached, or could not answer, or not to the end."""
+    from s3fs.core import S3_RETRYABLE_ERRORS  # an import that takes a moment, and whoever has an error has made it
+
     kinds = (botocore.exceptions.HTTPClientError, botocore.exceptions.ConnectionError, botocore.exceptions.CredentialRetrievalError, OSError)
-    return isinstance(error, kinds) and not isinstance(error, (FileNotFoundError, PermissionError))
+    return isinstance(error, (*kinds, *S3_RETRYABLE_ERRORS)) and not isinstance(error, (FileNotFoundError, PermissionError))
 
 
 def shown(place: str) -> str:

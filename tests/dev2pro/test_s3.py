@@ -1,3 +1,4 @@
+import aiohttp
 import botocore.exceptions
 import pytest
 
@@ -5,7 +6,7 @@ from dev2pro import s3
 from tests.servers import environment, moto, s3_environment
 
 PASSING = [
-    OSError(5, "an answer of 500"), TimeoutError(), botocore.exceptions.EndpointConnectionError(endpoint_url="http://x"),
+    aiohttp.ClientPayloadError(), OSError(5, "an answer of 500"), TimeoutError(), botocore.exceptions.EndpointConnectionError(endpoint_url="http://x"),
     botocore.exceptions.ReadTimeoutError(endpoint_url="http://x"), botocore.exceptions.CredentialRetrievalError(provider="x", error_msg="x"),
 ]  # fmt: skip
 LASTING = [
