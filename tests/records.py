@@ -22,7 +22,7 @@ class Config:
     optim: Optim = Optim()
 
 
-def make(config: Config, parents: dict[str, str], **what: Any) -> artifact.Artifact:
+def make(config: Config, parents: artifact.Parents, **what: Any) -> artifact.Artifact:
     """What a stage does: claim, make files, record."""
     assert claim.begin(config.out, "test", config, parents) is None
     (Path(config.out) / "transformer").mkdir(exist_ok=True)

@@ -1,0 +1,203 @@
+"""`python -m dev2pro.artifact`, in this process where that tells the same, and as a command where it does not."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dev2pro import artifact, biography, store
+from tests.records import Config, make
+from tests.servers import SECRET
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture
+def lora(tmp_path, monkeypatch, parents) -> artifact.Artifact:
+    """On a recovered model on a base."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lora", "data.train=[a b]", "steps=3"])
+    make(Config("recovered"), {"base": "model"})
+    curve = [{"loss": 3.123456789, "step": 0}, {"loss": 1.5, "step": 3}]
+    return make(
+        Config("lora"), {"trained_on": "recovered", "apply_to": "model", "judge": "openai/clip"},
+        metrics={"guidance": 1.0, "curve": curve}, inference={"arm": "recovered@1", "suggested_guidance": 3.5},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def said(monkeypatch, capfd) -> Callable[..., tuple[int, str, str]]:
+    """(exit code, stdout, stderr)."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        handler = signal.getsignal(signal.SIGTERM)
+        monkeypatch.setattr(sys, "argv", ["artifact", *words])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            biography.main()
+        signal.signal(signal.SIGTERM, handler)
+        return end.value.code, *capfd.readouterr()
+
+    return run
+
+
+def test_what_is_whole_is_verified_with_its_parents(lora, said):
+    code, out, err = said("verify", "lora")
+    assert (code, err) == (0, "")
+    assert f"lora: whole, thing {lora.id[:12]}, 3 files, " in out
+    assert "recovered: whole, thing " in out
+    assert "(trained_on of lora)" in out
+    assert "lora: its judge, openai/clip, is by name, and was not looked at." in out
+
+
+def test_a_line_for_every_problem_and_exit_code_3(lora, said):
+    (Path("lora") / "transformer/weights.bin").write_bytes(b"WEIGHTS")
+    (Path("recovered") / "metrics.jsonl").unlink()
+    (Path("model") / "new").touch()
+    (Path("lora") / "notes.txt").touch()
+    code, out, _ = said("verify", "lora")
+    assert code == 3
+    assert "lora/transformer/weights.bin: has other contents" in out
+    assert "recovered/metrics.jsonl: is missing. Bring the old file back" in out
+    assert "lora: its apply_to, model, changed" in out
+    assert "lora: 1 files are there that are no part of it (notes.txt)." in out
+    assert "whole" not in out
+
+
+def test_strangers_leftovers_and_parents_that_are_gone_are_no_problem(lora, said):
+    shutil.rmtree("recovered")
+    (Path("lora") / "notes.txt").touch()
+    (Path("lora") / "checkpoint-1").mkdir()
+    code, out, _ = said("verify", "lora")
+    assert code == 0
+    assert "its trained_on, recovered, is gone" in out
+
+
+def test_a_forged_record_does_not_verify(lora, said):
+    record = Path("lora/artifact.json")
+    record.write_text(record.read_text().replace('"kind": "thing"', '"kind": "lora"'))
+    code, out, _ = said("verify", "lora", "recovered")
+    assert code == 3
+    assert "lora/artifact.json: its contents give the id" in out
+    assert "recovered: whole" in out
+
+
+def test_what_made_it_is_shown(lora, said):
+    code, out, _ = said("show", "lora")
+    assert code == 0
+    for line in (
+        "kind          thing", f"id            {lora.id}", f"git revision  {lora.git_revision}", "steps         3",
+        "command       python -m stages.test 'data.train=[a b]' steps=3", "  trained_on    ", "  arm: recovered@1", "  suggested_guidance: 3.5", "  optim:",
+        "    lr: 0.1", "    the last of 2:", "      loss: 1.5", "7  transformer/weights.bin",
+    ):  # fmt: skip
+        assert line in out, line
+
+
+def test_the_biography_is_a_tree(lora, said):
+    (Path("model") / "new").touch()
+    code, out, _ = said("lineage", "lora")
+    assert code == 0
+    base, above = artifact.read("recovered").parents[0]["id"][:12], artifact.read("recovered").id[:12]
+    assert out.splitlines() == [
+        f"thing {lora.id[:12]}  lora",
+        f"├── trained_on  thing {above}  there  recovered",
+        f"│   └── base  {base}  changed  model",
+        f"├── apply_to  {base}  changed  model",
+        "└── judge  by name  openai/clip",
+    ]
+
+
+def test_a_shared_parent_is_drawn_once_and_a_circle_has_an_end(lora, said):
+    make(Config("both"), {"one": "lora", "two": "recovered"})
+    _, out, _ = said("lineage", "both")
+    assert out.count("recovered  (see above)") == 1
+    record = Path("recovered/artifact.json")  # no honest record can do this: ids are hashes of ids
+    record.write_text(record.read_text().replace('"uri": "model"', '"uri": "both"').replace(artifact.fingerprint("model"), artifact.read("both").id))
+    code, out, _ = said("lineage", "both")
+    assert code == 0
+    assert "both  (see above)" in out
+    assert said("verify", "both")[0] == 3
+
+
+def test_push_and_pull_say_only_the_place(lora, said, proxy):
+    Path("recovered").rename("lora/../elsewhere")
+    code, out, _ = said("push", "lora", "s3://store/models")
+    assert (code, out) == (0, f"s3://store/models/{lora.id}\n")
+    assert said("pull", out.strip()) == (0, f"{store.CACHE}/{lora.id}\n", "")
+    assert said("show", f"s3://store/models/{lora.id}")[0] == 0
+    assert said("lineage", f"s3://store/models/{lora.id}")[1].startswith(f"thing {lora.id[:12]}  s3://store/models/")
+    assert said("verify", f"s3://store/models/{lora.id}")[0] == 0
+
+
+def test_errors_are_one_paragraph_with_their_exit_code(lora, said, proxy, monkeypatch):
+    monkeypatch.setattr("dev2pro.tries.LONGEST_PAUSE", 0.01)
+    (Path("broken")).mkdir()
+    Path("broken/artifact.json").write_text("[]")
+    for code, words in (
+        (2, ["show", "model"]), (2, ["push", "lora", "https://me:hush@host/x"]), (2, ["pull", "s3://store/x"]), (2, ["verify", "nowhere"]),
+        (2, ["lineage", "broken"]), (2, ["push", "lora", "s3://no-such-bucket"]), (2, ["gc", "nowhere", "--keep", "lora"]),
+    ):  # fmt: skip
+        got, out, err = said(*words)
+        assert (got, out) == (code, ""), (words, err)
+        assert err.startswith("artifact: ")
+        assert err.count("\n") == 1
+        assert not any(secret in err for secret in (SECRET, "hush", "Traceback", "AKIA"))
+    proxy.rule = lambda *_: 500
+    assert said("push", "lora", "s3://store")[0] == 75
+    (Path("lora") / "config.json").unlink()
+    assert said("push", "lora", "store")[0] == 3
+
+
+@pytest.mark.parametrize("word", [[], ["verify"], ["show"], ["lineage"], ["push"], ["pull"], ["gc"]])
+def test_help_is_there(said, word):
+    code, out, _ = said(*word, "--help")
+    assert code == 0
+    assert f"python -m dev2pro.artifact {' '.join(word)}" in out
+
+
+def test_names_from_elsewhere_do_not_steer_the_terminal(lora, said):
+    record = Path("recovered/artifact.json")
+    record.write_text(record.read_text().replace('"uri": "model"', '"uri": "\\u001b[2J[bold]x"'))
+    for word in ("show", "lineage", "verify"):
+        _, out, err = said(word, "recovered")
+        assert "\x1b" not in out + err
+        assert "\\x1b[2J[bold]x" in out
+
+
+def started(*words: str, **how) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
+    return subprocess.Popen([sys.executable, "-m", "dev2pro.artifact", *words], env=environment, stderr=subprocess.PIPE, text=True, **how)
+
+
+def test_it_answers_as_a_command_and_loads_no_torch(lora):
+    watch = "import sys, runpy; sys.argv = ['x', 'lineage', 'lora']\ntry: runpy.run_module('dev2pro.artifact', run_name='__main__')\n"
+    watch += "finally: print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", watch], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.startswith(f"thing {lora.id[:12]}")
+    assert done.stdout.endswith("False\n")
+
+
+def test_a_reader_who_has_seen_enough_is_no_trouble(lora):
+    reader, writer = os.pipe()
+    os.close(reader)
+    child = started("show", "lora", stdout=writer)
+    os.close(writer)
+    assert (child.communicate(timeout=60)[1], child.returncode) == ("", 141)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_push_ends_with_130(lora, proxy, stop):
+    proxy.rule = lambda method, _path, _number: 5.0 if method == "PUT" else None
+    child = started("push", "lora", "s3://store", stdout=subprocess.PIPE)
+    proxy.wait("PUT", 1)
+    child.send_signal(stop)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130, err
+    assert err == "artifact: interrupted. Nothing is half done; the same command goes on from there.\n"
