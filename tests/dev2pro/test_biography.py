@@ -92,7 +92,8 @@ def test_what_made_it_is_shown(lora, said):
     assert code == 0
     for line in (
         "kind          thing", f"id            {lora.id}", f"git revision  {lora.git_revision}", "steps         3",
-        "command       python -m stages.test 'data.train=[a b]' steps=3", "  trained_on    ", "  arm: recovered@1", "  suggested_guidance: 3.5", "  optim:",
+        "command       python -m stages.test 'data.train=[a b]' steps=3", "  trained_on    ", "  arm: recovered@1", "  suggested_guidance: 3.5",
+        "  optim:",
         "    lr: 0.1", "    the last of 2:", "      loss: 1.5", "7  transformer/weights.bin",
     ):  # fmt: skip
         assert line in out, line

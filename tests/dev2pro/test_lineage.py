@@ -31,7 +31,8 @@ def states(made: artifact.Artifact) -> dict[str, tuple[str, str]]:
 
 def test_what_is_as_it_was_is_there(made):
     assert states(made) == {
-        "trained_on": ("there", "recovered"), "judge": ("by name", "openai/clip"), "data.train": ("there", "train.snapshot"), "base": ("there", "model"),
+        "trained_on": ("there", "recovered"), "judge": ("by name", "openai/clip"), "data.train": ("there", "train.snapshot"),
+        "base": ("there", "model"),
     }  # fmt: skip
     found = next(lineage.parents(made)).made
     assert found == artifact.read("recovered")
