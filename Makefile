@@ -8,7 +8,7 @@ PY := .venv/bin/python
 READY := .venv/ready
 endif
 
-.PHONY: help venv demo test proof lint format bench miniature clean
+.PHONY: help venv demo test proof chaos lint format bench miniature clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ test: $(READY) ## the tests, several files at a time
 proof: $(READY) ## the longer proofs
 	$(PY) -m pytest -m slow
 
+chaos: $(READY) ## kill every stage some hundred and fifty times at random moments: SEED=0
+	SEED=$(SEED) $(PY) -m pytest -m chaos tests/stages/test_chaos.py
+
 lint: $(READY) ## ruff's rules and format, mypy's types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -40,8 +43,8 @@ format: $(READY) ## put imports and layout in order
 	$(PY) -m ruff check --select I --fix .
 	$(PY) -m ruff format .
 
-bench: $(READY) ## measure the training step and the stream
-	@set -e; for file in bench/training.py bench/data.py; do echo "== $$file"; PYTHONPATH=. $(PY) $$file; done
+bench: $(READY) ## measure the training step, checkpoints and the stream
+	@set -e; for file in bench/training.py bench/checkpoint.py bench/data.py; do echo "== $$file"; PYTHONPATH=. $(PY) $$file; done
 
 miniature: $(READY) ## build data/miniature again from nothing
 	$(PY) -m flows.miniature

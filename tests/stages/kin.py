@@ -1,0 +1,78 @@
+"""The processes that a process has started, directly or not, and what becomes of them."""
+
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PR_SET_CHILD_SUBREAPER = 36
+TICK = 0.002  # seconds between two looks
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A process as /proc has it."""
+
+    pid: int
+    state: str
+    parent: int
+    session: int
+
+
+def adopt() -> None:
+    """From now on whoever loses its parent below this process becomes its child, so that none is lost sight of."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def family() -> list[Seen]:
+    """All living descendants of this process."""
+    there: dict[int, Seen] = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            state, parent, _, session, *_ = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        there[int(name)] = Seen(int(name), state, int(parent), int(session))
+    kin = {os.getpid()}
+    while more := {one.pid for one in there.values() if one.parent in kin} - kin:
+        kin |= more
+    return [there[pid] for pid in kin - {os.getpid()} if there[pid].state not in "ZX"]
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether the process has a handler of its own for a signal."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return False
+    return any(bool(int(line.split()[1], 16) >> (number - 1) & 1) for line in lines if line.startswith("SigCgt"))
+
+
+def send(pids: list[int], number: signal.Signals) -> None:
+    """To those that are still there."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def until(true: Callable[[], Any], seconds: float) -> bool:
+    """Whether something came to be true within so many seconds."""
+    end = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > end:
+            return False
+        time.sleep(TICK)
+    return True
+
+
+def reap() -> bool:
+    """Takes note of adopted processes that have ended. Whether none is left alive."""
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    return not family()

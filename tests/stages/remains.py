@@ -1,0 +1,52 @@
+"""What a stage has left in its folder: whole, whatever happened to it, and in the end the same as the undisturbed run's."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+
+def sizes(out: Path) -> dict[str, int]:
+    """Every file of a folder, however deep, and its bytes."""
+    return {str(file.relative_to(out)): file.stat().st_size for file in out.rglob("*") if file.is_file()}
+
+
+def seal(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def damage(out: Path) -> list[str]:
+    """What is not whole of what calls itself finished: checkpoints without `.partial`, an artifact with its record."""
+    wrong = list[str]()
+    for folder in out.glob("checkpoint-*"):
+        if re.fullmatch(r"checkpoint-[0-9]+", folder.name):
+            try:
+                files = json.loads((folder / "checkpoint.json").read_text())["files"]
+                wrong += [f"{folder.name}/{name}" for name, (_, sha) in files.items() if seal(folder / name) != sha]
+            except (OSError, ValueError, KeyError) as error:
+                wrong.append(f"{folder.name}: {error!r}")
+    if (out / "artifact.json").exists():
+        record = json.loads((out / "artifact.json").read_text())
+        wrong += [f["path"] for f in record["files"] if not (out / f["path"]).is_file() or seal(out / f["path"]) != f["sha256"]]
+    return wrong
+
+
+def differences(out: Path, wanted: Path) -> list[str]:
+    """In what a finished folder is not what the undisturbed run left. Only the record holds times, so all other files are compared byte for byte."""
+    found, undisturbed = (json.loads((folder / "artifact.json").read_text()) for folder in (out, wanted))
+    wrong = [f"{key}: {found[key]} and undisturbed {undisturbed[key]}" for key in ("id", "config_digest", "step") if found[key] != undisturbed[key]]
+    if found["metrics"]["curve"] != undisturbed["metrics"]["curve"]:
+        wrong.append(f"the curve: {found['metrics']['curve']} and undisturbed {undisturbed['metrics']['curve']}")
+    there, wished = sizes(out), sizes(wanted)
+    wrong += [f"{name} is left over" for name in there.keys() - wished.keys()] + [f"{name} is missing" for name in wished.keys() - there.keys()]
+    for entry in undisturbed["files"]:
+        name = entry["path"]
+        if name in there and (out / name).read_bytes() != (wanted / name).read_bytes():
+            wrong.append(f"{name} is not the same{_rows(out / name, wanted / name) if name.endswith('.jsonl') else ''}")
+    return wrong + [f"{name} is damaged" for name in damage(out)]
+
+
+def _rows(one: Path, other: Path) -> str:
+    """Which steps two logs hold, and which they tell differently."""
+    left, right = ({row["step"]: row for row in map(json.loads, file.read_text().splitlines())} for file in (one, other))
+    return f": steps {list(left)}, undisturbed {list(right)}, told differently {[step for step in left if left[step] != right.get(step)]}"
