@@ -19,7 +19,7 @@ PIECE = 16 << 20  # bytes
 TOGETHER = 8  # pieces under way at a time
 RETRIES = 6  # with growing, jittered pauses: half a minute besides the tries that the client makes itself
 SUM = "sha256"  # the key of an object's metadata under which its contents' hash is kept
-LOST = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN, errno.EHOSTDOWN)  # a network file system that is away
+LOST = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN)  # a network file system that is away
 Told = Callable[[int], None]  # how many bytes of a file are done
 
 

@@ -20,7 +20,7 @@ def test_what_is_pushed_is_pulled_bit_by_bit(made, place):
     assert folder == f"runs/cache/artifacts/{made.id}"
     assert files(folder) == files(made.uri)
     assert artifact.read(folder).id == artifact.fingerprint(folder) == made.id
-    assert os.listdir("runs/cache/artifacts").sort() == [made.id, f"{made.id}.lock"].sort()
+    assert sorted(os.listdir("runs/cache/artifacts")) == [made.id, f"{made.id}.lock"]
 
 
 def test_pushing_twice_and_pulling_twice_transfers_nothing(made, proxy):
@@ -63,7 +63,7 @@ def test_large_files_go_in_parts(made, proxy, tmp_path, monkeypatch, parents):
 
 def test_paths_and_addresses_are_resolved(made, place, tmp_path):
     address = store.push(made.uri, place)
-    assert artifact.fingerprint(address) == made.id or not address.startswith("s3")
+    assert artifact.fingerprint(address) == made.id
     assert store.resolve(made.uri) == made.uri
     assert store.resolve("black-forest-labs/FLUX.1-dev") == "black-forest-labs/FLUX.1-dev"
     assert store.resolve(f"file://{made.uri}") == made.uri
