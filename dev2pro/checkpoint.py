@@ -4,10 +4,7 @@ A checkpoint is a folder `checkpoint-<step>`: a safetensors file from each rank 
 layout, which any number of ranks reads again), and checkpoint.json with the numbers and the SHA-256 of every file.
 """
 
-import hashlib
 import json
-import os
-import re
 import shutil
 import time
 import warnings
@@ -27,14 +24,12 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from dev2pro import draws, stop
-from dev2pro.artifact import CHECKPOINT, digest
+from dev2pro import draws, kept, stop
+from dev2pro.artifact import digest
 from dev2pro.errors import ConfigError, InterruptedRun, SpaceError, out_of_space
 from dev2pro.training import Training
 
 VERSION = 1
-NUMBERS = "checkpoint.json"
-MARGIN = 1.05  # what files need beyond their tensors
 
 
 @dataclass(slots=True, kw_only=True)
@@ -116,7 +111,7 @@ class Checkpoints:
         try:
             self._agreed(lambda: self._begin(partial, tensors))
             self._agreed(lambda: _save(tensors, partial, self._group))
-            mine = self._agreed(lambda: {file.name: _sealed(file) for file in sorted(partial.glob(f"shard-{self._rank + 1:05d}-*"))})
+            mine = self._agreed(lambda: {file.name: kept.sealed(file) for file in sorted(partial.glob(f"shard-{self._rank + 1:05d}-*"))})
             numbers["files"] = {name: entry for files in self._gathered(mine) for name, entry in files.items()}
             self._agreed(lambda: self._publish(partial, step, numbers))
         except BaseException:
@@ -127,22 +122,22 @@ class Checkpoints:
     def _begin(self, partial: Path, tensors: dict[str, Tensor]) -> None:
         if self._main:
             need = sum(value.numel() * value.element_size() for value in tensors.values())
-            if not _room(self.out, need):
-                prune(self.out, 1)
-            check_room(self.out, need)
+            if not kept.room(self.out, need):
+                kept.prune(self.out, 1)
+            kept.check_room(self.out, need)
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
 
     def _publish(self, partial: Path, step: int, numbers: dict[str, Any]) -> None:
         if self._main:
-            file = partial / NUMBERS
+            file = partial / kept.NUMBERS
             file.write_text(json.dumps({**numbers, "digest": digest(numbers)}, indent=1, sort_keys=True))
-            _to_disk(file, partial)
+            kept.to_disk(file, partial)
             whole = self.out / f"checkpoint-{step}"
-            _remove(whole)
+            kept.remove(whole)
             partial.rename(whole)
-            _to_disk(self.out)
-            prune(self.out, self.config.keep)
+            kept.to_disk(self.out)
+            kept.prune(self.out, self.config.keep)
 
     def _agreed(self, work: Any) -> Any:
         """What `work` returns. If it fails on one rank it fails on all, with the same kind of error."""
@@ -175,9 +170,9 @@ class Checkpoints:
             for left in self.out.glob("checkpoint-*.partial"):
                 shutil.rmtree(left)
         self.training.place.wait_for_everyone()
-        there = found(self.out)
+        there = kept.found(self.out)
         for step in sorted(there, reverse=True):
-            why = next((why for why in self._gathered(_damage(there[step], self._rank, self._ranks)) if why), "")
+            why = next((why for why in self._gathered(kept.damage(there[step], self._rank, self._ranks)) if why), "")
             if not why:
                 return self._load(there[step])
             self.training.place.print(f"{there[step]} is damaged ({why}) and is left out", flush=True)
@@ -186,7 +181,7 @@ class Checkpoints:
         return 0, []
 
     def _load(self, folder: Path) -> tuple[int, list[dict[str, Any]]]:
-        numbers, training = json.loads((folder / NUMBERS).read_text()), self.training
+        numbers, training = json.loads((folder / kept.NUMBERS).read_text()), self.training
         now = {"version": VERSION, "draws": draws.VERSION, "data": self.data}
         if other := {key: numbers[key] for key in now if numbers[key] != now[key]}:
             raise ConfigError(
@@ -227,73 +222,3 @@ def _save(tensors: dict[str, Any], folder: Path, group: Any) -> None:
         warnings.simplefilter("ignore", UserWarning)  # that there is only one process
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
         dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=not group)
-
-
-def _sealed(file: Path) -> list[Any]:
-    """[bytes, SHA-256] of a file that is on the disk."""
-    _to_disk(file)
-    with file.open("rb") as content:
-        return [file.stat().st_size, hashlib.file_digest(content, "sha256").hexdigest()]
-
-
-def _to_disk(*places: Path) -> None:
-    for place in places:
-        handle = os.open(place, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-
-
-def found(out: Path) -> dict[int, Path]:
-    """step -> folder of every checkpoint that was published."""
-    return {int(name[1]): folder for folder in out.glob("checkpoint-*") if (name := CHECKPOINT.fullmatch(folder.name))}
-
-
-def prune(out: Path, keep: int) -> None:
-    """Removes all but the newest ones and the one with the lowest held-out loss."""
-    there = found(out)
-    scored = [(score, step) for step, folder in there.items() if (score := _held_out(folder)) is not None]
-    kept = {*sorted(there)[-keep:], *(step for _, step in sorted(scored)[:1])}
-    for step in there.keys() - kept:
-        _remove(there[step])
-
-
-def _held_out(folder: Path) -> float | None:
-    with suppress(OSError, ValueError, KeyError):
-        return json.loads((folder / NUMBERS).read_text())["held_out"]
-    return None
-
-
-def _remove(folder: Path) -> None:
-    """Under another name first: what is called a checkpoint is whole."""
-    if folder.exists():
-        going = folder.with_name(f"{folder.name}-old.partial")
-        shutil.rmtree(going, ignore_errors=True)
-        folder.rename(going)
-        shutil.rmtree(going)
-
-
-def _room(out: Path, need: float) -> bool:
-    return shutil.disk_usage(out).free >= MARGIN * need
-
-
-def check_room(out: Path, need: float) -> None:
-    """Raises SpaceError where `need` bytes do not fit."""
-    if not _room(out, need):
-        free = shutil.disk_usage(out).free
-        raise SpaceError(
-            f"A checkpoint needs {MARGIN * need / 1e9:.3g} GB in {out}, and {free / 1e9:.3g} GB are free. Make room, or choose another out=."
-        )
-
-
-def _damage(folder: Path, rank: int, ranks: int) -> str:
-    """What is wrong with this rank's share of the files, or nothing."""
-    try:
-        numbers = json.loads((folder / NUMBERS).read_text())
-        if numbers.pop("digest") != digest(numbers):
-            return f"{NUMBERS} is not as it was written"
-        for name in sorted(numbers["files"])[rank::ranks]:
-            if _sealed(folder / re.sub("[^a-z0-9.-]", "", name)) != numbers["files"][name]:
-                return f"{name} is not as it was written"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""

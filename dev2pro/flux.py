@@ -73,6 +73,12 @@ def load_transformer(path: str, dtype: torch.dtype = torch.float32, variant: str
     return transformer
 
 
+def parameters(path: str) -> int:
+    """How many the transformer has, without reading them."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in FluxTransformer2DModel.from_config(check_transformer(path)).parameters())
+
+
 def check_transformer(path: str) -> dict[str, Any]:
     """The transformer's configuration. Raises ConfigError where `path` holds no guidance-distilled FLUX transformer."""
     _check_place(path)

@@ -13,7 +13,7 @@ from torch.nn.functional import mse_loss
 
 from data import sources
 from data.sources import DataConfig, Pinned
-from dev2pro import artifact, claim, distributed, draws, encodings, feed, flow, flux, optim, stage
+from dev2pro import artifact, claim, distributed, draws, encodings, feed, flow, flux, kept, optim, stage
 from dev2pro.artifact import Artifact
 from dev2pro.checkpoint import CheckpointConfig, Checkpoints
 from dev2pro.distributed import HardwareConfig
@@ -51,12 +51,8 @@ class DistillConfig:
 
 def run(config: DistillConfig) -> Artifact:
     """Distils the teacher into a student that starts as its copy; writes `transformer/`, metrics.jsonl and artifact.json."""
+    check(config)
     low, high = config.guidance
-    if not 0 < low <= high:
-        raise ConfigError(f"guidance={config.guidance} is no range. Give the lowest and the highest guidance to train at, such as [2,6].")
-    flux.check_transformer(config.teacher)
-    optim.check(config.optim, shard=config.hardware.shard)
-    distributed.check_dtype("save_dtype", config.save_dtype)
     place = distributed.accelerator(config.hardware)
     distributed.own_slots(config.batch, config.hardware.micro_batch, place)
     with place.main_process_first():
@@ -68,6 +64,7 @@ def run(config: DistillConfig) -> Artifact:
         pinned.settle()
 
     dtype, scheduler = distributed.DTYPES[config.hardware.dtype], flux.scheduler_settings(config.model.path)
+    kept.check_start(config.out, flux.parameters(config.teacher), config.optim, dtype, config.ema)
     stream = pinned.stream(config.seed, config.batch, place.process_index)
     place.print(sources.told(stream))
     reference = pinned.reference(config.probe.samples)
@@ -94,31 +91,35 @@ def run(config: DistillConfig) -> Artifact:
         with training.averaged() as model:
             return {"step": done, **probe.measure(model, 1.0, config.model.usual_guidance)}
 
-    kept = Checkpoints(config.out, training, config.checkpoint, config.steps, stream.state)
-    start, curve = kept.restore()
+    checkpoints = Checkpoints(config.out, training, config.checkpoint, config.steps, stream.state)
+    start, curve = checkpoints.restore()
     samples.begin(start, config.steps, training.slots)
-    with Log(config.out, "distill", config.steps, place.is_main_process, start) as log, kept:
+    with Log(config.out, "distill", config.steps, place.is_main_process, start) as log, checkpoints:
         curve = curve or [measured(0)]
         for step in range(start, config.steps):
             loss, norm = training.step(step, lambda slots: draw(step, slots), loss_of)  # noqa: B023
             log.write(step + 1, loss=loss, gradient_norm=norm, lr=training.lr)
             if (step + 1) % config.probe.every == 0 or step + 1 == config.steps:
                 curve.append(measured(step + 1))
-            kept.after(step + 1, curve)
+            checkpoints.after(step + 1, curve)
             log.step(step + 1, loss=loss, guidance_gap=curve[-1]["guidance_gap"])
 
     artifact.retract(config.out)
     training.save(config.out, distributed.DTYPES[config.save_dtype])
-    metrics = {
-        **training.clock.metrics(),
-        "checkpoints": kept.metrics(),
-        "guidance": config.guidance,
-        "curve": curve,
-        "data": sources.described(stream),
-    }
+    metrics = {**checkpoints.metrics(), "guidance": config.guidance, "curve": curve, "data": sources.described(stream)}
     return artifact.publish(
         place, config.out, "distill", "transformer", config, parents, step=config.steps, metrics=metrics, watched=pinned.watched()
     )
+
+
+def check(config: DistillConfig) -> None:
+    """Raises ConfigError for values that cannot work, before anything is read."""
+    low, high = config.guidance
+    if not 0 < low <= high:
+        raise ConfigError(f"guidance={config.guidance} is no range. Give the lowest and the highest guidance to train at, such as [2,6].")
+    flux.check_transformer(config.teacher)
+    optim.check(config.optim, shard=config.hardware.shard)
+    distributed.check_dtype("save_dtype", config.save_dtype)
 
 
 @torch.no_grad()

@@ -79,17 +79,17 @@ def run(config: LoraConfig) -> Artifact:
         with training.averaged() as model:
             return {"step": done, **probe.measure(model, config.guidance, config.model.usual_guidance)}
 
-    kept = Checkpoints(config.out, training, config.checkpoint, config.steps, stream.state)
-    start, curve = kept.restore()
+    checkpoints = Checkpoints(config.out, training, config.checkpoint, config.steps, stream.state)
+    start, curve = checkpoints.restore()
     samples.begin(start, config.steps, training.slots)
-    with Log(config.out, f"lora {config.arm}", config.steps, place.is_main_process, start) as log, kept:
+    with Log(config.out, f"lora {config.arm}", config.steps, place.is_main_process, start) as log, checkpoints:
         curve = curve or [measured(0)]
         for step in range(start, config.steps):
             loss, norm = training.step(step, lambda slots: draw(step, slots), loss_of)  # noqa: B023
             log.write(step + 1, loss=loss, gradient_norm=norm, lr=training.lr)
             if (step + 1) % config.probe.every == 0 or step + 1 == config.steps:
                 curve.append(measured(step + 1))
-            kept.after(step + 1, curve)
+            checkpoints.after(step + 1, curve)
             log.step(step + 1, loss=loss, held_out=curve[-1]["loss"])
 
     contract = {
@@ -103,13 +103,7 @@ def run(config: LoraConfig) -> Artifact:
     artifact.retract(config.out)
     if place.is_main_process:
         lora.save(place.unwrap_model(training.model), config.adapter, config.out, {**contract, "config": artifact.identity(config)})
-    metrics = {
-        **training.clock.metrics(),
-        "checkpoints": kept.metrics(),
-        "guidance": config.guidance,
-        "curve": curve,
-        "data": sources.described(stream),
-    }
+    metrics = {**checkpoints.metrics(), "guidance": config.guidance, "curve": curve, "data": sources.described(stream)}
     return artifact.publish(
         place, config.out, "lora", "lora", config, parents, step=config.steps, metrics=metrics, inference=contract, watched=pinned.watched()
     )

@@ -12,7 +12,7 @@ import torch
 
 from data import ledger, sources
 from data.sources import DataConfig, Pinned
-from dev2pro import artifact, claim, distributed, encodings, feed, flux, optim, stage
+from dev2pro import artifact, claim, distributed, encodings, feed, flux, kept, optim, stage
 from dev2pro.artifact import Artifact
 from dev2pro.checkpoint import CheckpointConfig, Checkpoints
 from dev2pro.distributed import HardwareConfig
@@ -68,6 +68,7 @@ def run(config: RecoverConfig) -> Artifact:
         pinned.settle()
 
     dtype, scheduler = distributed.DTYPES[config.hardware.dtype], flux.scheduler_settings(config.model.path)
+    kept.check_start(config.out, flux.parameters(config.model.path), config.optim, dtype, config.ema)
     stream = pinned.stream(config.seed, config.batch, place.process_index)
     place.print(sources.told(stream))
     reference = pinned.reference(config.probe.samples)
@@ -89,23 +90,23 @@ def run(config: RecoverConfig) -> Artifact:
         with training.averaged() as model:
             return {"step": done, **probe.measure(model, config.guidance, config.model.usual_guidance)}
 
-    kept = Checkpoints(config.out, training, config.checkpoint, config.steps, stream.state)
-    start, curve = kept.restore()
+    checkpoints = Checkpoints(config.out, training, config.checkpoint, config.steps, stream.state)
+    start, curve = checkpoints.restore()
     samples.begin(start, config.steps, training.slots)
-    with Log(config.out, "recover (dev2pro)", config.steps, place.is_main_process, start) as log, kept:
+    with Log(config.out, "recover (dev2pro)", config.steps, place.is_main_process, start) as log, checkpoints:
         curve = curve or [measured(0)]
         for step in range(start, config.steps):
             loss, norm = training.step(step, lambda slots: draw(step, slots), loss_of)  # noqa: B023
             log.write(step + 1, loss=loss, gradient_norm=norm, lr=training.lr)
             if (step + 1) % config.probe.every == 0 or step + 1 == config.steps:
                 curve.append(measured(step + 1))
-            kept.after(step + 1, curve)
+            checkpoints.after(step + 1, curve)
             log.step(step + 1, loss=loss, held_out=curve[-1]["loss"])
 
     artifact.retract(config.out)
     training.save(config.out, distributed.DTYPES[config.save_dtype])
     metrics = {
-        **kept.metrics(), "guidance": config.guidance, "curve": curve, "recovered": _recovered(curve), "data": sources.described(stream),
+        **checkpoints.metrics(), "guidance": config.guidance, "curve": curve, "recovered": _recovered(curve), "data": sources.described(stream),
     }  # fmt: skip
     made = artifact.publish(
         place, config.out, "recover", "transformer", config, parents, step=config.steps, metrics=metrics, watched=pinned.watched()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dev2pro import checkpoint, distributed, flux, lora
+from dev2pro import checkpoint, distributed, flux, kept, lora
 from dev2pro.checkpoint import CheckpointConfig, Checkpoints
 from dev2pro.distributed import HardwareConfig
 from dev2pro.errors import ConfigError, InterruptedRun, SpaceError
@@ -117,7 +117,7 @@ def test_nothing_to_restore(tiny, tmp_path):
 def test_the_newest_and_the_best_are_kept(tiny, tmp_path):
     Run(tiny, tmp_path).steps(0, 6, {1: 0.9, 2: 0.5, 4: 0.7})
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-5", "checkpoint-6"]
-    assert names(tmp_path / "checkpoint-6") == [checkpoint.NUMBERS, SHARD]  # and no pickle
+    assert names(tmp_path / "checkpoint-6") == [kept.NUMBERS, SHARD]  # and no pickle
     Run(tiny, tmp_path, keep=1).steps(6, 7)
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-7"]
 
@@ -142,7 +142,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("name", [checkpoint.NUMBERS, SHARD])
+@pytest.mark.parametrize("name", [kept.NUMBERS, SHARD])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_one_is_named_and_the_one_before_it_taken(tiny, tmp_path, name, damage, capfd):
     whole = Run(tiny, tmp_path)
@@ -169,11 +169,11 @@ def test_names_in_a_forged_one_lead_nowhere(tiny, tmp_path):
     run = Run(tiny, tmp_path)
     run.steps(0, 2)
     (tmp_path / "secret").write_text("x")
-    file = tmp_path / "checkpoint-2" / checkpoint.NUMBERS
+    file = tmp_path / "checkpoint-2" / kept.NUMBERS
     numbers = json.loads(file.read_text())
     numbers.pop("digest")
     numbers["files"] = {"../secret": numbers["files"].popitem()[1]}
-    file.write_text(json.dumps({**numbers, "digest": checkpoint.digest(numbers)}))
+    file.write_text(json.dumps({**numbers, "digest": kept.digest(numbers)}))
     assert run.kept.restore()[0] == 1
 
 
@@ -181,10 +181,10 @@ def test_names_in_a_forged_one_lead_nowhere(tiny, tmp_path):
 def test_other_data_and_other_laws_are_refused(tiny, tmp_path, key, other):
     run = Run(tiny, tmp_path)
     run.steps(0, 1)
-    file = tmp_path / "checkpoint-1" / checkpoint.NUMBERS
+    file = tmp_path / "checkpoint-1" / kept.NUMBERS
     numbers = json.loads(file.read_text()) | {key: other}
     numbers.pop("digest")
-    file.write_text(json.dumps({**numbers, "digest": checkpoint.digest(numbers)}))
+    file.write_text(json.dumps({**numbers, "digest": kept.digest(numbers)}))
     with pytest.raises(ConfigError, match=r"checkpoint-1 is on other data, or of another version.*Choose another out="):
         run.kept.restore()
 
@@ -192,7 +192,7 @@ def test_other_data_and_other_laws_are_refused(tiny, tmp_path, key, other):
 def test_the_state_is_a_few_numbers_of_json(tiny, tmp_path):
     run = Run(tiny, tmp_path)
     ((loss, _),) = run.steps(0, 1, {1: 0.5})
-    numbers = json.loads((tmp_path / "checkpoint-1" / checkpoint.NUMBERS).read_text())
+    numbers = json.loads((tmp_path / "checkpoint-1" / kept.NUMBERS).read_text())
     digest, files = numbers.pop("digest"), numbers.pop("files")
     assert len(digest) == 64
     assert list(files) == [SHARD]
@@ -215,9 +215,9 @@ def test_training_goes_on_while_one_is_written(tiny, tmp_path, monkeypatch):
             run.step(step)
             run.kept.after(step + 1, [])  # the one after step 2 is still being written after step 3
         before = run.everything()
-        assert not checkpoint.found(tmp_path)
+        assert not kept.found(tmp_path)
         go_on.set()
-    assert list(checkpoint.found(tmp_path)) == [2]
+    assert list(kept.found(tmp_path)) == [2]
     other = Run(tiny, tmp_path)
     assert other.kept.restore()[0] == 2
     other.step(2)
@@ -263,7 +263,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_writing(tiny, disk, tmp_path, mon
     Run(tiny, tmp_path).steps(0, 1)
     one = bytes_of(tmp_path / "checkpoint-1") / 2**20
     place = disk(1.5 * one)
-    monkeypatch.setattr(checkpoint, "_room", lambda out, need: True)  # it was there a moment ago
+    monkeypatch.setattr(kept, "room", lambda out, need: True)  # it was there a moment ago
     run = Run(tiny, place)
     with pytest.raises(SpaceError, match="could not be written"):
         run.steps(0, 3)
