@@ -149,10 +149,14 @@ def write(
 
 
 def sweep(folder: Path) -> None:
-    """Removes what a finished run needs no more: every checkpoint but the last, from which more steps can go on."""
+    """Removes what a finished run needs no more: every checkpoint but the last, from which more steps can go on, and what killed ones left behind."""
     there = sorted((int(name[1]), place) for place in folder.iterdir() if (name := CHECKPOINT.fullmatch(place.name)))
-    for place in [place for _, place in there[:-1]] + list(folder.glob("checkpoint-*.partial")):
-        shutil.rmtree(place)
+    for _, place in there[:-1]:
+        gone = place.with_name(f"{place.name}-old.partial")  # what is called a checkpoint is whole
+        shutil.rmtree(gone, ignore_errors=True)
+        place.rename(gone)
+    for left in folder.glob("*.partial"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def retract(out: str) -> None:

@@ -11,7 +11,9 @@ from dev2pro import artifact
 from dev2pro.artifact import Artifact
 from dev2pro.errors import ConfigError, TryAgainError
 
-STARTED = {artifact.CONFIG, "config.partial", "metrics.jsonl", "train.snapshot", "heldout.snapshot"}  # what a run has written before it made anything
+STARTED = {  # what a run has written before it made anything
+    artifact.CONFIG, "config.partial", "metrics.jsonl", "metrics.partial", "train.snapshot", "heldout.snapshot",
+}  # fmt: skip
 PATIENCE = 5.0  # seconds to wait for a folder that is in use
 
 

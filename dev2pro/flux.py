@@ -11,7 +11,7 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
-from dev2pro import artifact
+from dev2pro import artifact, store
 from dev2pro.errors import ConfigError, TryAgainError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -62,8 +62,9 @@ def predict(transformer: torch.nn.Module, x_t: Tensor, t: Tensor, said: Conditio
 
 
 def load_transformer(path: str, dtype: torch.dtype = torch.float32, variant: str | None = None) -> FluxTransformer2DModel:
-    """The transformer of a pipeline folder, an artifact of `recover` or `distill`, or a hub id. Checked before weights are read."""
+    """The transformer of a pipeline folder, an artifact of `recover` or `distill` (here or in s3), or a hub id. Checked before weights are read."""
     check_transformer(path)
+    path = store.resolve(path)
     transformer, found = _or_explain(
         path,
         lambda: FluxTransformer2DModel.from_pretrained(path, subfolder="transformer", dtype=dtype, variant=variant, output_loading_info=True),
@@ -81,6 +82,7 @@ def parameters(path: str) -> int:
 
 def check_transformer(path: str) -> dict[str, Any]:
     """The transformer's configuration. Raises ConfigError where `path` holds no guidance-distilled FLUX transformer."""
+    path = store.resolve(path)
     _check_place(path)
     config = _or_explain(path, lambda: FluxTransformer2DModel.load_config(path, subfolder="transformer"))
     if config.get("_class_name") != "FluxTransformer2DModel":

@@ -66,8 +66,11 @@ class Log(Progress):
     def __enter__(self) -> Self:
         if self.main:
             kept = [line for line in _lines(self._path) if json.loads(line)["step"] <= self._first] if self._first else []
-            self._file = self._path.open("w")
+            partial = self._path.with_suffix(".partial")  # so that a run killed here keeps its rows
+            self._file = partial.open("w")
             self._file.writelines(kept)
+            self._file.flush()
+            partial.rename(self._path)
         return super().__enter__()
 
     def __exit__(self, *_: object) -> None:

@@ -11,7 +11,7 @@ from diffusers import FluxTransformer2DModel
 from peft import LoraConfig as PeftConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialized
 from torch import Tensor
 
 from dev2pro.errors import ConfigError
@@ -81,7 +81,20 @@ def save(transformer: FluxTransformer2DModel, config: AdapterConfig, out: str, c
     for name, value in get_peft_model_state_dict(transformer).items():
         scale = config.alpha / config.rank if "lora_B" in name else 1.0
         state[f"transformer.{name}"] = (value.float() * scale).contiguous().cpu()
-    save_file(state, Path(out) / WEIGHTS, metadata={"format": "pt", CONTRACT: json.dumps(contract, sort_keys=True)})
+    content = serialized(state, {"format": "pt", CONTRACT: json.dumps(contract, sort_keys=True)})
+    partial = Path(out) / f"{WEIGHTS}.partial"
+    partial.write_bytes(_in_order(content))
+    partial.rename(Path(out) / WEIGHTS)
+
+
+def _in_order(content: bytes) -> bytes:
+    """The file with its metadata in alphabetical order; safetensors itself shuffles it at every call."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[start:]
 
 
 def read(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

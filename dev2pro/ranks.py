@@ -3,17 +3,21 @@
 torchrun itself ends with 1 whatever a rank ended with, and prints a page about it.
 """
 
+import os
 import sys
 
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from dev2pro import stop
 from dev2pro.errors import INTERRUPTED
 
 
 def main(words: list[str]) -> int:
     """Runs the ranks to their end. Returns the exit code of the rank that knows what went wrong, or that of an interruption."""
+    stop.follow()
+    os.environ[stop.PARENT] = str(os.getpid())
     try:
         run.run(run.parse_args(words))
     except SignalException:

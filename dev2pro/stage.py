@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dev2pro import claim, stop
+from dev2pro import claim, shelf, stop, store
 from dev2pro.artifact import ROOT, Artifact
 from dev2pro.errors import INTERRUPTED, ConfigError, SpaceError, StageError, out_of_space
 
@@ -35,7 +35,7 @@ def main(name: str, schema: type[C], run: Callable[[C], Artifact]) -> None:
 
     @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=name)
     def composed(values: DictConfig) -> None:
-        outcome.append(_guarded(name, lambda: run(typed(schema, values))))
+        outcome.append(_guarded(name, lambda: published(typed(schema, values), run)))
 
     sys.argv[1:1] = PLAIN_HYDRA
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them, and we say what they mean
@@ -90,6 +90,17 @@ def check_ranges(values: DictConfig, above: str = "") -> None:
             check_ranges(value, f"{above}{key!s}.")
         elif (key in COUNTS and value < 1) or (key in SHARES and not 0 <= value <= 1):
             raise ConfigError(f"{above}{key!s}={value} cannot work. Choose {'1 or more' if key in COUNTS else 'a number from 0 to 1'}.")
+
+
+def published(config: C, run: Callable[[C], Artifact]) -> Artifact:
+    """The artifact of a stage, once it is in the store of `config.publish` as well, where one is named."""
+    where = getattr(config, "publish", None)
+    if where:
+        shelf.place(where)  # a mistake in it is told before the run
+    made = run(config)
+    if where and os.environ.get("RANK", "0") == "0":
+        print(f"published as {store.push(made.uri, where)}", flush=True)
+    return made
 
 
 def _guarded(name: str, work: Callable[[], Artifact]) -> int:

@@ -17,21 +17,26 @@ from dev2pro.errors import INTERRUPTED
 
 ONE = 2.0  # seconds within which several signals are one: a terminal and torchrun both pass theirs on
 PR_SET_PDEATHSIG = 1
+PARENT = "DEV2PRO_PARENT"  # set by whoever starts a process that is not to outlive it: its pid
 _since = 0.0  # when the first signal came
 _held = 0.0  # seconds of grace, while a step is to be finished
 
 
 def listen() -> None:
-    """From now on SIGTERM and SIGINT raise KeyboardInterrupt, or wait for the step (see `finishing`).
-
-    A process that was started by a flow or by torchrun is asked to stop, too, when its parent dies.
-    """
+    """From now on SIGTERM and SIGINT raise KeyboardInterrupt, or wait for the step (see `finishing`)."""
     global _since
     _since = 0.0
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _on)
+    follow()
+
+
+def follow() -> None:
+    """A process that was started by a flow or by torchrun is asked to stop, too, when its parent dies; it ends at once when that is dead already."""
     if "TORCHELASTIC_RUN_ID" in os.environ or "DEV2PRO_EVENTS" in os.environ:
         follow_parent(signal.SIGTERM)
+        if os.environ.get(PARENT, str(os.getppid())) != str(os.getppid()):
+            _end("what started it is gone")
 
 
 def follow_parent(number: int) -> None:

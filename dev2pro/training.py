@@ -1,9 +1,11 @@
 """One optimizer step on any number of ranks, and the clock around it; what is learnt is the calling stage's business."""
 
 import resource
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -97,7 +99,11 @@ class Training:
                 with torch.device("meta"):
                     copy = FluxTransformer2DModel.from_config(self.place.unwrap_model(model).config)
                 copy.load_state_dict({name: value.to(dtype) for name, value in state.items()}, assign=True)
-                copy.save_pretrained(f"{out}/transformer")
+                whole, partial = Path(out) / "transformer", Path(out) / "transformer.partial"
+                shutil.rmtree(partial, ignore_errors=True)
+                copy.save_pretrained(partial)
+                shutil.rmtree(whole, ignore_errors=True)
+                partial.rename(whole)
 
     @contextmanager
     def averaged(self) -> Iterator[torch.nn.Module]:

@@ -76,7 +76,9 @@ def _stop_all() -> None:
 
 def _follow(command: list[str]) -> tuple[list[str], int]:
     """Runs the command to its end: (its last words, its exit code)."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | {"DEV2PRO_EVENTS": "1", "PYTHONUNBUFFERED": "1"}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | {
+        "DEV2PRO_EVENTS": "1", "DEV2PRO_PARENT": str(os.getpid()), "PYTHONUNBUFFERED": "1",
+    }  # fmt: skip
     child = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
     )

@@ -2,6 +2,9 @@
 
 import os
 
+from dev2pro import stop
+
+stop.follow()  # before the imports, which take seconds: a rank whose torchrun died meanwhile would wait for it for half an hour
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -47,6 +47,7 @@ class DistillConfig:
     save_dtype: str
     checkpoint: CheckpointConfig = field(metadata={"identity": False})
     guard: GuardConfig = field(metadata={"identity": False})
+    publish: str | None = field(default=None, metadata={"identity": False})
 
 
 def run(config: DistillConfig) -> Artifact:

@@ -3,7 +3,7 @@
 import glob
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from data import sources
-from dev2pro import artifact, claim, comparison, distributed, encodings, feed, flow, flux, lora, metrics, report, sampling, stage
+from dev2pro import artifact, claim, comparison, distributed, encodings, feed, flow, flux, lora, metrics, report, sampling, stage, store
 from dev2pro.artifact import Artifact
 from dev2pro.comparison import Cell
 from dev2pro.distributed import HardwareConfig
@@ -45,6 +45,7 @@ class EvaluateConfig:
     bootstrap: int
     recovered: str | None = None
     teacher: str | None = None
+    publish: str | None = field(default=None, metadata={"identity": False})
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def read_prompts(path: str) -> list[list[str]]:
 
 def find_loras(config: EvaluateConfig) -> list[Artifact]:
     """The finished LoRA artifacts of the globs. Raises ConfigError for none, for strangers, and for LoRAs of another base."""
-    folders = [f for pattern in config.loras for f in sorted(glob.glob(pattern))]
+    folders = [f for one in config.loras for f in ([store.resolve(one)] if "://" in one else sorted(glob.glob(one)))]
     if not folders:
         raise ConfigError(f"loras={config.loras} matches no folder. Give the output folders of stages.lora, such as loras=[runs/demo/lora/*/*].")
     found = [artifact.read(f) for f in folders]
@@ -183,14 +184,14 @@ def kinds(config: EvaluateConfig, loras: list[Artifact]) -> dict[str, str]:
     found = {}
     for one in loras:
         base = one.inference["trained_on"]
-        made = artifact.origin(base["path"])
+        made = artifact.origin(store.resolve(base["path"]))
         found[one.inference["arm"]] = "teacher" if base["id"] == teacher else "recovered" if made and made.stage == "recover" else "base"
     return found
 
 
 def recovery(config: EvaluateConfig) -> dict[str, Any] | None:
     """The recovery curve, from the recovered model's own record."""
-    made = artifact.origin(config.recovered) if config.recovered else None
+    made = artifact.origin(store.resolve(config.recovered)) if config.recovered else None
     return {key: made.metrics[key] for key in ("guidance", "recovered", "curve")} if made else None
 
 

@@ -7,7 +7,7 @@ import torch
 
 from data import sources
 from data.sources import DataConfig, Pinned
-from dev2pro import artifact, claim, distributed, encodings, feed, flux, lora, optim, stage
+from dev2pro import artifact, claim, distributed, encodings, feed, flux, lora, optim, stage, store
 from dev2pro.artifact import Artifact
 from dev2pro.checkpoint import CheckpointConfig, Checkpoints
 from dev2pro.distributed import HardwareConfig
@@ -41,6 +41,7 @@ class LoraConfig:
     caption_dropout: float
     checkpoint: CheckpointConfig = field(metadata={"identity": False})
     guard: GuardConfig = field(metadata={"identity": False})
+    publish: str | None = field(default=None, metadata={"identity": False})
 
 
 def run(config: LoraConfig) -> Artifact:
@@ -125,7 +126,7 @@ def check(config: LoraConfig) -> None:
 
 def check_guidance(base: str, guidance: float) -> None:
     """Raises ConfigError where a recovered model would be trained on at a guidance it was not recovered at: its input is dead there."""
-    made = artifact.origin(base)
+    made = artifact.origin(store.resolve(base))
     if made and made.stage == "recover" and made.metrics["guidance"] != guidance:
         raise ConfigError(
             f"guidance={guidance}, but {base} was recovered at guidance {made.metrics['guidance']} and knows no other. Set "

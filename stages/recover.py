@@ -45,6 +45,7 @@ class RecoverConfig:
     guard: GuardConfig = field(metadata={"identity": False})
     teacher: str | None = None
     ledger: str | None = field(default=None, metadata={"identity": False})
+    publish: str | None = field(default=None, metadata={"identity": False})
 
 
 def run(config: RecoverConfig) -> Artifact:
