@@ -22,7 +22,7 @@ WINDOWS = {  # what a stage is about to do when it is struck: an event of Python
     "has a new checkpoint": ("open", r"\."),
     "takes an old checkpoint away": ("os.rename", rf"{NUMBER}"),
     "removes an old checkpoint": ("os.remove|os.rmdir", rf"{NUMBER}-old\.partial(/.+)?"),
-    "writes the model": ("os.remove", r"artifact\.json"),  # and then on, in small steps, until weights are half written
+    "writes the model": ("os.remove", r"artifact\.json"),  # and then on, in small steps, until there is something of it
     "hashes the files": ("open", r"(transformer/diffusion_pytorch_model|pytorch_lora_weights)\.safetensors"),
     "writes the record": ("open", r"artifact\.partial"),
     "publishes the record": ("os.rename", r"artifact\.partial"),
@@ -148,12 +148,7 @@ def _under(place: str, path: str, above: str) -> str | None:
     return os.path.relpath(full, place) if full == place or full.startswith(place + os.sep) else None
 
 
-def half_written(out: Path, whole: dict[str, int], since: float) -> bool:
-    """Whether weights are being written at this moment: a file that is shorter than it is to be, or has a name that is not to stay."""
-    for file in (*out.glob("*"), *out.glob("t*/*")):
-        name = str(file.relative_to(out))
-        if file.is_file() and name != "artifact.partial" and (name.endswith(".safetensors") or name not in whole):
-            found = file.stat()
-            if found.st_mtime >= since and found.st_size < whole.get(name, sys.maxsize):
-                return True
-    return False
+def at_work(out: Path, since: float) -> bool:
+    """Whether the writing of weights has begun since a time: under their name, or under one that is not to stay."""
+    places = (place for place in (*out.glob("*"), *out.glob("transformer*/*")) if ".safetensors" in place.name or ".tmp" in place.name)
+    return any(place.is_file() and place.stat().st_mtime >= since for place in places)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from tests.stages.kin import catches, family, reap, send, until
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 120.0  # seconds for a stage to end once it was struck
 LINGER = 40.0  # and for what it started to be gone after it: a rank has 30 to finish its step and save
-SLICE = 0.0005  # seconds a process is let run when it is followed into a window
+SLICE = 0.0003  # seconds a process is let run when it is followed into a window
 TWICE = 2.1  # seconds from a signal to one that counts as the second (stop.ONE)
 
 
@@ -56,7 +56,7 @@ class Case:
         self.steps, self.every = (int([w for w in words if w.startswith(key)][-1].removeprefix(key)) for key in ("steps=", "checkpoint.every="))
         self.words, self.dice = words, random.Random(f"{seed} {stage} {ranks}")
         self.plan = aims.drawn(self.dice, ranks, kills)
-        self.struck, self.lives, self.starts, self.missed, self.whole = list[Struck](), 0, 0, list[str](), dict[str, int]()
+        self.struck, self.lives, self.starts, self.missed = list[Struck](), 0, 0, list[str]()
         self.out, self.undisturbed, self.seconds, self.waking = self.tmp / "disturbed", self.tmp / "undisturbed", 0.0, 0.0
         (self.tmp / "temporary").mkdir(parents=True)
         self.told, self._tells = os.pipe()
@@ -71,12 +71,11 @@ class Case:
         warm.imported()
         assert self.ended(pid) == 0, self.said()
         self.seconds = time.monotonic() - began  # an upper limit where the imports here took longer
-        self.whole = remains.sizes(self.undisturbed)
         while self.plan:
             if (chosen := self.next_strike()) is None:
                 self.live()
             elif not self.strike(*chosen):
-                self.plan.append(chosen)
+                self.plan.append((replace(chosen[0], part=0.6 * chosen[0].part, rank=0), chosen[1]))  # it came too late
                 self.missed.append(chosen[0].window)
                 assert len(self.missed) <= len(self.struck) + 10, f"strikes that met nothing: {self.missed}"
         self.live()
@@ -206,8 +205,8 @@ class Case:
         return True
 
     def follow(self, pid: int, began: float) -> None:
-        """Lets it go on by small steps until its weights are half written."""
-        while not aims.half_written(self.out, self.whole, began) and self.ended(pid, wait=False) is None:
+        """Lets it go on by small steps until it has begun to write its weights."""
+        while not aims.at_work(self.out, began) and self.ended(pid, wait=False) is None:
             send([self.caught], signal.SIGCONT)
             time.sleep(SLICE)
             send([self.caught], signal.SIGSTOP)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PR_SET_CHILD_SUBREAPER = 36
+PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG = 36, 1
 TICK = 0.002  # seconds between two looks
 
 
@@ -25,8 +25,9 @@ class Seen:
 
 
 def adopt() -> None:
-    """From now on whoever loses its parent below this process becomes its child, so that none is lost sight of."""
+    """From now on whoever loses its parent below this process becomes its child, so that none is lost sight of. It ends with its own parent."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def family() -> list[Seen]:
