@@ -10,6 +10,8 @@ from typing import Any, Self
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from dev2pro import stop
+
 EVENTS = "DEV2PRO_EVENTS"  # set by a flow: progress comes as lines "@@{json}" that it can read
 EVENT_EVERY = 1.0  # seconds
 LINE_EVERY = 15.0  # seconds, where the output is neither a terminal nor a flow's pipe
@@ -51,9 +53,9 @@ class Progress:
             return
         self._said = now
         if self.events:
-            print("@@" + json.dumps({"stage": self.name, "step": done, "of": self.total, "text": text}), flush=True)
+            stop.say("@@" + json.dumps({"stage": self.name, "step": done, "of": self.total, "text": text}))
         else:
-            print(f"{self.name}: {done}/{self.total}  {text}", flush=True)
+            stop.say(f"{self.name}: {done}/{self.total}  {text}")
 
 
 class Log(Progress):

@@ -69,7 +69,17 @@ def asked() -> bool:
     return _since > 0
 
 
+def say(text: str) -> None:
+    """A line for whoever started this process. That nobody reads it any more is being asked to stop, too: a flow was killed, a window closed."""
+    if not _told(text, sys.stdout):
+        _ask("nobody reads what it says")
+
+
 def _on(number: int, _frame: Any) -> None:
+    _ask(signal.Signals(number).name)
+
+
+def _ask(why: str) -> None:
     global _since
     now = time.monotonic()
     if asked() and now - _since < ONE:
@@ -80,12 +90,24 @@ def _on(number: int, _frame: Any) -> None:
     if asked():
         _end("asked twice")
     _since = now
-    print(f"asked to stop ({signal.Signals(number).name}): finishing the step and saving, for up to {_held:.0f} s", file=sys.stderr, flush=True)
+    _told(f"asked to stop ({why}): finishing the step and saving, for up to {_held:.0f} s", sys.stderr)
     timer = threading.Timer(_held, _end, [f"{_held:.0f} s were not enough to save"])
     timer.daemon = True
     timer.start()
 
 
 def _end(why: str) -> None:
-    print(f"stopped at once ({why}). The same command goes on from the last checkpoint, if there is one.", file=sys.stderr, flush=True)
+    _told(f"stopped at once ({why}). The same command goes on from the last checkpoint, if there is one.", sys.stderr)
     os._exit(INTERRUPTED)
+
+
+def _told(text: str, stream: Any) -> bool:
+    """Whether a line went out. A stream that is broken leads to nowhere from then on, so that the next line raises nothing."""
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+        return False
+    return True

@@ -22,6 +22,12 @@ try:
         print("training", flush=True)
         while not stop.asked():
             time.sleep(0.01)
+            if sys.argv[1] == "talk":
+                stop.say("still at it")
+        if sys.argv[1] == "talk":
+            open(sys.argv[3], "w").close()
+            stop.say("unheard")
+            sys.exit(7)
         print("saving", flush=True)
         time.sleep(float(sys.argv[3]))
         print("saved", flush=True)
@@ -96,6 +102,15 @@ def test_the_grace_has_an_end():
     assert (code, said) == (130, "saving\n")
     assert "stopped at once (1 s were not enough to save)" in error
     assert 1 <= time.monotonic() - before < 6
+
+
+@pytest.mark.parametrize("deaf", [["stdout"], ["stdout", "stderr"]])
+def test_that_nobody_reads_is_being_asked_to_stop(deaf, tmp_path):
+    child = started("talk", "20", str(tmp_path / "saved"), until="training")
+    for name in deaf:
+        getattr(child, name).close()
+    assert child.wait(timeout=20) == 7
+    assert (tmp_path / "saved").exists()
 
 
 LAUNCHER = """
