@@ -79,8 +79,10 @@ def drawn(dice: random.Random, ranks: int, kills: int) -> list[tuple[Aim, Blow]]
     aims = [_within(aim, dice, ranks) for aim in pool[:kills]]
     dice.shuffle(aims)
     planned = list(zip(aims, (BLOWS[ranks] * kills)[:kills], strict=True))
-    lonely = _within(Aim("as its ranks start", real=True), dice, ranks), Blow(KILL)  # who then have nobody to start with
-    return [lonely, *planned[1:]] if ranks > 1 and kills > len(FIRST) + len(rest) else planned
+    if ranks > 1 and kills > len(FIRST) + len(rest):
+        at = next(at for at, (aim, _) in enumerate(planned) if aim.window not in WINDOWS)
+        planned[at] = _within(Aim("as its ranks start", real=True), dice, ranks), Blow(KILL)  # who then have nobody to start with
+    return planned
 
 
 def _within(aim: Aim, dice: random.Random, ranks: int) -> Aim:
