@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,11 +22,25 @@ OUT = "runs/test-pipeline"
 ARMS = ("base@1", "recovered@1", "teacher@1")
 
 
+def environment(home: Path) -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | {"PREFECT_HOME": str(home)}
+
+
 def start(*words: str, home: Path) -> subprocess.CompletedProcess:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | {"PREFECT_HOME": str(home)}
-    return subprocess.run(
-        [sys.executable, "-m", "flows.pipeline", *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
+    command = [sys.executable, "-m", "flows.pipeline", *words]
+    return subprocess.run(command, cwd=ROOT, env=environment(home), capture_output=True, text=True, timeout=600, check=False)
+
+
+def start_and_kill(*words: str, home: Path) -> None:
+    """Kills the flow, with -9 and without a word to its stages, once recover has trained a step."""
+    command = [sys.executable, "-m", "flows.pipeline", *words]
+    child = subprocess.Popen(command, cwd=ROOT, env=environment(home), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    rows = ROOT / OUT / "recover/metrics.jsonl"
+    while not (rows.exists() and rows.read_text()):
+        assert child.poll() is None
+        time.sleep(0.01)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +51,7 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def first(home):
     shutil.rmtree(ROOT / OUT, ignore_errors=True)
+    start_and_kill("plan=smoke", f"out={OUT}", home=home)
     yield start("plan=smoke", f"out={OUT}", home=home)
     shutil.rmtree(ROOT / OUT, ignore_errors=True)
 
@@ -46,6 +63,10 @@ def test_it_ends_well_and_leaves_every_artifact(first):
         made = artifact.read(str(ROOT / OUT / place))
         assert made.stage == place.split("/")[0]
         assert made.parents
+
+
+def test_a_killed_flow_s_stage_has_saved_and_the_next_flow_goes_on(first):
+    assert "going on after step" in first.stdout + first.stderr or "recover: finished before, skipped" in first.stdout + first.stderr
 
 
 def test_progress_is_shown(first):
