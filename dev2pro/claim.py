@@ -11,16 +11,14 @@ from dev2pro import artifact
 from dev2pro.artifact import Artifact
 from dev2pro.errors import ConfigError, TryAgainError
 
-STARTED = {  # what a run has written before it made anything
-    artifact.CONFIG, "config.partial", "metrics.jsonl", "metrics.partial", "train.snapshot", "heldout.snapshot",
-}  # fmt: skip
+STARTED = {artifact.CONFIG, "metrics.jsonl", "train.snapshot", "heldout.snapshot"}  # what a run has written before it made anything
 PATIENCE = 5.0  # seconds to wait for a folder that is in use
 
 
 def begun(out: str) -> bool:
     """Whether a run has made something in `out`; if not, whoever comes next may have the folder."""
     folder = Path(out)
-    return folder.is_dir() and bool({f.name for f in folder.iterdir()} - STARTED)
+    return folder.is_dir() and any(f.name not in STARTED and f.suffix != ".partial" for f in folder.iterdir())
 
 
 def begin(out: str, stage: str, config: Any, parents: artifact.Parents) -> Artifact | None:

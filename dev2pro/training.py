@@ -102,6 +102,8 @@ class Training:
                 whole, partial = Path(out) / "transformer", Path(out) / "transformer.partial"
                 shutil.rmtree(partial, ignore_errors=True)
                 copy.save_pretrained(partial)
+                for file in partial.iterdir():  # safetensors makes files that nobody else may read
+                    file.chmod((partial / "config.json").stat().st_mode)
                 shutil.rmtree(whole, ignore_errors=True)
                 partial.rename(whole)
 

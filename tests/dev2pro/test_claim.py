@@ -98,6 +98,17 @@ def test_what_a_killed_writer_left_does_not_spoil_the_next_record(tmp_path, pare
     assert claim.begin(config.out, "test", config, parents) == made
 
 
+def test_what_was_killed_before_it_made_anything_claims_nothing(tmp_path, parents):
+    config = Config(str(tmp_path / "out"))
+    claim.begin(config.out, "test", config, parents)
+    for left in ("train.snapshot.12-34.partial", "metrics.partial", "metrics.jsonl", "heldout.snapshot"):
+        (tmp_path / "out" / left).touch()
+    assert not claim.begun(config.out)
+    assert claim.begin(config.out, "other", config, parents) is None
+    (tmp_path / "out" / "checkpoint-1").mkdir()
+    assert claim.begun(config.out)
+
+
 # ---- stands: what a flow may skip ----------------------------------------------------------------------------------------------
 
 

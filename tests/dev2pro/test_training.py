@@ -204,6 +204,8 @@ def test_what_is_saved_is_the_average_in_the_precision_asked_for(tiny, data, tmp
     assert torch.equal(run.weights, before)
     size = (tmp_path / "transformer/diffusion_pytorch_model.safetensors").stat().st_size
     assert size == pytest.approx(len(average) * dtype.itemsize, rel=0.02)
+    assert len({file.stat().st_mode for file in (tmp_path / "transformer").iterdir()}) == 1  # who may read one may read all
+    assert not list(tmp_path.glob("*.partial"))
 
 
 # ---- the clock ---------------------------------------------------------------------------------------------------------------------------
