@@ -43,7 +43,7 @@ def test_a_half_done_run_goes_on_and_a_claim_that_made_nothing_is_taken_over(tmp
 def test_another_configuration_is_refused_by_name_and_values(tmp_path, parents):
     config = Config(str(tmp_path / "out"))
     make(config, parents)
-    assert "steps is 3 there and 7 here" in refusal(replace(config, steps=7), parents)
+    assert "steps is 3 there and 2 here" in refusal(replace(config, steps=2), parents)
     assert "optim.lr is 0.1 there and 0.2 here" in refusal(replace(config, optim=Optim(0.2)), parents)
     assert "names is ['a'] there and ['a', 'b'] here" in refusal(replace(config, names=["a", "b"]), parents)
     (tmp_path / "pictures" / "a.txt").write_text("a dog")
@@ -96,6 +96,19 @@ def test_what_a_killed_writer_left_does_not_spoil_the_next_record(tmp_path, pare
         make(config, parents, metrics={"loss": object()})
     made = make(config, parents)
     assert claim.begin(config.out, "test", config, parents) == made
+
+
+def test_more_steps_are_the_same_run_as_long_as_it_can_go_on(tmp_path, parents, capfd):
+    config = Config(str(tmp_path / "out"))
+    made = make(config, parents)
+    longer = replace(config, steps=7)
+    assert "has finished 3 steps, and the checkpoint it would go on from was removed" in refusal(longer, parents)
+    assert claim.begin(config.out, "test", config, parents) == made  # which the refusal left as it was
+    (tmp_path / "out" / "checkpoint-3").mkdir()
+    assert claim.begin(config.out, "test", longer, parents) is None
+    assert "extending the finished run from 3 to 7 steps" in capfd.readouterr().out
+    assert "steps is 7 there and 3 here" in refusal(config, parents)
+    assert "steps is 7 there and 8 here" in refusal(replace(longer, steps=8, optim=Optim(0.2)), parents)
 
 
 def test_what_was_killed_before_it_made_anything_claims_nothing(tmp_path, parents):
