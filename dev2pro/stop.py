@@ -20,6 +20,7 @@ PR_SET_PDEATHSIG = 1
 PARENT = "DEV2PRO_PARENT"  # set by whoever starts a process that is not to outlive it: its pid
 _since = 0.0  # when the first signal came
 _held = 0.0  # seconds of grace, while a step is to be finished
+_timer: threading.Timer | None = None  # ends the process when they are over
 
 
 def listen() -> None:
@@ -55,13 +56,16 @@ def apart() -> None:
 
 @contextmanager
 def finishing(grace: float) -> Iterator[None]:
-    """Within, a signal is only noted (`asked`), and `grace` seconds are left to save and end."""
-    global _held
+    """Within, a signal is only noted (`asked`), and `grace` seconds are left to save and to come to the end of this."""
+    global _held, _timer
     _held = grace
     try:
         yield
     finally:
         _held = 0.0
+        if _timer:
+            _timer.cancel()
+        _timer = None
 
 
 def asked() -> bool:
@@ -80,7 +84,7 @@ def _on(number: int, _frame: Any) -> None:
 
 
 def _ask(why: str) -> None:
-    global _since
+    global _since, _timer
     now = time.monotonic()
     if asked() and now - _since < ONE:
         return
@@ -91,9 +95,9 @@ def _ask(why: str) -> None:
         _end("asked twice")
     _since = now
     _told(f"asked to stop ({why}): finishing the step and saving, for up to {_held:.0f} s", sys.stderr)
-    timer = threading.Timer(_held, _end, [f"{_held:.0f} s were not enough to save"])
-    timer.daemon = True
-    timer.start()
+    _timer = threading.Timer(_held, _end, [f"{_held:.0f} s were not enough to save"])
+    _timer.daemon = True
+    _timer.start()
 
 
 def _end(why: str) -> None:

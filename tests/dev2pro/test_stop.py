@@ -31,6 +31,7 @@ try:
         print("saving", flush=True)
         time.sleep(float(sys.argv[3]))
         print("saved", flush=True)
+    time.sleep(float(sys.argv[4]) if len(sys.argv) > 4 else 0)
     sys.exit(7)
 except KeyboardInterrupt:
     print("interrupted", flush=True)
@@ -102,6 +103,12 @@ def test_the_grace_has_an_end():
     assert (code, said) == (130, "saving\n")
     assert "stopped at once (1 s were not enough to save)" in error
     assert 1 <= time.monotonic() - before < 6
+
+
+def test_what_comes_after_the_saving_has_all_the_time_it_wants():
+    child = started("train", "1", "0", "2", until="training")
+    child.send_signal(signal.SIGTERM)
+    assert ended(child)[:2] == (7, "saving\nsaved\n")
 
 
 @pytest.mark.parametrize("deaf", [["stdout"], ["stdout", "stderr"]])
