@@ -48,7 +48,8 @@ def start(place: Path, ranks: int, *words: str, stop_at: int = 99) -> int:
 def found(place: Path) -> tuple[list[float], dict, list]:
     """(losses, weights, what every slot of every step was given)."""
     losses = [json.loads(line)["loss"] for line in (place / "out/metrics.jsonl").read_text().splitlines()]
-    seen = sorted(json.loads(line) for file in place.glob("seen-*") for line in file.read_text().splitlines())
+    lines = {line for file in place.glob("seen-*") for line in file.read_text().splitlines()}  # a step that is done again sees the same again
+    seen = sorted(json.loads(line) for line in lines)
     return losses, load_file(place / "out/transformer/diffusion_pytorch_model.safetensors"), seen
 
 
