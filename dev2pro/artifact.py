@@ -115,11 +115,12 @@ def write(
     inference: dict | None = None,
     watched: Iterable[str] = (),
 ) -> Artifact:
-    """Records everything under `out` as finished: hashes the files, then writes `artifact.json` by rename.
+    """Records everything under `out` as finished: sweeps it, hashes the files, then writes `artifact.json` by rename.
 
     `watched`: local files and folders whose change means that the stage must look again (see `stands`).
     """
     folder = Path(out)
+    sweep(folder)  # before the record: a folder that has one is at rest
     files = [entry(folder, f) for f in sorted(folder.rglob("*")) if f.is_file() and proper(str(f.relative_to(folder)))]
     asked = identity(config)
     lineage = [{"role": role, "uri": uri, "id": known} for role, (uri, known) in known(parents).items()]
@@ -144,7 +145,6 @@ def write(
     values = dataclasses.asdict(record)
     values.pop("uri")
     write_json(folder / RECORD, values)
-    sweep(folder)
     return dataclasses.replace(record, uri=out)
 
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dev2pro import artifact
+from dev2pro import artifact, integrity
 from dev2pro.artifact import Artifact
 from dev2pro.errors import ConfigError, TryAgainError
 
@@ -66,27 +66,32 @@ def _extend(folder: Path, before: int, claim: dict[str, Any]) -> None:
 _held: dict[str, int] = {}  # folder -> open handle with the lock
 
 
+def lock(folder: Path) -> int | None:
+    """An open handle on the folder, which is this process's until it is closed; None while another process has it.
+
+    There is no file to be left behind, and the system lifts the lock when the process dies, however it does.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    except OSError as error:
+        print(f"{folder} cannot be locked ({error.strerror}): see to it yourself that no two processes work in it.", file=sys.stderr, flush=True)
+    return handle
+
+
 def _hold(folder: Path) -> None:
-    """The lock is on the folder itself, so there is no file to be left behind, and the system lifts it when the process dies, however it does."""
+    """Waits a moment for a run that was killed to be gone."""
     name, patience = os.path.realpath(folder), time.monotonic() + PATIENCE
     if name in _held or os.environ.get("RANK", "0") != "0":
         return
-    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _held[name] = handle
-            return
-        except BlockingIOError:
-            if time.monotonic() < patience:  # a run that was killed takes a moment to be gone
-                time.sleep(0.1)
-                continue
-            os.close(handle)
-            raise TryAgainError(f"Another process works in out={folder}. Wait for it or stop it, or choose another out=.") from None
-        except OSError as error:
-            print(f"{folder} cannot be locked ({error.strerror}): see to it yourself that no two runs work in it.", file=sys.stderr, flush=True)
-            _held[name] = handle
-            return
+    while (handle := lock(folder)) is None:
+        if time.monotonic() > patience:
+            raise TryAgainError(f"Another process works in out={folder}. Wait for it or stop it, or choose another out=.")
+        time.sleep(0.1)
+    _held[name] = handle
 
 
 def release() -> None:
@@ -117,12 +122,8 @@ def _differences(there: dict, here: dict) -> list[tuple[str, Any, Any]]:
 
 
 def _finished(folder: Path) -> Artifact | None:
-    if not (folder / artifact.RECORD).is_file():
-        return None
-    found = artifact.read(str(folder))
-    artifact.sweep(folder)
-    whole = all((folder / f["path"]).is_file() and artifact.entry(folder, folder / f["path"]) == f for f in found.files)
-    return found if whole else None
+    found = artifact.origin(str(folder))
+    return found if found and not any(integrity.faults(found)) else None
 
 
 def stands(out: str, command: list[str]) -> Artifact | None:

@@ -1,6 +1,5 @@
 """Artifacts that nobody needs any more: found by id through the parents of those that are kept, and removed, records first."""
 
-import fcntl
 import functools
 import os
 import shutil
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dev2pro import artifact, integrity, lineage, shelf, store
+from dev2pro import artifact, claim, integrity, lineage, shelf, store
 from dev2pro.artifact import CONFIG, RECORD, Artifact
 from dev2pro.errors import ConfigError, TryAgainError
 
@@ -117,8 +116,8 @@ def _unfinished(place: str) -> Iterator[str]:
     if shelf.place(place).startswith("s3://"):
         return
     for folder, _, files in os.walk(shelf.place(place)):
-        if CONFIG in files and RECORD not in files and (claim := _claim(Path(folder))):
-            yield from _words([claim["config"], claim["parents"]])
+        if CONFIG in files and RECORD not in files and (run := _claim(Path(folder))):
+            yield from _words([run["config"], run["parents"]])
 
 
 def _words(value: Any) -> Iterator[str]:
@@ -192,19 +191,13 @@ def _prune(place: Path) -> None:
 
 @contextmanager
 def _held(folder: Path) -> Iterator[bool]:
-    """Whether the folder is this process's for now; runs hold theirs in the same way (see claim)."""
-    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    """Whether the folder is this process's for now, as runs hold theirs."""
+    handle = claim.lock(folder)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        except OSError:  # a file system without locks
-            pass
-        yield True
+        yield handle is not None
     finally:
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
 
 
 def _in_use(made: Artifact) -> bool:

@@ -26,7 +26,7 @@ WINDOWS = {  # what a stage is about to do when it is struck: an event of Python
     "hashes the files": ("open", r"(transformer/diffusion_pytorch_model|pytorch_lora_weights)\.safetensors"),
     "writes the record": ("open", r"artifact\.partial"),
     "publishes the record": ("os.rename", r"artifact\.partial"),
-    "sweeps": ("os.rename|shutil.rmtree", NUMBER),  # when there is a record
+    "sweeps": ("os.rename|shutil.rmtree", NUMBER),  # when the model is there
 }  # fmt: skip
 FRESH = ("claims its folder", "pins its data")  # only a new folder meets these
 OFTEN = {"begins a checkpoint": 1, "writes a checkpoint": 3, "publishes a checkpoint": 1, "has a new checkpoint": 1}  # times for every checkpoint
@@ -135,13 +135,17 @@ def lie_in_wait(aim: Aim, out: Path, told: int) -> None:
         if what not in events or os.getpid() != me or not left[0] or not isinstance(args[0], str | os.PathLike):
             return
         name = _under(place, str(args[0]), removing[0] if what == "os.remove" else "")
-        if name is None or not re.fullmatch(path, name) or (aim.window == "sweeps" and not os.path.exists(f"{place}/artifact.json")):
+        if name is None or not re.fullmatch(path, name) or (aim.window == "sweeps" and not _has_model(place)):
             return
         left[0] -= 1
         if not left[0]:
             threading.Timer(aim.delay, stop).start() if aim.delay else stop()
 
     sys.addaudithook(seen)
+
+
+def _has_model(place: str) -> bool:
+    return any(os.path.exists(f"{place}/{name}") for name in ("transformer", "pytorch_lora_weights.safetensors"))
 
 
 def _under(place: str, path: str, above: str) -> str | None:
