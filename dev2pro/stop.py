@@ -47,11 +47,19 @@ def follow_parent(number: int) -> None:
 
 
 def apart() -> None:
-    """In a child whose parent sees to its end: it is not meant when the parent's group is asked to stop, and it does not outlive the parent."""
-    os.setpgid(0, 0)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
+    """In a child that only its parent is to end: it is deaf when all processes of a job are asked to stop, and it does not outlive the parent."""
+    os.setpgid(0, 0)  # a terminal's signals do not come here
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     follow_parent(signal.SIGKILL)
+    if hasattr(signal, "sigwaitinfo"):  # else SIGTERM ends it, whoever sends it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # threads inherit this
+        threading.Thread(target=_until_parent_ends_it, daemon=True).start()
+
+
+def _until_parent_ends_it() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 @contextmanager

@@ -148,3 +148,31 @@ def test_a_launched_process_is_asked_to_stop_when_its_launcher_dies(launched_by)
         os.kill(pid, signal.SIGKILL)  # it lives, as one that a shell has started does
         assert launcher.stdout.read() == ""
     launcher.wait()
+
+
+PARENT = """
+import multiprocessing, os, sys, threading, time
+from dev2pro import stop
+def work():
+    stop.apart()
+    threading.Thread(target=time.sleep, args=[30], daemon=True).start()
+    print(os.getpid(), flush=True)
+    time.sleep(30)
+child = multiprocessing.get_context("fork").Process(target=work)
+child.start()
+sys.stdin.readline()
+print("alive" if child.is_alive() else "dead", flush=True)
+child.terminate()
+child.join(10)
+print("alive" if child.is_alive() else "dead", flush=True)
+"""
+
+
+def test_a_child_that_reads_is_ended_by_its_parent_alone():
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    for number in (signal.SIGTERM, signal.SIGINT):  # as systemd, scancel and terminals do to all that belongs to a job
+        os.kill(pid, number)
+    time.sleep(0.3)
+    assert parent.communicate("go on\n", timeout=20)[0] == "alive\ndead\n"
