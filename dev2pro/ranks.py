@@ -4,7 +4,10 @@ torchrun itself ends with 1 whatever a rank ended with, and prints a page about 
 """
 
 import os
+import signal
 import sys
+import time
+from typing import Any
 
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -14,17 +17,37 @@ from dev2pro import stop
 from dev2pro.errors import INTERRUPTED
 
 
+GRACE = "checkpoint.grace="
+MARGIN = 15.0  # seconds: ranks that were asked to stop end by themselves with their grace, unless they hang; then they are killed
+_since = 0.0  # when the first signal came
+
+
+def _on(number: int, _frame: Any) -> None:
+    global _since
+    if not _since or (time.monotonic() - _since > stop.ONE and not stop.bereaved()):  # a second wish takes this process out of its waiting
+        _since = _since or time.monotonic()
+        raise SignalException(f"got {number}", signal.Signals(number))
+
+
 def main(words: list[str]) -> int:
     """Runs the ranks to their end. Returns the exit code of the rank that knows what went wrong, or that of an interruption."""
     stop.follow()
     os.environ[stop.PARENT] = str(os.getpid())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _on)
     try:
-        run.run(run.parse_args(words))
+        run.run(run.parse_args(["--signals-to-handle=SIGHUP,SIGQUIT", f"--shutdown-timeout={patience(words):.0f}", *words]))
     except SignalException:
         return INTERRUPTED
     except ChildFailedError as error:
         return _code([failure.exitcode for failure in error.failures.values()])
     return 0
+
+
+def patience(words: list[str]) -> float:
+    """Seconds from asking the ranks to stop to killing them."""
+    said = [word.removeprefix(GRACE) for word in words if word.startswith(GRACE)]
+    return MARGIN + (float(said[-1]) if said and said[-1].replace(".", "", 1).isdigit() else 30.0)
 
 
 def _code(ended: list[int]) -> int:

@@ -18,9 +18,11 @@ from dev2pro.errors import INTERRUPTED
 ONE = 2.0  # seconds within which several signals are one: a terminal and torchrun both pass theirs on
 PR_SET_PDEATHSIG = 1
 PARENT = "DEV2PRO_PARENT"  # set by whoever starts a process that is not to outlive it: its pid
+FLOW = "DEV2PRO_EVENTS"  # set by a flow
 _since = 0.0  # when the first signal came
 _held = 0.0  # seconds of grace, while a step is to be finished
 _timer: threading.Timer | None = None  # ends the process when they are over
+_parent = 0  # the pid of what started this process, where that is a flow or torchrun
 
 
 def listen() -> None:
@@ -34,10 +36,22 @@ def listen() -> None:
 
 def follow() -> None:
     """A process that was started by a flow or by torchrun is asked to stop, too, when its parent dies; it ends at once when that is dead already."""
-    if "TORCHELASTIC_RUN_ID" in os.environ or "DEV2PRO_EVENTS" in os.environ:
+    global _parent
+    if "TORCHELASTIC_RUN_ID" in os.environ or FLOW in os.environ:
+        _parent = os.getppid()
         follow_parent(signal.SIGTERM)
-        if os.environ.get(PARENT, str(os.getppid())) != str(os.getppid()):
+        if os.environ.get(PARENT, str(_parent)) != str(_parent):
             _end("what started it is gone")
+
+
+def bereaved() -> bool:
+    """Whether the flow that started this process has died since this was asked last: then the signal that tells so is no second one.
+
+    Prefect kills the process of a cancelled flow after 30 seconds, while its stage may still be saving. Ranks end with their launcher.
+    """
+    global _parent
+    before, _parent = _parent, os.getppid()
+    return FLOW in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ and before not in (0, _parent)
 
 
 def follow_parent(number: int) -> None:
@@ -83,7 +97,7 @@ def asked() -> bool:
 
 def say(text: str) -> None:
     """A line for whoever started this process. That nobody reads it any more is being asked to stop, too: a flow was killed, a window closed."""
-    if not _told(text, sys.stdout):
+    if not _told(text, sys.stdout) and not asked():
         _ask("nobody reads what it says")
 
 
@@ -100,7 +114,7 @@ def _ask(why: str) -> None:
         _since = _since or now
         raise KeyboardInterrupt
     if asked():
-        _end("asked twice")
+        return None if bereaved() else _end("asked twice")
     _since = now
     _told(f"asked to stop ({why}): finishing the step and saving, for up to {_held:.0f} s", sys.stderr)
     _timer = threading.Timer(_held, _end, [f"{_held:.0f} s were not enough to save"])

@@ -44,6 +44,14 @@ def test_an_interruption_is_one(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("said", "seconds"),
+    [([], 45), (["checkpoint.grace=600"], 615), (["checkpoint.grace=5", "checkpoint.grace=7.5"], 22.5), (["checkpoint.grace=x"], 45)],
+)
+def test_ranks_have_their_grace_before_they_are_killed(said, seconds):
+    assert ranks.patience(["-m", "stages.recover", *said]) == seconds
+
+
+@pytest.mark.parametrize(
     ("ended", "code"),
     [([1, 3], 3), ([75, 1], 75), ([130, 4], 4), ([130, 130], 130), ([1, 1], 1), ([-9, 1], 137), ([-9, 5], 5), ([1, -15], 1)],
 )

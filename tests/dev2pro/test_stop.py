@@ -120,6 +120,28 @@ def test_that_nobody_reads_is_being_asked_to_stop(deaf, tmp_path):
     assert (tmp_path / "saved").exists()
 
 
+FLOW = """
+import os, signal, subprocess, sys, time
+words = [sys.executable, "-c", sys.argv[1], "train", "60", "3"]
+child = subprocess.Popen(words, stdin=subprocess.PIPE, env={**os.environ, "DEV2PRO_EVENTS": "1"}, start_new_session=True)
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_flow_that_dies_meanwhile_is_no_second_signal():
+    flow = subprocess.Popen([sys.executable, "-c", FLOW, WORK], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert flow.stdout is not None
+    pid = int(flow.stdout.readline())
+    read_until(flow, "training")
+    os.kill(pid, signal.SIGTERM)
+    read_until(flow, "saving")
+    time.sleep(2.1)  # from here on a signal would be a second one
+    flow.kill()
+    assert flow.stdout.read() == "saved\n"
+    flow.wait()
+
+
 LAUNCHER = """
 import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", sys.argv[1], "train", "20", "0"], stdout=sys.stdout)
