@@ -16,7 +16,6 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from dev2pro import stop
 from dev2pro.errors import INTERRUPTED
 
-
 GRACE = "checkpoint.grace="
 MARGIN = 15.0  # seconds: ranks that were asked to stop end by themselves with their grace, unless they hang; then they are killed
 _since = 0.0  # when the first signal came
