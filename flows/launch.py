@@ -1,4 +1,4 @@
-"""Starts a stage as a process, passes its progress and its words on to Prefect, and brings back its artifact."""
+"""Starts a stage as a process, passes its words and its progress on to Prefect, and brings back its artifact."""
 
 import json
 import os
@@ -7,20 +7,30 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.client.schemas.objects import State, TaskRun
 from prefect.logging import get_run_logger
+from prefect.tasks import Task
 
 from dev2pro import artifact, claim
 from dev2pro.artifact import ROOT, Artifact
+from dev2pro.errors import INTERRUPTED, TryAgainError
+from flows import alive, slots
+from flows.secrets import hidden
+from flows.slots import Slots
+from flows.watch import Watch
 
-GRACE = 25.0  # seconds a stage gets to stop; Prefect kills a cancelled flow after 30
-PROGRESS_EVERY = 5  # percent between two updates of the progress artifact
+GRACE = 25.0  # seconds a cancelled flow waits for its stages; Prefect kills it after 30
+SAVING = "checkpoint.grace=600"  # a stage may take longer to save: it outlives its flow
+SAVES = ("recover", "lora", "distill")
+LINES = 20  # of a stage's last words in an error
+LOG_EVERY = 10  # percent between two lines of progress in the log
 _running: set[subprocess.Popen] = set()
 _lock = threading.Lock()
-_turn = threading.BoundedSemaphore(1)
+_stopping = threading.Event()
 
 
 class StageFailed(RuntimeError):
@@ -30,38 +40,64 @@ class StageFailed(RuntimeError):
         super().__init__(message)
         self.exit_code = exit_code
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StageFailed, (str(self), self.exit_code)
+
+
+def again(_task: Task, _run: TaskRun, state: State) -> bool:
+    """Whether a stage is worth another try: only where it says so itself."""
+    failure = state.result(raise_on_failure=False)
+    return isinstance(failure, StageFailed) and failure.exit_code == TryAgainError.exit_code
+
+
+TRIES: dict[str, Any] = {"retries": 3, "retry_delay_seconds": [10, 60, 600], "retry_jitter_factor": 0.2, "retry_condition_fn": again}
+
 
 def launch(stage: str, words: list[str], out: str, processes: int = 1) -> Artifact:
     """Runs `python -m stages.<stage> <words>` (under torchrun's ranks for several processes) and returns the artifact it left in `out`.
 
     A finished artifact made by the same command is returned at once. Raises StageFailed.
     """
-    log = get_run_logger()
-    if made := claim.stands(str(ROOT / out), words):
+    log, place = get_run_logger(), ROOT / out
+    words = [*words, SAVING] if stage in SAVES else words
+    if made := claim.stands(str(place), words):
         log.info("%s: finished before, skipped", out)
         return made
     starter = ["-m", "dev2pro.ranks", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *starter, "-m", f"stages.{stage}", *words]
-    with _turn:
-        log.info("python -m stages.%s %s", stage, " ".join(words))
-        last, code = _follow(command)
+    with slots.held(processes, f"{stage} {out}", _stopping.is_set, log.info) as got:
+        if got is None:
+            raise StageFailed(f"{stage} was stopped before it began", INTERRUPTED)
+        log.info(hidden(f"python -m stages.{stage} {' '.join(words)}"))
+        watch = Watch(f"{stage} {out}", place, log.warning)
+        try:
+            last, code = _follow([sys.executable, *starter, "-m", f"stages.{stage}", *words], got, watch, log.info)
+        finally:
+            watch.end()
     if code:
         raise StageFailed(f"{stage} ended with exit code {code}: {' '.join(last) or 'it said nothing'}", code)
-    return artifact.read(str(ROOT / out))
+    return artifact.read(str(place))
 
 
 @contextmanager
-def at_most(parallel: int) -> Iterator[None]:
-    """Within, so many stages run at a time; at its end, a failure or a cancellation included, none is left running."""
-    global _turn
-    _turn = threading.BoundedSemaphore(parallel)
-    try:
-        yield
-    finally:
-        _stop_all()
+def at_work() -> Iterator[None]:
+    """Around all that a flow launches: the flow counts as alive, and when it fails or is cancelled its stages are asked to stop.
+
+    A cancelled flow leaves a stage alone that is still saving when its own time is over.
+    """
+    _stopping.clear()
+    with alive.this_run():
+        try:
+            yield
+        except Exception:
+            _stop(None)
+            raise
+        except BaseException:  # Prefect's TerminationSignal, Ctrl-C
+            _stop(GRACE)
+            raise
 
 
-def _stop_all() -> None:
+def _stop(grace: float | None) -> None:
+    _stopping.set()
     with _lock:
         children = list(_running)
     for child in children:
@@ -69,54 +105,46 @@ def _stop_all() -> None:
             os.killpg(child.pid, signal.SIGTERM)
     for child in children:
         try:
-            child.wait(timeout=GRACE)
+            child.wait(grace)
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
+            get_run_logger().warning(
+                "process %d is still saving, and is left to it; nothing else can begin in its folder or on its GPU until then", child.pid
+            )
 
 
-def _follow(command: list[str]) -> tuple[list[str], int]:
+def _follow(command: list[str], got: Slots, watch: Watch, say: Callable[[str], None]) -> tuple[deque[str], int]:
     """Runs the command to its end: (its last words, its exit code)."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | {
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | got.environment | {
         "DEV2PRO_EVENTS": "1", "DEV2PRO_PARENT": str(os.getpid()), "PYTHONUNBUFFERED": "1",
     }  # fmt: skip
     child = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
-    )
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+        pass_fds=got.handles,
+    )  # fmt: skip
     with _lock:
         _running.add(child)
-    try:
-        return _listen(child), child.wait()
-    finally:
-        with _lock:
-            _running.discard(child)
+    last = deque[str](maxlen=LINES)
+    ears = threading.Thread(target=_listen, args=[child, watch, say, last], daemon=True)  # goes on while the flow is being cancelled
+    ears.start()
+    code = child.wait()
+    ears.join(GRACE)
+    with _lock:
+        _running.discard(child)
+    return last, code
 
 
-def _listen(child: subprocess.Popen) -> list[str]:
-    log, last, progress = get_run_logger(), deque[str](maxlen=20), _Progress()
+def _listen(child: subprocess.Popen, watch: Watch, say: Callable[[str], None], last: deque[str]) -> None:
+    said = 0.0
     assert child.stdout is not None
     for line in child.stdout:
-        if line.startswith("@@"):
-            progress.tell(json.loads(line[2:]))
-        elif line.strip():
-            last.append(line.rstrip())
-            log.info(line.rstrip())
-    return list(last)
-
-
-class _Progress:
-    """A stage's progress as a Prefect artifact and, now and then, a line of the log."""
-
-    def __init__(self) -> None:
-        self.id, self.said = None, -PROGRESS_EVERY
-
-    def tell(self, event: dict) -> None:
+        if not line.startswith("@@"):
+            if line.strip():
+                last.append(hidden(line.rstrip()))
+                say(last[-1])
+            continue
+        event = json.loads(line[2:])
+        watch.tell(event)
         percent = 100 * event["step"] / event["of"]
-        if percent < self.said + PROGRESS_EVERY and percent < 100:
-            return
-        text = f"{event['stage']}: {event['step']}/{event['of']}  {event['text']}"
-        if self.id is None:
-            self.id = create_progress_artifact(progress=percent, description=text)
-        else:
-            update_progress_artifact(artifact_id=self.id, progress=percent, description=text)
-        self.said = percent
-        get_run_logger().info(text)
+        if percent >= said + LOG_EVERY or percent < said or event["step"] == event["of"]:
+            said = percent
+            say(f"{event['stage']}: {event['step']}/{event['of']}  {event['text']}")

@@ -6,7 +6,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from dev2pro.artifact import ROOT
-from flows.launch import at_most, launch
+from flows.launch import at_work, launch
 from flows.plan import folder, words
 
 BUNDLE = ROOT / "data" / "miniature"
@@ -19,7 +19,7 @@ def miniature(out: str = "runs/miniature") -> None:
     parts, judge, teacher, base = (folder(out, name) for name in ("parts", "judge", "teacher", "base"))
     world = {"experiment": "miniature", "model.path": f"{parts}/pipeline", "save_dtype": "bfloat16"}
     from_nothing = {"steps": 4000, "batch": 64, "ema": 0.995, "caption_dropout": 0.15, "probe.every": 500, "teacher": None}
-    with at_most(2):  # a core each
+    with at_work():
         judged = stage.submit("miniature", words(out=judge, part="judge"), judge)
         stage("miniature", words(out=parts, part="pipeline"), parts)
         for name in ("shards", "pipeline", "prompts.json"):

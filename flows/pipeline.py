@@ -1,32 +1,30 @@
 """The main path: recover -> one LoRA per arm and style -> evaluate. `python -m flows.pipeline plan=miniature seed=0 out=runs/demo`."""
 
 import sys
-from typing import Annotated, Any
+from typing import Any
 
 from prefect import flow, task
-from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.exceptions import ParameterBindError, ParameterTypeError
 from prefect.task_runners import ThreadPoolTaskRunner
-from pydantic import StringConstraints
+from pydantic import ValidationError
 
 from dev2pro.artifact import Artifact
 from dev2pro.errors import ConfigError
 from flows import plan as plans
-from flows.launch import StageFailed, at_most, launch
-from flows.plan import Name, Plan, folder, words
+from flows import verdict
+from flows.forms import Pipeline, mistakes
+from flows.launch import TRIES, StageFailed, at_work, launch
+from flows.plan import Plan, folder, words
 
-RunFolder = Annotated[str, StringConstraints(pattern=r"^runs(/[A-Za-z0-9][A-Za-z0-9_.@+-]{0,63})+$")]
 
-
-@task(task_run_name="recover (dev2pro)", cache_policy=NO_CACHE)
+@task(task_run_name="recover (dev2pro)", cache_policy=NO_CACHE, **TRIES)
 def recover(plan: Plan, seed: int, out: str) -> Artifact:
     """Fine-tunes the base at guidance 1.0."""
     place = folder(out, "recover")
     return launch("recover", words(plan.common, plan.recover, out=place, seed=seed), place, plan.processes.get("recover", 1))
 
 
-@task(task_run_name="lora {style} {arm}", cache_policy=NO_CACHE)
+@task(task_run_name="lora {style} {arm}", cache_policy=NO_CACHE, **TRIES)
 def lora(plan: Plan, seed: int, out: str, style: str, arm: str, recovered: Artifact | None) -> Artifact:
     """Trains one arm's LoRA in one style."""
     place = folder(out, "lora", style, arm)
@@ -35,7 +33,7 @@ def lora(plan: Plan, seed: int, out: str, style: str, arm: str, recovered: Artif
     return launch("lora", words(plan.common, plan.lora, plan.styles[style], own), place, plan.processes.get("lora", 1))
 
 
-@task(task_run_name="evaluate", cache_policy=NO_CACHE)
+@task(task_run_name="evaluate", cache_policy=NO_CACHE, **TRIES)
 def evaluate(plan: Plan, seed: int, out: str, recovered: Artifact, loras: list[Artifact]) -> Artifact:
     """Puts every LoRA on every inference base and compares the pictures."""
     place = folder(out, "evaluate")
@@ -43,27 +41,30 @@ def evaluate(plan: Plan, seed: int, out: str, recovered: Artifact, loras: list[A
     return launch("evaluate", words(plan.common, plan.evaluate, own), place, plan.processes.get("evaluate", 1))
 
 
-@flow(name="dev2pro", flow_run_name="{plan} seed {seed}", task_runner=ThreadPoolTaskRunner())
-def pipeline(plan: Name = "miniature", seed: int = 0, out: RunFolder = "runs/demo") -> dict[str, Any]:
+@flow(name="dev2pro", flow_run_name="{pipeline.plan} seed {pipeline.seed}", task_runner=ThreadPoolTaskRunner())
+def pipeline(pipeline: Pipeline) -> dict[str, Any]:
     """Recover, train the LoRAs, evaluate; finished stages are skipped. Returns where the report is and what it says."""
-    what = plans.read(plan)
-    with at_most(what.parallel):
+    what, seed, out = plans.read(pipeline.plan), pipeline.seed, pipeline.out
+    with at_work():
         recovered = recover.submit(what, seed, out)
         loras = [lora.submit(what, seed, out, style, arm, recovered if what.arms[arm].base == "recovered" else None) for style, arm in what.pairs()]
         result = evaluate(what, seed, out, recovered.result(), [one.result() for one in loras])  # the first failure ends the flow
-    create_markdown_artifact(key="verdict", markdown=f"{result.metrics['verdict']}\n\nReport: `{result.uri}/report.html`")
+    verdict.show(result)
     return {"verdict": result.metrics["verdict"], "report": f"{result.uri}/report.html"}
 
 
 def main(arguments: list[str]) -> int:
     """`key=value` words to the flow's parameters; prints the verdict. Returns the exit code."""
-    values = dict(word.partition("=")[::2] for word in arguments)
     try:
-        plans.read(values.get("plan", "miniature"))  # a mistake in it needs no server to be told
-        said = pipeline(**values)
-    except (ConfigError, StageFailed, ParameterBindError, ParameterTypeError) as error:
+        asked = Pipeline.model_validate(dict(word.partition("=")[::2] for word in arguments))
+        plans.read(asked.plan)  # a mistake in it needs no server to be told
+        said = pipeline(asked)
+    except ValidationError as error:
+        print("\n".join(f"pipeline: {line}" for line in mistakes(error, Pipeline)), file=sys.stderr)
+        return ConfigError.exit_code
+    except (ConfigError, StageFailed) as error:
         print(f"pipeline: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", ConfigError.exit_code)
+        return error.exit_code
     print(f"\n{said['verdict']}\n\nReport: {said['report']}")
     return 0
 

@@ -37,7 +37,6 @@ class Plan(BaseModel):
     evaluate: Overrides = {}
     styles: dict[Name, Overrides]
     arms: dict[Name, Arm]
-    parallel: int = Field(default=1, ge=1)  # stages at the same time: one a GPU, or one a core
     processes: dict[Literal["recover", "lora", "evaluate"], int] = {}  # ranks of a stage, where more than one
 
     def pairs(self) -> list[tuple[str, str]]:

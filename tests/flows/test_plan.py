@@ -167,7 +167,7 @@ def test_a_plan_is_read(home):
     found = plan.read("own")
     assert found.common == {"experiment": "x", "steps": 3}
     assert found.arms == {"teacher@1": Arm(base="teacher", guidance=1.0)}
-    assert (found.parallel, found.processes) == (1, {})
+    assert found.processes == {}
 
 
 @pytest.mark.parametrize("name", ["nothing", "../evaluate", "", "miniature.yaml", "pipeline/own", "own\n"])
@@ -182,7 +182,7 @@ def test_a_plan_that_does_not_exist(home, name):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"parallel": 0}, "parallel"),
+        ({"parallel": 2}, "parallel"),
         ({"processes": {"recover": "many"}}, "processes.recover"),
         ({"processes": {"judge": 2}}, "processes.judge"),
         ({"stlyes": {}}, "stlyes"),

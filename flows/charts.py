@@ -1,0 +1,44 @@
+"""The curves of a stage that is still running, as a small picture for the UI."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.figure import Figure  # without pyplot, which is not for threads
+from matplotlib.ticker import MaxNLocator
+
+POINTS = 800  # of the training's loss: more than that many pixels show nothing
+INK, SECOND, FAINT = "#1f4e79", "#c55a11", "#b8c4d0"
+PANELS = {"teacher_distance": "distance to the teacher", "guidance_gap": "guidance gap"}  # beside the loss: the first that was measured
+
+
+def drawn(losses: Sequence[tuple[int, float]], curve: Sequence[dict[str, Any]], usual: str = "loss_usual") -> bytes:
+    """A PNG of 800 x 300 pixels: loss of every step and on held-out pictures; and how far the recovery is, where that was measured."""
+    beside = next((key for key in PANELS if any(point.get(key) is not None for point in curve)), None)
+    figure = Figure(figsize=(8, 3), dpi=100, layout="constrained")
+    axes = figure.subplots(1, 2 if beside else 1, squeeze=False)[0]
+    thin = losses[:: max(1, len(losses) // POINTS)]
+    axes[0].plot(*zip(*thin, strict=True), color=FAINT, linewidth=0.8, label="in training") if thin else None
+    _line(axes[0], curve, "loss", INK, "held out")
+    _line(axes[0], curve, usual, SECOND, "held out, at the usual guidance")
+    axes[0].set_title("loss", fontsize=10, loc="left")
+    if axes[0].lines:
+        axes[0].legend(fontsize=7, frameon=False)
+    if beside:
+        _line(axes[1], curve, beside, INK, "")
+        axes[1].set_title(PANELS[beside], fontsize=10, loc="left")
+        axes[1].set_ylim(bottom=0)
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+        one.tick_params(labelsize=8)
+        one.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        one.set_xlabel("step", fontsize=8)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()
+
+
+def _line(axis: Any, curve: Sequence[dict[str, Any]], key: str, colour: str, label: str) -> None:
+    points = [(point["step"], point[key]) for point in curve if point.get(key) is not None]
+    if points:
+        axis.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3, linewidth=1.4, label=label)

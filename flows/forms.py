@@ -1,0 +1,219 @@
+"""What an operator fills in: typed, bounded and explained; what is not allowed is refused with its key named, in the form or at the run's start.
+
+A form mirrors the stage's configuration: `data.train` is the field `train` of the group `data`. A field that is left empty is as conf/ has it.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from dev2pro.artifact import ROOT
+from flows.plan import Name
+from flows.promoted import ALIAS
+
+ROOTS = "DEV2PRO_ROOTS"  # folders and addresses, separated by commas, that pictures, models and stores may be in
+SAFE = r"^(?!.*(\$\{|_target_|\.\.))[^\x00-\x1f\x7f~]+$"  # no interpolation, no way up, no characters that a terminal obeys
+
+
+def found(group: str) -> tuple[str, ...]:
+    """The names of a group of conf/."""
+    return tuple(sorted(file.stem for file in (ROOT / "conf" / group).glob("*.yaml")))
+
+
+def within_roots(place: str) -> str:
+    """The place as it is. Raises ValueError for one that is outside of the configured roots."""
+    roots = [root.strip() for root in os.environ.get(ROOTS, "").split(",") if root.strip()]
+    if "://" in place:
+        allowed = any(place == root or place.startswith(root.rstrip("/") + "/") for root in roots if "://" in root)
+    else:
+        inside = (ROOT / re.split(r"[*?\[{]", place)[0]).resolve()  # the part before a pattern; links are followed
+        allowed = any(inside.is_relative_to(root) for root in [ROOT, *(Path(root).resolve() for root in roots if "://" not in root)])
+    if not allowed:
+        raise ValueError(
+            f"it is outside of the places that this machine offers ({', '.join([str(ROOT), *roots])}). Choose one inside, or add to {ROOTS}"
+        )
+    return place
+
+
+RunFolder = Annotated[str, StringConstraints(pattern=r"^runs(/[A-Za-z0-9][A-Za-z0-9_.@+-]{0,63})+$"), AfterValidator(within_roots)]
+Text = Annotated[str, StringConstraints(pattern=SAFE, min_length=1, max_length=500)]
+Place = Annotated[Text, AfterValidator(within_roots)]
+Base = Annotated[Text, AfterValidator(lambda place: place if ALIAS.fullmatch(place) else within_roots(place))]
+Seed = Annotated[int, Field(0, ge=0, lt=2**63, title="Seed", description="The same seed and values give the same result, bit for bit.")]
+GOES = "Where the result goes, below runs/. The same values into the same folder go on, or return at once what is finished."
+if TYPE_CHECKING:  # which names there are, only conf/ knows
+    Experiment = str
+    Model = str
+    Hardware = str
+    PlanName = str
+else:
+    Experiment, Model, Hardware, PlanName = (Literal[found(group)] for group in ("experiment", "model", "hardware", "pipeline"))
+
+
+def asked(title: str, explained: str, default: Any = None, **bounds: Any) -> Any:
+    """A field; without a default it may be left empty."""
+    given = {"default_factory": default} if callable(default) else {"default": default}
+    return Field(title=title, description=explained if default is not None else f"{explained} Empty: as in conf/.", **given, **bounds)
+
+
+def _without_null(schema: dict[str, Any]) -> None:
+    """A field that may be empty is a plain field in the form, without a switch between two types."""
+    for field in schema["properties"].values():
+        if len(choices := [one for one in field.get("anyOf", ()) if one != {"type": "null"}]) == 1:
+            del field["anyOf"], field["default"]
+            field |= choices[0]
+
+
+class Group(BaseModel):
+    """A box of the form. `null` is the same as leaving a field out."""
+
+    model_config = ConfigDict(extra="forbid", regex_engine="python-re", json_schema_extra=_without_null)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        return {key: value for key, value in values.items() if value is not None} if isinstance(values, dict) else values
+
+
+class Data(Group):
+    """Which pictures."""
+
+    model_config = ConfigDict(title="Pictures")
+    name: Name | None = asked("Name", "Of the data set or style, for tables; in the miniature ink, chalk, sideways, poster or halftone.")
+    train: list[Place] | None = asked("Training", "A snapshot, indexed tars, or folders of captioned pictures.", min_length=1)
+    heldout: list[Place] | None = asked("Held out", "Pictures to measure on, never trained on.", min_length=1)
+    resolution: int | None = asked("Resolution", "Pixels: side of the square whose area every picture is scaled to.", ge=16, le=4096)
+
+
+class Optim(Group):
+    """How the weights are moved."""
+
+    model_config = ConfigDict(title="Optimizer")
+    lr: float | None = asked("Learning rate", "Recovery of FLUX.1-dev: 0.00001; a LoRA: 0.0001.", gt=0, le=0.1)
+    warmup: int | None = asked("Warm-up", "Steps until the learning rate is full.", ge=0, le=1_000_000)
+
+
+class Checkpoint(Group):
+    """When the run is written down."""
+
+    model_config = ConfigDict(title="Checkpoints")
+    every: int | None = asked("Every", "Steps between two checkpoints.", ge=1, le=1_000_000)
+    keep: int | None = asked("Keep", "How many of the newest; the best one is kept besides.", ge=1, le=100)
+
+
+class Probe(Group):
+    """What is measured on held-out pictures while it runs."""
+
+    model_config = ConfigDict(title="Measuring")
+    every: int | None = asked("Every", "Steps between two measurements.", ge=1, le=1_000_000)
+    samples: int | None = asked("Pictures", "Held-out pictures to measure on.", ge=1, le=100_000)
+
+
+class Adapter(Group):
+    """The LoRA itself."""
+
+    model_config = ConfigDict(title="Adapter")
+    rank: int | None = asked("Rank", "Its size.", ge=1, le=1024)
+    alpha: float | None = asked("Alpha", "Its effect is scaled by alpha / rank.", gt=0, le=4096)
+    targets: Literal["attention", "attention+mlp", "all"] | None = asked("Targets", "Which layers it goes to.")
+
+
+class Pipeline(Group):
+    """Recover, train the LoRAs, evaluate."""
+
+    model_config = ConfigDict(title="pipeline")
+    plan: PlanName = asked("Plan", "What is trained and compared, from conf/pipeline/. smoke is a minute's trial of everything.", "miniature")
+    out: RunFolder = asked(
+        "Folder", "Where everything goes, below runs/. The same plan into the same folder goes on; finished stages are skipped.", "runs/demo"
+    )
+    seed: Seed = 0
+
+
+class Stage(Group):
+    """What every stage is asked."""
+
+    out: RunFolder
+    experiment: Experiment = asked("Experiment", "miniature is the bundled digit world; own is your model and your pictures.", "miniature")
+    model: Model | None = asked("Model", "The base, as conf/model/ describes it.")
+    hardware: Hardware | None = asked("Hardware", "This machine, as conf/hardware/ describes it.")
+    processes: int = asked("Processes", "One for each GPU that the stage shall use.", 1, ge=1, le=64)
+    seed: Seed = 0
+    publish: Place | None = asked("Publish", "A store, such as s3://bucket/artifacts, where the finished artifact goes besides.")
+
+
+class Training(Stage):
+    """What every training stage is asked."""
+
+    steps: int | None = asked("Steps", "Optimizer steps. With more of them a finished run goes on.", ge=1, le=10_000_000)
+    batch: int | None = asked("Batch", "Pictures per optimizer step, over all processes.", ge=1, le=65_536)
+    data: Data = asked("Pictures", "Which pictures.", Data)
+    optim: Optim = asked("Optimizer", "How the weights are moved.", Optim)
+    checkpoint: Checkpoint = asked("Checkpoints", "When the run is written down.", Checkpoint)
+    probe: Probe = asked("Measuring", "What is measured while it runs.", Probe)
+
+
+class Recover(Training):
+    """Fine-tunes the whole base at guidance 1.0 (dev2pro)."""
+
+    model_config = ConfigDict(title="recover (dev2pro)")
+    out: RunFolder = asked("Folder", GOES, "runs/ui/recover")
+    ema: float | None = asked("Averaging", "Decay of the averaged weights; 0 is none.", ge=0, lt=1)
+
+
+class Lora(Training):
+    """Trains a LoRA on a recovered model, or on any base."""
+
+    model_config = ConfigDict(title="lora")
+    out: RunFolder = asked("Folder", GOES, "runs/ui/lora")
+    trained_on: Base = asked("Trained on", "latest or best: what the recurring recovery promoted; else a model's folder or store address.", "latest")
+    arm: Name = asked("Arm", "Its name in tables.", "recovered@1")
+    guidance: float = asked("Guidance", "What the base expects in training: 1.0 for a recovered one.", 1.0, gt=0, le=30)
+    adapter: Adapter = asked("Adapter", "The LoRA itself.", Adapter)
+
+
+class Evaluate(Stage):
+    """Puts every LoRA on every base, judges the pictures and compares."""
+
+    model_config = ConfigDict(title="evaluate")
+    out: RunFolder = asked("Folder", GOES, "runs/ui/evaluate")
+    loras: list[Place] = asked("LoRAs", "Folders of finished LoRAs; * stands for any name.", lambda: ["runs/ui/lora"], min_length=1)
+    recovered: Base | None = asked("Recovered", "A recovered model to put them on as well; latest and best are what the recurring recovery promoted.")
+    prompts: Place | None = asked("Prompts", "A text file with a prompt a line.")
+    seeds: int | None = asked("Seeds", "Pictures for each prompt.", ge=1, le=1000)
+
+
+class Distill(Training):
+    """Makes a guidance-distilled student from an undistilled teacher."""
+
+    model_config = ConfigDict(title="distill")
+    out: RunFolder = asked("Folder", GOES, "runs/ui/distill")
+    teacher: Base = asked("Teacher", "A folder with an undistilled transformer.", "data/miniature/teacher")
+
+
+FLOWS_OWN = ("processes",)  # asked by a form, and no stage's business
+
+
+def overrides(form: Stage) -> dict[str, Any]:
+    """What the form says, as dotted keys of the stage's configuration; what was left empty is not there."""
+    return _flat({key: value for key, value in form.model_dump(mode="json", exclude_none=True).items() if key not in FLOWS_OWN})
+
+
+def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
+    return {
+        k: v
+        for key, value in values.items()
+        for k, v in (_flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}).items()
+    }
+
+
+def mistakes(error: ValidationError, form: type[Group]) -> list[str]:
+    """Each as a sentence: the key, what it was given, what is wrong with that, and what the field is for."""
+    found = []
+    for one in error.errors():
+        field = form.model_fields.get(str(one["loc"][0]))
+        known = field.description if field else f"There are {', '.join(form.model_fields)}."
+        found.append(f"{'.'.join(map(str, one['loc']))}={one['input']}: {one['msg']}. {known}")
+    return found

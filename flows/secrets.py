@@ -1,0 +1,30 @@
+"""What must not be read in the UI is taken out of a text: secrets of the environment, tokens, passwords and signatures in addresses."""
+
+import os
+import re
+
+HIDDEN = "********"
+NAMES = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|AUTH|WEBHOOK|DATABASE_CONNECTION", re.IGNORECASE)
+SHORTEST = 6  # characters of a value that is taken for a secret
+FORMS = (
+    (re.compile(r"\b(hf_)[A-Za-z0-9]{16,}"), rf"\1{HIDDEN}"),
+    (re.compile(r"\b((?:AKIA|ASIA)[A-Z0-9]{4})[A-Z0-9]{12}\b"), rf"\1{HIDDEN}"),
+    (re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/@\s]*@"), rf"\1{HIDDEN}@"),
+    (re.compile(r"([?&](?:X-Amz-[A-Za-z-]+|AWSAccessKeyId|Signature|sig|token|key|password)=)[^&\s'\"]+", re.IGNORECASE), rf"\1{HIDDEN}"),
+    (re.compile(r"(authorization:\s*(?:bearer|basic)\s+)\S+", re.IGNORECASE), rf"\1{HIDDEN}"),
+)  # fmt: skip
+
+
+def hidden(text: str) -> str:
+    """The text without them."""
+    for value in _values():
+        text = text.replace(value, HIDDEN)
+    for form, instead in FORMS:
+        text = form.sub(instead, text)
+    return text
+
+
+def _values() -> list[str]:
+    """Values of environment variables that are called secret, the longest first; paths and numbers are none."""
+    found = {value for name, value in os.environ.items() if NAMES.search(name) and len(value) >= SHORTEST}
+    return sorted((value for value in found if not value.startswith("/") and not value.isdigit()), key=len, reverse=True)

@@ -1,0 +1,42 @@
+"""One stage as a flow of its own, for the forms of the UI: recover, lora, evaluate, distill."""
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed, State
+
+from flows import promoted
+from flows.forms import Distill, Evaluate, Lora, Recover, Stage, overrides
+from flows.launch import TRIES, at_work, launch
+from flows.plan import words
+
+stage = task(launch, name="stage", task_run_name="{stage}", cache_policy=NO_CACHE, **TRIES)
+
+
+def _run(name: str, form: Stage, **own: str) -> State:
+    with at_work():
+        made = stage(name, words(overrides(form), own), form.out, form.processes)
+    return Completed(message=f"{made.kind} {made.id[:12]} in {made.uri}")
+
+
+@flow(name="recover (dev2pro)", flow_run_name="{recover.out}")
+def recover(recover: Recover) -> State:
+    """Fine-tunes the whole base at guidance 1.0, where no teacher is needed. The result is for training LoRAs on, not for use."""
+    return _run("recover", recover)
+
+
+@flow(name="lora", flow_run_name="{lora.out}")
+def lora(lora: Lora) -> State:
+    """Trains a LoRA on a recovered model. Apply it to the original base at its usual guidance."""
+    return _run("lora", lora, trained_on=promoted.resolved(lora.trained_on))
+
+
+@flow(name="evaluate", flow_run_name="{evaluate.out}")
+def evaluate(evaluate: Evaluate) -> State:
+    """Puts every LoRA on every base, judges the pictures, compares, and writes a report."""
+    return _run("evaluate", evaluate, **({"recovered": promoted.resolved(evaluate.recovered)} if evaluate.recovered else {}))
+
+
+@flow(name="distill", flow_run_name="{distill.out}")
+def distill(distill: Distill) -> State:
+    """Makes a guidance-distilled student from an undistilled teacher, as the article guesses FLUX.1-dev was made."""
+    return _run("distill", distill, teacher=promoted.resolved(distill.teacher))
