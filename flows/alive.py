@@ -30,7 +30,7 @@ def this_run() -> Iterator[None]:
     """Within, the flow run of the context counts as alive."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     file = _file(UUID(flow_run.id))
-    file.write_text(json.dumps({"pid": os.getpid()}))
+    file.write_text(json.dumps({"pid": os.getpid(), "server": _server()}))
     handle = claim.lock(file)
     try:
         yield
@@ -41,7 +41,7 @@ def this_run() -> Iterator[None]:
 
 
 def begun() -> list[Life]:
-    """Flow runs that began on this machine and have not ended by themselves."""
+    """Flow runs of this process's server that began on this machine and have not ended by themselves."""
     return [life for file in sorted(FOLDER.glob(f"{gethostname()}-*.json")) if (life := _life(file))]
 
 
@@ -52,13 +52,19 @@ def forget(run: UUID) -> None:
 
 def _life(file: Path) -> Life | None:
     try:
-        run = UUID(file.stem.removeprefix(f"{gethostname()}-"))
+        run, told = UUID(file.stem.removeprefix(f"{gethostname()}-")), json.loads(file.read_text())
+        if told["server"] != _server():
+            return None
         if (handle := claim.lock(file)) is not None:
             os.close(handle)
             return Life(run, 0)
-        return Life(run, int(json.loads(file.read_text())["pid"]))
+        return Life(run, int(told["pid"]))
     except (OSError, ValueError, KeyError, TypeError):  # it has just ended, or just begun
         return None
+
+
+def _server() -> str:
+    return os.environ.get("PREFECT_API_URL", "")
 
 
 def _file(run: UUID) -> Path:

@@ -1,0 +1,194 @@
+"""`make serve`: a Prefect server on this machine, two runners for the deployments, and an eye on both, until it is stopped."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+from urllib.parse import urlparse
+
+import httpx
+import psutil
+from dotenv import load_dotenv
+
+from dev2pro import stop
+from dev2pro.artifact import ROOT
+from flows import alive
+
+LOGS = ROOT / "runs" / ".serve"
+DEFAULTS = {  # where neither the environment nor .env says otherwise
+    "PREFECT_HOME": str(ROOT / ".prefect"),
+    "PREFECT_API_URL": "http://127.0.0.1:4200/api",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",  # outlives the server
+    "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",  # so that a year of runs does not fill the disk
+    "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": str(180 * 86400),  # seconds
+    "PYTHONPATH": str(ROOT),  # flows are loaded from their files
+    "PREFECT_CLIENT_MAX_RETRIES": "9",  # with doubling pauses: the server may be gone for eight minutes
+    "PREFECT_RUNNER_POLL_FREQUENCY": "5",  # seconds from a click to its start
+}
+START, LOOK, QUICKLY = 120.0, 5.0, 10.0  # seconds: for the server to answer; between two looks; a child that lived no longer than this is not well
+ENGINES = 40.0  # seconds for flows to end once they are asked: they wait 25 for their stages
+
+
+class Child:
+    """A process that is started again when it dies. In a session of its own, so that Ctrl-C comes to this process alone; its words go to a file."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.log = name, LOGS / f"{name}.log"
+        self.process: subprocess.Popen | None = None
+        self.pause, self.next = 1.0, 0.0
+
+    def keep(self) -> None:
+        """Starts it if it does not run, after a pause that grows while it dies at once."""
+        now = time.monotonic()
+        if self.process and self.process.poll() is None:
+            return
+        if self.process:
+            if not self.next:
+                self.pause = min(60.0, 2 * self.pause) if now - self.began < QUICKLY else 1.0
+                self.next = now + self.pause
+                say(f"{self.name} ended with {self.process.returncode} and is started again in {self.pause:.0f} s; see {self.log}")
+            if now < self.next:
+                return
+        self.began, self.next = now, 0.0
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "flows.serve", self.name], cwd=ROOT, stdout=self._file(), stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+    def end(self, number: signal.Signals, patience: float = 20.0) -> None:
+        """Ends it, at last with -9."""
+        if self.process and self.process.poll() is None:
+            self.process.send_signal(number)
+            try:
+                self.process.wait(patience)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+    def _file(self) -> IO[bytes]:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        return self.log.open("ab")
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+
+
+def main() -> int:
+    """Until SIGTERM or SIGINT. Returns the exit code."""
+    address = urlparse(os.environ["PREFECT_API_URL"])
+    if not free(address.hostname or "", address.port or 80):
+        print(f"serve: {address.netloc} is in use, perhaps by another `make serve`. Stop that, or set PREFECT_API_URL in .env.", file=sys.stderr)
+        return 2
+    began, asked = time.monotonic(), [False]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: asked.__setitem__(0, True))
+    server, runners = Child("server"), [Child("training")]
+    server.keep()
+    if not wait(answers, START, lambda: asked[0] or server.process.poll() is not None):  # type: ignore[union-attr]
+        server.end(signal.SIGINT)
+        if not asked[0]:
+            print(f"serve: the server did not come up within {START:.0f} s; see {server.log}", file=sys.stderr)
+        return 1
+    from prefect.client.orchestration import get_client  # takes seconds, in which the server comes up
+
+    from flows import deployments, truth
+
+    with get_client(sync_client=True) as client:
+        eye = truth.Truth(client)
+        if resumed := eye.resume(deployments.NAMES):
+            say(f"going on with {len(resumed)} runs that were cut off: {', '.join(resumed)}")
+        for child in runners:
+            child.keep()
+        say(f"ready after {time.monotonic() - began:.0f} s: http://{address.netloc}/deployments   (Ctrl-C stops; logs are in {LOGS})")
+        while not asked[0]:
+            for child in (server, *runners):
+                child.keep()
+            quietly(eye.look)
+            wait(lambda: asked[0], LOOK)
+        stopped(runners)
+        quietly(lambda: eye.resume(deployments.NAMES))
+    server.end(signal.SIGINT)
+    return 0
+
+
+def stopped(runners: list[Child]) -> None:
+    """Ends the runners first, so that nothing new begins, then the flows, which have their stages save."""
+    engines = {engine.pid for child in runners if child.process for engine in psutil.Process(child.process.pid).children()}
+    for child in runners:
+        child.end(signal.SIGKILL)  # asked nicely it would cancel its runs; they are to go on
+    engines |= {life.pid for life in alive.begun() if life.pid}
+    say(f"stopping: {len(engines)} runs save and go on at the next start" if engines else "stopping")
+    for pid in engines:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    wait(lambda: not any(psutil.pid_exists(pid) for pid in engines), ENGINES)
+
+
+def quietly(work: Callable[[], object]) -> None:
+    """The server may be gone for a moment."""
+    try:
+        work()
+    except Exception as error:
+        say(f"cannot look after the runs at the moment ({type(error).__name__}: {error})")
+
+
+def wait(done: Callable[[], bool], seconds: float, hopeless: Callable[[], bool] = lambda: False) -> bool:
+    end = time.monotonic() + seconds
+    while not done():
+        if hopeless() or time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def answers() -> bool:
+    """Whether the server is there."""
+    try:
+        return httpx.get(f"{os.environ['PREFECT_API_URL']}/health", timeout=2).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def free(host: str, port: int) -> bool:
+    with socket.socket() as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            one.bind((host, port))
+        except OSError:
+            return False
+        return True
+
+
+def child(name: str) -> None:
+    """The work of one of the processes."""
+    address = urlparse(os.environ["PREFECT_API_URL"])
+    if name == "server":
+        stop.follow_parent(signal.SIGTERM)
+        words = ["prefect", "server", "start", "--host", address.hostname or "127.0.0.1", "--port", str(address.port or 4200)]
+        os.execv(sys.executable, [sys.executable, "-m", *words])
+    stop.follow_parent(signal.SIGKILL)  # its runs go on without it; asked nicely it would cancel them
+    from prefect import serve
+
+    from flows import deployments, slots
+
+    limit = len(slots.names()) if name == deployments.TRAINING else 10
+    serve(*deployments.as_left(deployments.made(name)), limit=limit, pause_on_shutdown=False)
+
+
+if __name__ == "__main__":
+    load_dotenv(Path(ROOT, ".env"))
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    if sys.argv[1:]:
+        child(sys.argv[1])
+    else:
+        sys.exit(main())
