@@ -8,7 +8,7 @@ PY := .venv/bin/python
 READY := .venv/ready
 endif
 
-.PHONY: help venv demo test proof chaos lint format bench miniature clean
+.PHONY: help venv demo serve test proof chaos lint format bench miniature clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ venv: $(READY) ## create .venv with exactly requirements.lock (again when that c
 
 demo: $(READY) ## the whole job on the bundled miniature: SEED=0 OUT=runs/demo
 	$(PY) -m flows.pipeline plan=miniature seed=$(SEED) out=$(OUT)
+
+serve: $(READY) ## the Prefect UI on http://127.0.0.1:4200 with everything ready to trigger
+	$(PY) -m flows.serve
 
 test: $(READY) ## the tests, several files at a time
 	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile

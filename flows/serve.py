@@ -44,7 +44,7 @@ class Child:
     def __init__(self, name: str) -> None:
         self.name, self.log = name, LOGS / f"{name}.log"
         self.process: subprocess.Popen | None = None
-        self.pause, self.next = 1.0, 0.0
+        self.began, self.pause, self.next = 0.0, 1.0, 0.0
 
     def keep(self) -> None:
         """Starts it if it does not run, after a pause that grows while it dies at once."""
@@ -79,6 +79,7 @@ class Child:
 
 
 def say(text: str) -> None:
+    """A line with the time of day."""
     print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
 
@@ -142,6 +143,7 @@ def quietly(work: Callable[[], object]) -> None:
 
 
 def wait(done: Callable[[], bool], seconds: float, hopeless: Callable[[], bool] = lambda: False) -> bool:
+    """Whether it was done within so many seconds."""
     end = time.monotonic() + seconds
     while not done():
         if hopeless() or time.monotonic() > end:
@@ -159,6 +161,7 @@ def answers() -> bool:
 
 
 def free(host: str, port: int) -> bool:
+    """Whether nobody listens there."""
     with socket.socket() as one:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

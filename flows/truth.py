@@ -1,4 +1,4 @@
-"""Makes the UI tell the truth about flow runs whose process is gone: what was cut off goes on, what was cancelled is cancelled, what died has crashed."""
+"""Makes the UI tell the truth about flow runs whose process is gone: what was cut off goes on, what died has crashed."""
 
 import os
 import signal
