@@ -2,13 +2,13 @@
 
 import base64
 import io
-import re
 from pathlib import Path
 
 from PIL import Image
 from prefect.artifacts import create_markdown_artifact
 
 from dev2pro.artifact import Artifact
+from flows.watch import key
 
 SHEETS = 3  # pictures shown; all of them are in the report
 WIDTH, QUALITY = 900, 80
@@ -16,8 +16,7 @@ WIDTH, QUALITY = 900, 80
 
 def show(result: Artifact) -> None:
     """The artifact `<folder>-verdict` of the run."""
-    key = re.sub("[^a-z0-9]+", "-", result.uri.split("/runs/")[-1].lower()).strip("-")
-    create_markdown_artifact(key=f"{key}-verdict", markdown=page(result), description="How the LoRAs compare")
+    create_markdown_artifact(key=f"{key(Path(result.uri))}-verdict", markdown=page(result), description="How the LoRAs compare")
 
 
 def page(result: Artifact) -> str:

@@ -33,7 +33,7 @@ class Watch:
 
     def __init__(self, stage: str, out: Path, warn: Callable[[str], None]) -> None:
         self.stage, self.out, self.warn = stage, out, warn
-        self.key = re.sub("[^a-z0-9]+", "-", str(out.relative_to(artifact.ROOT) if out.is_relative_to(artifact.ROOT) else out).lower()).strip("-")
+        self.key = key(out)
         self.events = deque[tuple[float, dict[str, Any]]](maxlen=WINDOW)
         self.rows = Rows(out / "metrics.jsonl")
         self._shown = dict[str, tuple[Any, Any]]()  # kind -> (id, data)
@@ -158,6 +158,12 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes % 60} min"
     return f"{minutes} min {int(seconds % 60)} s" if minutes else f"{int(seconds)} s"
+
+
+def key(out: Path) -> str:
+    """How artifacts about a stage's folder begin: its name below runs/, as Prefect allows it."""
+    name = out.relative_to(artifact.ROOT / "runs") if out.is_relative_to(artifact.ROOT / "runs") else out
+    return re.sub("[^a-z0-9]+", "-", str(name).lower()).strip("-")
 
 
 def _row(step: int, folder: Path) -> dict[str, Any]:

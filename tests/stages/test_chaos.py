@@ -40,7 +40,7 @@ def test_kills_at_every_moment_on_every_stage_change_nothing(tmp_path, capsys):
     def case(which: tuple[str, int, str]) -> dict[str, Any] | AssertionError:
         stage, ranks, more = which
         try:
-            return survives(stage, ranks, more, KILLS, seed, tmp_path / f"{stage}-{ranks}-{more or 'whole'}")
+            return survives(stage, ranks, more, KILLS, seed, tmp_path / f"{stage}-{ranks}-{'sharded' if more else 'whole'}")
         except AssertionError as error:  # so that the others are told as well
             return error
 

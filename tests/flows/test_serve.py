@@ -1,0 +1,179 @@
+"""`make serve`, with real processes that are cancelled and killed: training is saved or goes on, and the UI tells the truth."""
+
+import os
+import signal
+import socket
+import time
+
+import pytest
+
+from dev2pro.artifact import ROOT
+from tests.flows.operator import OUT, checkpoints, engine, serving, stages, steps, until
+
+pytestmark = pytest.mark.operator
+
+
+@pytest.fixture(scope="module")
+def serve(tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("prefect")) as serve:
+        yield serve
+
+
+def goes_on(serve, run: str, out: str) -> None:
+    """The run trains on from where it was saved."""
+    saved = checkpoints(out)[-1]
+    until(lambda: steps(out) > saved + 3, what="going on")
+    until(lambda: f"going on after step {saved}" in serve.told(run), what="the log")
+    serve.cancel(run)
+    serve.until_state(run, "Cancelled")
+
+
+def test_a_cancelled_run_has_saved_and_running_it_again_goes_on(serve):
+    run = serve.recover("cancelled")
+    serve.cancel(run)
+    serve.until_state(run, "Cancelled")
+    assert not stages("cancelled")
+    assert checkpoints("cancelled")
+    assert "asked to stop (SIGTERM)" in serve.told(run)
+    again = serve.run("recover", recover=serve.api.get(f"flow_runs/{run}").json()["parameters"]["recover"])
+    goes_on(serve, again, "cancelled")
+
+
+def test_a_save_that_outlasts_prefect_s_patience_is_left_in_peace(serve):
+    run = serve.recover("slow")
+    stage = stages("slow")[0]
+    flow = engine("slow")
+    serve.cancel(run)
+    until(lambda: "asked to stop" in serve.told(run), what="asking")
+    stage.suspend()  # a disk that takes its time
+    serve.until_state(run, "Cancelled")
+    until(lambda: not flow.is_running(), what="the end of the flow's process")
+    second = serve.run("recover", recover=serve.api.get(f"flow_runs/{run}").json()["parameters"]["recover"])
+    until(lambda: "waits for" in serve.told(second) or "Another process works" in serve.told(second), what="keeping the second one out")
+    assert len(stages("slow")) <= 2
+    stage.resume()
+    until(lambda: not stage.is_running() or stage.status() == "zombie", what="the end of the stage")
+    assert checkpoints("slow")
+    goes_on(serve, second, "slow")
+
+
+def test_a_killed_flow_has_crashed_and_its_stage_has_saved(serve):
+    run = serve.recover("crashed")
+    engine("crashed").kill()
+    state = serve.until_state(run, "Crashed")
+    assert state["message"]
+    until(lambda: not stages("crashed"), what="the end of the stage")
+    assert checkpoints("crashed")
+    serve.set_state(run, "SCHEDULED", "AwaitingRetry")  # what the button Retry does
+    goes_on(serve, run, "crashed")
+
+
+def test_a_killed_runner_is_started_again_and_the_state_is_true(serve):
+    run = serve.recover("runner")
+    serve.part("training").kill()
+    before = steps("runner")
+    until(lambda: steps("runner") > before + 20 or checkpoints("runner"), what="going on or saving")
+    until(lambda: serve.said.read_text().count("training ended with") > 0, what="noticing")
+    if stages("runner"):  # it goes on without its runner, and can be cancelled all the same
+        assert serve.state(run)["type"] == "RUNNING"
+        serve.cancel(run)
+        serve.until_state(run, "Cancelled")
+    else:
+        serve.until_state(run, "Crashed")
+    until(lambda: not stages("runner"), what="the end of the stage")
+    assert checkpoints("runner")
+    after = serve.recover("runner")
+    goes_on(serve, after, "runner")
+
+
+def test_a_server_that_is_gone_for_a_moment_is_not_missed(serve):
+    run = serve.recover("moment", steps=steps("moment") + 600)
+    serve.part("server").kill()
+    before = steps("moment")
+    until(lambda: serve._state(run) is not None, what="the server's return")
+    until(lambda: steps("moment") > before + 20, what="training on")
+    assert serve.until_state(run, "Completed")
+    assert any("step 600 of 600" in (one["description"] or "") for one in serve.artifacts(run))
+
+
+def test_stopping_it_saves_and_starting_it_goes_on(serve):
+    run = serve.recover("stopped")
+    waiting = serve.run("recover", recover={"out": f"{OUT}/stopped", "steps": 1})
+    assert serve.stop() == 0
+    until(lambda: not stages("stopped"), what="the end of the stage")
+    assert checkpoints("stopped")
+    serve.start()
+    assert "going on with" in serve.said.read_text()
+    serve.cancel(waiting)
+    goes_on(serve, run, "stopped")
+
+
+def test_a_switch_that_was_turned_off_stays_off(serve):
+    deployment = serve.deployments()["lora"]
+    serve.api.patch(f"deployments/{deployment['id']}", json={"paused": True, "parameters": {"lora": {"out": "runs/mine"}}}).raise_for_status()
+    serve.stop()
+    serve.start()
+    after = serve.deployments()["lora"]
+    assert (after["id"], after["paused"], after["parameters"]) == (deployment["id"], True, {"lora": {"out": "runs/mine"}})
+
+
+def test_two_runs_never_work_in_one_folder(serve):
+    first = serve.recover("twice")
+    second = serve.run("recover", recover=serve.api.get(f"flow_runs/{first}").json()["parameters"]["recover"])
+    serve.until_state(second, "Running")
+    until(lambda: "Another process works in" in serve.told(second), what="refusing")
+    until(lambda: serve.state(second)["type"] == "RUNNING" and "Retriable" not in serve.told(second), 5)
+    assert len({one.pid for one in stages("twice")}) == 1
+    for run in (second, first):
+        serve.cancel(run)
+    serve.until_state(first, "Cancelled")
+
+
+def test_a_second_one_on_the_same_address_says_so(serve):
+    other = type(serve)(serve.home)
+    other.port, other.address = serve.port, serve.address
+    with pytest.raises(AssertionError, match="is in use, perhaps by another `make serve`"):
+        other.start()
+
+
+def test_nothing_is_left_when_it_is_killed(serve):
+    run = serve.recover("killed")
+    family = [one.pid for one in __import__("psutil").Process(serve.process.pid).children(recursive=True)]
+    serve.process.kill()
+    serve.process.wait()
+    until(lambda: not any(os.path.exists(f"/proc/{pid}") and pid not in {s.pid for s in stages("killed")} for pid in family), 120, "the end")
+    serve.start()
+    state = serve.state(run)
+    assert state["name"] in ("Resuming", "Running", "Pending", "Crashed", "Scheduled"), state
+    serve.cancel(run)
+    serve.until_state(run, "Cancelled", "Cancelling")
+
+
+@pytest.mark.timeout(1200)
+def test_a_server_that_is_gone_for_five_minutes_is_not_missed(serve):
+    run = serve.recover("outage", steps=100000)
+    server = serve.part("server")
+    with socket.socket() as taken:
+        server.kill()
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        until(lambda: not _bound(taken, serve.port), what="taking its place")
+        before, began = steps("outage"), time.monotonic()
+        while time.monotonic() - began < 300:
+            time.sleep(5)
+            assert stages("outage")
+        assert steps("outage") > before + 100
+    until(lambda: serve._state(run) is not None, what="the server's return")
+    assert serve.state(run)["type"] == "RUNNING"
+    time.sleep(20)
+    assert serve.state(run)["type"] == "RUNNING"
+    serve.cancel(run)
+    serve.until_state(run, "Cancelled")
+    assert checkpoints("outage")
+
+
+def _bound(one: socket.socket, port: int) -> bool:
+    try:
+        one.bind(("127.0.0.1", port))
+    except OSError:
+        return True
+    return False
