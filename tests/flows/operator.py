@@ -70,7 +70,7 @@ class Serve:
     def part(self, name: str) -> psutil.Process:
         """One of its processes: server, training or cheap."""
         words = {"server": ["server", "start"]}.get(name, ["flows.serve", name])
-        return until(lambda: next((p for p in psutil.Process(self.process.pid).children() if p.is_running() and p.cmdline()[-len(words) :] == words
+        return until(lambda: next((p for p in psutil.Process(self.process.pid).children() if (p.is_running() and p.cmdline()[-len(words) :] == words)
                                    or all(word in p.cmdline() for word in words)), None), what=f"finding {name}")  # fmt: skip
 
     # ---- its API ----

@@ -1,13 +1,12 @@
 """`make serve`, with real processes that are cancelled and killed: training is saved or goes on, and the UI tells the truth."""
 
 import os
-import signal
 import socket
 import time
 
+import psutil
 import pytest
 
-from dev2pro.artifact import ROOT
 from tests.flows.operator import OUT, checkpoints, engine, serving, stages, steps, until
 
 pytestmark = pytest.mark.operator
@@ -138,7 +137,7 @@ def test_a_second_one_on_the_same_address_says_so(serve):
 
 def test_nothing_is_left_when_it_is_killed(serve):
     run = serve.recover("killed")
-    family = [one.pid for one in __import__("psutil").Process(serve.process.pid).children(recursive=True)]
+    family = [one.pid for one in psutil.Process(serve.process.pid).children(recursive=True)]
     serve.process.kill()
     serve.process.wait()
     until(lambda: not any(os.path.exists(f"/proc/{pid}") and pid not in {s.pid for s in stages("killed")} for pid in family), 120, "the end")
