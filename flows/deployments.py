@@ -8,12 +8,13 @@ from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.deployments.runner import RunnerDeployment
 from prefect.exceptions import ObjectNotFound
 
+from flows.concepts import concepts
 from flows.pipeline import pipeline
 from flows.single import distill, evaluate, lora, recover
 
 TRAINING = "training"  # the runner of what needs GPUs; a run waits there for its turn
 CHEAP = "cheap"  # the runner of what does not, which never waits behind training
-NAMES = ("pipeline", "recover", "lora", "evaluate", "distill")
+NAMES = ("pipeline", "recover", "lora", "evaluate", "distill", "concepts")
 
 
 def made(runner: str) -> list[RunnerDeployment]:
@@ -25,6 +26,7 @@ def made(runner: str) -> list[RunnerDeployment]:
             lora.to_deployment("lora", tags=["gpu"]),
             evaluate.to_deployment("evaluate", tags=["gpu"]),
             distill.to_deployment("distill", tags=["gpu"]),
+            concepts.to_deployment("concepts", tags=["gpu"]),
         ]
     return []
 

@@ -5,10 +5,11 @@ A form mirrors the stage's configuration: `data.train` is the field `train` of t
 
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from dev2pro.artifact import ROOT
 from flows.plan import Name
@@ -193,12 +194,43 @@ class Distill(Training):
     teacher: Base = asked("Teacher", "A folder with an undistilled transformer.", "data/miniature/teacher")
 
 
-FLOWS_OWN = ("processes",)  # asked by a form, and no stage's business
+class Concept(Group):
+    """A style or subject, and its pictures."""
+
+    model_config = ConfigDict(title="Concept")
+    name: Name = asked("Name", "Its folder and its name in tables; in the miniature chalk, sideways, poster or halftone.", ...)
+    train: list[Place] | None = asked("Training", "Folders of captioned pictures, indexed tars, or a snapshot.", min_length=1)
+    heldout: list[Place] | None = asked("Held out", "Pictures to measure on, never trained on.", min_length=1)
 
 
-def overrides(form: Stage) -> dict[str, Any]:
-    """What the form says, as dotted keys of the stage's configuration; what was left empty is not there."""
-    return _flat({key: value for key, value in form.model_dump(mode="json", exclude_none=True).items() if key not in FLOWS_OWN})
+class Concepts(Training):
+    """One recovered model, many LoRAs."""
+
+    model_config = ConfigDict(title="concepts")
+    out: RunFolder = asked("Folder", GOES, "runs/concepts")
+    trained_on: Base = asked("Trained on", "latest or best: what the recurring recovery promoted; else a model's folder or store address.", "latest")
+    concepts: list[Concept] = asked(
+        "Concepts", "What to train.", lambda: [Concept(name="chalk"), Concept(name="poster")], min_length=1, max_length=1000
+    )
+    at_once: int = asked("At once", "Concepts that are worked on at the same time; each waits for a free GPU besides.", 2, ge=1, le=64)
+    base: Base | None = asked("Rival", "Also train each on this base, to compare: twice the work. In the miniature data/miniature/pipeline.")
+    adapter: Adapter = asked("Adapter", "The LoRA itself.", Adapter)
+    prompts: Place | None = asked("Prompts", "A text file with a prompt a line, to judge by.")
+    seeds: int | None = asked("Seeds", "Pictures for each prompt.", ge=1, le=1000)
+
+    @field_validator("concepts")
+    @classmethod
+    def _all_different(cls, concepts: list[Concept]) -> list[Concept]:
+        names = [one.name for one in concepts]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"{min(twice)} is there twice. Give every concept a name of its own")
+        return concepts
+
+
+def overrides(form: Stage, fields: Collection[str] = ()) -> dict[str, Any]:
+    """What the form says, as dotted keys of a stage's configuration; what was left empty is not there. `fields`: only these."""
+    said = form.model_dump(mode="json", exclude_none=True, exclude={"processes"})
+    return _flat({key: value for key, value in said.items() if not fields or key in fields})
 
 
 def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:

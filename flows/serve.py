@@ -101,12 +101,14 @@ def main() -> int:
         return 1
     from prefect.client.orchestration import get_client  # takes seconds, in which the server comes up
 
-    from flows import deployments, truth
+    from flows import deployments, notify, truth
 
     with get_client(sync_client=True) as client:
         eye = truth.Truth(client)
         if resumed := eye.resume(deployments.NAMES):
             say(f"going on with {len(resumed)} runs that were cut off: {', '.join(resumed)}")
+        if notify.arrange(client):
+            say(f"failures and regressions are told to the address in {notify.WEBHOOK}")
         for child in runners:
             child.keep()
         say(f"ready after {time.monotonic() - began:.0f} s: http://{address.netloc}/deployments   (Ctrl-C stops; logs are in {LOGS})")

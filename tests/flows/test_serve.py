@@ -148,7 +148,6 @@ def test_nothing_is_left_when_it_is_killed(serve):
     serve.until_state(run, "Cancelled", "Cancelling")
 
 
-@pytest.mark.timeout(1200)
 def test_a_server_that_is_gone_for_five_minutes_is_not_missed(serve):
     run = serve.recover("outage", steps=100000)
     server = serve.part("server")

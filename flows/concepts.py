@@ -1,0 +1,64 @@
+"""One recovered model, many LoRAs: trains and judges every concept of a list, a few at a time; one that fails does not stop the others."""
+
+from pathlib import Path
+
+from prefect import flow, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import PrefectFuture
+from prefect.states import Completed, Failed, State
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from dev2pro.artifact import ROOT, Artifact
+from flows import promoted
+from flows.forms import Concept, Concepts, overrides
+from flows.launch import TRIES, at_work, launch
+from flows.plan import folder, words
+from flows.verdict import show
+from flows.watch import key
+
+stage = task(launch, name="stage", task_run_name="{stage} {out}", cache_policy=NO_CACHE, **TRIES)
+FOR_LORA = ("experiment", "model", "hardware", "seed", "steps", "batch", "data", "optim", "adapter", "checkpoint", "probe")
+FOR_EVALUATE = ("experiment", "model", "hardware", "seed", "prompts", "seeds")
+
+
+@task(task_run_name="concept {concept.name}", cache_policy=NO_CACHE)
+def one(form: Concepts, concept: Concept, recovered: str) -> Artifact:
+    """A concept's LoRA on the recovered model, the same on the base if that was asked for, and how they compare."""
+    arms = {"recovered@1": recovered} | ({"base@1": form.base} if form.base else {})
+    asked = overrides(form, FOR_LORA)
+    pictures = {f"data.{name}": value for name, value in concept.model_dump(exclude_none=True).items()}
+    for arm, base in arms.items():
+        place = folder(form.out, concept.name, "lora", arm)
+        stage("lora", words(asked, pictures, out=place, arm=arm, trained_on=base, guidance=1.0), place, form.processes)
+    place, loras = folder(form.out, concept.name, "evaluate"), [folder(form.out, concept.name, "lora", arm) for arm in arms]
+    made = stage("evaluate", words(overrides(form, FOR_EVALUATE), out=place, loras=loras, recovered=recovered), place, form.processes)
+    show(made)
+    return made
+
+
+@flow(name="concepts", flow_run_name="{concepts.out}")
+def concepts(concepts: Concepts) -> State:
+    """Trains a LoRA for every concept on one recovered model, and judges each as it is finished. The others go on when one fails."""
+    recovered = promoted.resolved(concepts.trained_on)
+    with at_work(), ThreadPoolTaskRunner(max_workers=concepts.at_once) as hands:
+        asked = {c.name: hands.submit(one, {"form": concepts, "concept": c, "recovered": recovered}) for c in concepts.concepts}
+        for future in asked.values():
+            future.wait()
+    create_markdown_artifact(key=f"{key(ROOT / concepts.out)}-concepts", markdown=summary(asked), description="How the concepts came out")
+    failed = [name for name, future in asked.items() if not future.state.is_completed()]
+    if failed:
+        return Failed(message=f"{len(failed)} of {len(asked)} concepts failed: {', '.join(failed)}. Retry does these again.")
+    return Completed(message=f"{len(asked)} concepts in {concepts.out}")
+
+
+def summary(asked: dict[str, PrefectFuture]) -> str:
+    """A table in markdown: a line for every concept."""
+    lines = ["| concept | state | verdict | report |", "|---|---|---|---|"]
+    for name, future in asked.items():
+        made = future.state.result(raise_on_failure=False)
+        if isinstance(made, Artifact):
+            lines.append(f"| {name} | done | {made.metrics['verdict']} | `{Path(made.uri) / 'report.html'}` |")
+        else:
+            lines.append(f"| {name} | **{future.state.name}** | {str(made).replace('|', '/')[:500]} | |")
+    return "\n".join(lines)

@@ -1,0 +1,26 @@
+"""Tells somebody when a run has failed or a recovered model was not good enough: an automation that calls the webhook of the environment."""
+
+import os
+from datetime import timedelta
+
+from prefect.blocks.webhook import Webhook
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.events.actions import CallWebhook
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+
+WEBHOOK = "DEV2PRO_WEBHOOK"  # an address, such as a Slack or Mattermost one; unset: nobody is told
+NAME = "dev2pro: failures and regressions"
+EVENTS = {"prefect.flow-run.Failed", "prefect.flow-run.Crashed", "dev2pro.regression"}
+BLOCK = "dev2pro-webhook"
+PAYLOAD = '{"text": "dev2pro: {{ event.resource.name or event.resource.id }}: {{ event.event }}. {{ event.payload.message }}"}'
+
+
+def arrange(client: SyncPrefectClient) -> bool:
+    """Makes the automation where there is none; one that an operator has changed or switched off stays so. False where no webhook is set."""
+    if not (address := os.environ.get(WEBHOOK)):
+        return False
+    block = Webhook(method="POST", url=address).save(BLOCK, overwrite=True)
+    if not client.read_automations_by_name(NAME):
+        trigger = EventTrigger(expect=EVENTS, posture=Posture.Reactive, threshold=1, within=timedelta(0))
+        client.create_automation(AutomationCore(name=NAME, trigger=trigger, actions=[CallWebhook(block_document_id=block, payload=PAYLOAD)]))
+    return True
