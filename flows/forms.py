@@ -16,7 +16,7 @@ from flows.plan import Name
 from flows.promoted import ALIAS
 
 ROOTS = "DEV2PRO_ROOTS"  # folders and addresses, separated by commas, that pictures, models and stores may be in
-SAFE = r"^(?!.*(\$\{|_target_|\.\.))[^\x00-\x1f\x7f~]+$"  # no interpolation, no way up, no characters that a terminal obeys
+SAFE = r"^(?!.*(\$\{|_target_|(^|/)\.\.(/|$)))[^\x00-\x1f\x7f~]+$"  # no interpolation, no way up, no characters that a terminal obeys
 
 
 def found(group: str) -> tuple[str, ...]:
@@ -27,7 +27,7 @@ def found(group: str) -> tuple[str, ...]:
 def within_roots(place: str) -> str:
     """The place as it is. Raises ValueError for one that is outside of the configured roots."""
     roots = [root.strip() for root in os.environ.get(ROOTS, "").split(",") if root.strip()]
-    if "://" in place:
+    if ":" in place.split("/")[0]:  # an address, or something that claims to be one
         allowed = any(place == root or place.startswith(root.rstrip("/") + "/") for root in roots if "://" in root)
     else:
         inside = (ROOT / re.split(r"[*?\[{]", place)[0]).resolve()  # the part before a pattern; links are followed
