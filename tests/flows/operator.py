@@ -131,11 +131,12 @@ def steps(out: str) -> int:
     return rows.read_text().count('"lr"') if rows.exists() else 0
 
 
-def stages(out: str) -> list[psutil.Process]:
-    """Living processes of a stage that works in a folder."""
+def stages(out: str = "") -> list[psutil.Process]:
+    """Living processes of the stage that works in a folder, or of all of this test's."""
     found = []
     for one in psutil.process_iter(["cmdline", "status"]):
-        if f"out={OUT}/{out}" in (one.info["cmdline"] or []) and one.info["status"] != psutil.STATUS_ZOMBIE:
+        works_in = next((word for word in one.info["cmdline"] or [] if word.startswith(f"out={OUT}/")), None)
+        if works_in and (not out or works_in == f"out={OUT}/{out}") and one.info["status"] != psutil.STATUS_ZOMBIE:
             found.append(one)
     return found
 

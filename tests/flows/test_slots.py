@@ -99,8 +99,7 @@ def test_who_wants_all_is_not_overtaken(holder):
 
 def test_more_than_there_are_is_a_mistake():
     with pytest.raises(ConfigError, match=r"recover wants 3 processes, and this machine has 2 \(gpu-0, gpu-3\)"):
-        with slots.held(3, "recover", lambda: False, print):
-            pass
+        slots.held(3, "recover", lambda: False, print).__enter__()
 
 
 @pytest.mark.parametrize(
