@@ -22,7 +22,8 @@ RECORD = "artifact.json"
 CONFIG = "config.json"  # which run a folder belongs to, from its start on
 CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")  # a folder
 TRANSIENT = re.compile(r"artifact\.json$|checkpoint-|.*\.(partial|lock)$")  # under a stage's folder, but no part of what it made
-UNIDENTIFYING = (".jsonl", ".log", ".snapshot")  # they hold times and places; what a snapshot pins is among the parents
+PREVIEWS = "previews"  # the folder with what a model drew while it was trained
+UNIDENTIFYING = re.compile(rf".*\.(jsonl|log|snapshot)$|{PREVIEWS}/")  # times, places, looks; what a snapshot pins is among the parents
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 DATA = "data."  # how the roles of snapshots begin: their ids come from the data room, and `watched` says whether they still hold
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,7 +100,7 @@ def identity(config: Any) -> dict[str, Any]:
 
 def identify(kind: str, stage: str, config_digest: str, parents: list[dict[str, str]], files: list[dict[str, Any]]) -> str:
     """The id of an artifact: what it was made from and how, and the contents of its files."""
-    content = [f for f in files if not f["path"].endswith(UNIDENTIFYING)]
+    content = [f for f in files if not UNIDENTIFYING.match(f["path"])]
     return digest([kind, stage, config_digest, [p["id"] for p in parents], content])
 
 

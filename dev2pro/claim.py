@@ -11,7 +11,8 @@ from dev2pro import artifact, integrity
 from dev2pro.artifact import Artifact
 from dev2pro.errors import ConfigError, TryAgainError
 
-STARTED = {artifact.CONFIG, "metrics.jsonl", "train.snapshot", "heldout.snapshot"}  # what a run has written before it made anything
+# what a run has written before it made anything
+STARTED = {artifact.CONFIG, artifact.PREVIEWS, "metrics.jsonl", "train.snapshot", "heldout.snapshot"}
 PATIENCE = 5.0  # seconds to wait for a folder that is in use
 
 

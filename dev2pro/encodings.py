@@ -17,7 +17,7 @@ TEXT_PARTS = ("text_encoder", "text_encoder_2")
 class Encoded:
     """Samples of one size: latent means and deviations (B, S, C) float32, prompts (B, L, D), pooled prompts (B, P).
 
-    `grid`: tokens down and across, S in all.
+    `grid`: tokens down and across, S in all. `captions`: what the prompts say in words, where somebody is to read it.
     """
 
     mean: Tensor
@@ -25,6 +25,7 @@ class Encoded:
     prompt: Tensor
     pooled: Tensor
     grid: tuple[int, int]
+    captions: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.mean)
@@ -33,7 +34,7 @@ class Encoded:
 def joined(batches: Sequence[Encoded]) -> Encoded:
     """Batches of one size as one."""
     mean, std, prompt, pooled = (torch.cat([getattr(one, name) for one in batches]) for name in ("mean", "std", "prompt", "pooled"))
-    return Encoded(mean, std, prompt, pooled, batches[0].grid)
+    return Encoded(mean, std, prompt, pooled, batches[0].grid, tuple(caption for one in batches for caption in one.captions))
 
 
 class Texts:

@@ -163,6 +163,7 @@ def encode(batch: Batch, encoders: Encoders, texts: Texts) -> Encoded:
         prompt.to(device, texts.dtype),
         pooled.to(device, texts.dtype),
         encoders.grid(batch.size),
+        tuple(batch.captions),
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
 from dev2pro import artifact, store
@@ -210,13 +210,23 @@ class Encoders:
         mean = (posterior.mean - vae.config.shift_factor) * vae.config.scaling_factor
         return pack(mean), pack(posterior.std * vae.config.scaling_factor)
 
-    @torch.no_grad()
     def decode(self, packed: Tensor, height: int, width: int) -> Tensor:
         """Pixels (B, 3, H, W) in [0, 1] of packed latents (B, S, C)."""
-        vae = self.pipeline.vae
-        latents = FluxPipeline._unpack_latents(packed, height, width, self.pipeline.vae_scale_factor)
-        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-        return (vae.decode(latents.to(vae.dtype), return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+        return decode(self.pipeline.vae, packed, self.grid((width, height)))
+
+
+def load_vae(model: ModelConfig, dtype: torch.dtype) -> AutoencoderKL:
+    """The VAE alone, on the CPU."""
+    return _or_explain(model.path, lambda: AutoencoderKL.from_pretrained(model.path, subfolder="vae", dtype=dtype, variant=model.variant))
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, packed: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Pixels (B, 3, H, W) in [0, 1] of packed latents (B, S, C) of `grid` (down, across) tokens."""
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    latents = FluxPipeline._unpack_latents(packed, *(2 * factor * tokens for tokens in grid), factor)
+    latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+    return (vae.decode(latents.to(vae.dtype), return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
 
 
 def pack(latents: Tensor) -> Tensor:

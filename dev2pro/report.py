@@ -1,4 +1,4 @@
-"""The report of an evaluation: one HTML file that needs nothing else, and contact sheets of its pictures.
+"""The report of an evaluation: one HTML file that needs nothing else.
 
 Plots are HTML and hand-made SVG in the page's own colours and letters, so they read in light and dark, on paper and on a phone.
 Names and prompts are untrusted: the template escapes them, and the page forbids itself scripts and network.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jinja2
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image
 
 TEMPLATE = pathlib.Path(__file__).with_name("report.html.j2")
 LARGEST, SMALLEST = 160, 56  # pixels of a picture's longer side in the page
@@ -260,41 +260,3 @@ def _picture(image: Image.Image) -> dict[str, Any]:
     small.save(data, "WEBP", lossless=small.size == image.size, quality=80, method=6)
     zoom, code = math.ceil(SMALLEST / max(small.size)), base64.b64encode(data.getvalue()).decode()
     return {"uri": f"data:image/webp;base64,{code}", "width": small.width * zoom, "height": small.height * zoom, "pixelated": zoom > 1}
-
-
-def contact_sheet(grid: Grid, side: int) -> Image.Image:
-    """The whole grid as one picture with row labels and prompt headers; the longer side of every picture becomes `side` pixels."""
-    size = min(max(side // 5, 12), 20)
-    font, small, title = (ImageFont.load_default(size * part) for part in (1, 0.85, 1.4))
-    gap, line = max(2, side // 16), round(size * 1.3)
-    how = Image.Resampling.NEAREST if max(grid.rows[0][1][0].size) < side else Image.Resampling.LANCZOS
-    rows = [[ImageOps.contain(picture.convert("RGB"), (side, side), how) for picture in pictures] for _, pictures in grid.rows]
-    tall = max(picture.height for row in rows for picture in row)
-    labels = [_wrapped(label, font, 3 * side, tall // line) for label, _ in grid.rows]
-    headers = [_wrapped(prompt, small, side, 4) for prompt in grid.prompts]
-    left = 2 * size + math.ceil(max(font.getlength(text) for some in labels for text in some))
-    top = round(3.6 * size) + line * max(map(len, headers))
-    sheet = Image.new("RGB", (left + len(headers) * (side + gap) + size, top + len(labels) * (tall + gap) + size), "#fbfaf6")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((size, size), f"{grid.style}, seed {grid.seed}", "#1f1e1b", title)
-    for i, header in enumerate(headers):
-        draw.multiline_text((left + i * (side + gap), top - gap), "\n".join(header), "#615e56", small, "ld", spacing=line - size)
-    for j, (label, row) in enumerate(zip(labels, rows, strict=True)):
-        y = top + j * (tall + gap)
-        draw.multiline_text((size, y + tall // 2), "\n".join(label), "#1f1e1b", font, "lm", spacing=line - size)
-        for i, (_, picture) in enumerate(zip(headers, row, strict=True)):
-            sheet.paste(picture, (left + i * (side + gap), y))
-    return sheet
-
-
-def _wrapped(text: str, font: Any, width: float, most: int) -> list[str]:
-    """The text in at most `most` lines, and at least one, no wider than `width`: too long words are broken, too long texts cut short."""
-    lines = [""]
-    for word in text.split():
-        joined = f"{lines[-1]} {word}".strip()
-        lines = [*lines[:-1], joined] if not lines[-1] or font.getlength(joined) <= width else [*lines, word]
-        while font.getlength(lines[-1]) > width and len(lines[-1]) > 1 and len(lines) <= most:
-            fits = next(n for n in range(len(lines[-1]) - 1, 0, -1) if n == 1 or font.getlength(lines[-1][:n]) <= width)
-            lines = [*lines[:-1], lines[-1][:fits], lines[-1][fits:]]
-    kept = lines[: max(most, 1)]
-    return [*kept[:-1], kept[-1][: max(len(kept[-1]) - 1, 0)] + "…"] if len(kept) < len(lines) else kept

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 import sys
@@ -81,6 +82,11 @@ COUNTS = (  # 1 or more, in every stage
     "steps", "batch", "micro_batch", "every", "samples", "bins", "seeds", "bootstrap", "resolution", "bucket_step", "keep", "prefetch_mb",
 )  # fmt: skip
 SHARES = ("caption_dropout", "ema")  # 0 to 1
+RANGES = {  # the least, the most, and both in words
+    **dict.fromkeys(COUNTS, (1, math.inf, "1 or more")),
+    **dict.fromkeys(SHARES, (0, 1, "a number from 0 to 1")),
+    "pictures": (0, 16, "0, which is off, to 16"),  # what fits on a sheet
+}
 
 
 def check_ranges(values: DictConfig, above: str = "") -> None:
@@ -88,8 +94,8 @@ def check_ranges(values: DictConfig, above: str = "") -> None:
     for key, value in values.items():
         if isinstance(value, DictConfig):
             check_ranges(value, f"{above}{key!s}.")
-        elif (key in COUNTS and value < 1) or (key in SHARES and not 0 <= value <= 1):
-            raise ConfigError(f"{above}{key!s}={value} cannot work. Choose {'1 or more' if key in COUNTS else 'a number from 0 to 1'}.")
+        elif key in RANGES and not RANGES[key][0] <= value <= RANGES[key][1]:
+            raise ConfigError(f"{above}{key!s}={value} cannot work. Choose {RANGES[key][2]}.")
 
 
 def published(config: C, run: Callable[[C], Artifact]) -> Artifact:

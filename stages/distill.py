@@ -22,6 +22,7 @@ from dev2pro.flux import ModelConfig
 from dev2pro.guard import GuardConfig
 from dev2pro.log import Log
 from dev2pro.optim import OptimConfig
+from dev2pro.preview import Preview, PreviewConfig
 from dev2pro.probe import Probe, ProbeConfig
 from dev2pro.training import Training
 
@@ -47,6 +48,7 @@ class DistillConfig:
     save_dtype: str
     checkpoint: CheckpointConfig = field(metadata={"identity": False})
     guard: GuardConfig = field(metadata={"identity": False})
+    preview: PreviewConfig = field(metadata={"identity": False})
     publish: str | None = field(default=None, metadata={"identity": False})
 
 
@@ -74,6 +76,7 @@ def run(config: DistillConfig) -> Artifact:
     student = flux.load_transformer(config.teacher, dtype, config.model.variant)
     training = Training(place, student, config.optim, config.hardware, steps=config.steps, batch=config.batch, ema=config.ema, guard=config.guard)
     probe = Probe(held_out, config.probe, scheduler=scheduler, seed=config.seed, batch=config.hardware.micro_batch)
+    preview = Preview(config.preview, config.model, config.hardware, held_out, texts, scheduler, place, seed=config.seed, out=config.out)
     probe.know_teacher(teacher)
 
     def draw(step: int, slots: range) -> tuple[encodings.Noised, flux.Conditioning, torch.Tensor]:
@@ -90,6 +93,7 @@ def run(config: DistillConfig) -> Artifact:
 
     def measured(done: int) -> dict[str, Any]:
         with training.averaged() as model:
+            preview.draw(model, done, config.model.usual_guidance)
             return {"step": done, **probe.measure(model, 1.0, config.model.usual_guidance)}
 
     checkpoints = Checkpoints(config.out, training, config.checkpoint, config.steps, stream.state)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from data import sources
-from dev2pro import artifact, claim, comparison, distributed, encodings, feed, flow, flux, lora, metrics, report, sampling, stage, store
+from dev2pro import artifact, claim, comparison, distributed, encodings, feed, flow, flux, lora, metrics, report, sampling, sheets, stage, store
 from dev2pro.artifact import Artifact
 from dev2pro.comparison import Cell
 from dev2pro.distributed import HardwareConfig
@@ -284,7 +284,7 @@ def write_report(out: Path, result: dict[str, Any], cells: list[Cell], prompts: 
     report.write(out / "report.html", result, grids)
     (out / "sheets").mkdir(exist_ok=True)
     for number, grid in enumerate(grids):
-        report.contact_sheet(grid, 64).save(out / "sheets" / f"{number:02d}.png")
+        sheets.contact_sheet(f"{grid.style}, seed {grid.seed}", grid.prompts, grid.rows, 64).save(out / "sheets" / f"{number:02d}.png")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from dev2pro.guard import GuardConfig
 from dev2pro.log import Log
 from dev2pro.lora import AdapterConfig
 from dev2pro.optim import OptimConfig
+from dev2pro.preview import Preview, PreviewConfig
 from dev2pro.probe import Probe, ProbeConfig
 from dev2pro.training import Training
 
@@ -41,6 +42,7 @@ class LoraConfig:
     caption_dropout: float
     checkpoint: CheckpointConfig = field(metadata={"identity": False})
     guard: GuardConfig = field(metadata={"identity": False})
+    preview: PreviewConfig = field(metadata={"identity": False})
     publish: str | None = field(default=None, metadata={"identity": False})
 
 
@@ -68,6 +70,7 @@ def run(config: LoraConfig) -> Artifact:
     lora.inject(transformer, config.adapter, config.seed)
     training = Training(place, transformer, config.optim, config.hardware, steps=config.steps, batch=config.batch, guard=config.guard)
     probe = Probe(held_out, config.probe, scheduler=scheduler, seed=config.seed, batch=config.hardware.micro_batch)
+    preview = Preview(config.preview, config.model, config.hardware, held_out, texts, scheduler, place, seed=config.seed, out=config.out)
 
     def draw(step: int, slots: range) -> encodings.Noised:
         return encodings.noised(samples.take(step, slots), texts.empty, scheduler, config.caption_dropout, config.seed, step, slots)
@@ -78,6 +81,7 @@ def run(config: LoraConfig) -> Artifact:
 
     def measured(done: int) -> dict[str, Any]:
         with training.averaged() as model:
+            preview.draw(model, done, config.guidance)
             return {"step": done, **probe.measure(model, config.guidance, config.model.usual_guidance)}
 
     checkpoints = Checkpoints(config.out, training, config.checkpoint, config.steps, stream.state)

@@ -20,6 +20,7 @@ from dev2pro.flux import ModelConfig
 from dev2pro.guard import GuardConfig
 from dev2pro.log import Log
 from dev2pro.optim import OptimConfig
+from dev2pro.preview import Preview, PreviewConfig
 from dev2pro.probe import Probe, ProbeConfig
 from dev2pro.training import Training
 
@@ -43,6 +44,7 @@ class RecoverConfig:
     save_dtype: str
     checkpoint: CheckpointConfig = field(metadata={"identity": False})
     guard: GuardConfig = field(metadata={"identity": False})
+    preview: PreviewConfig = field(metadata={"identity": False})
     teacher: str | None = None
     ledger: str | None = field(default=None, metadata={"identity": False})
     publish: str | None = field(default=None, metadata={"identity": False})
@@ -77,6 +79,7 @@ def run(config: RecoverConfig) -> Artifact:
     transformer = flux.load_transformer(config.model.path, dtype, config.model.variant)
     training = Training(place, transformer, config.optim, config.hardware, steps=config.steps, batch=config.batch, ema=config.ema, guard=config.guard)
     probe = Probe(held_out, config.probe, scheduler=scheduler, seed=config.seed, batch=config.hardware.micro_batch)
+    preview = Preview(config.preview, config.model, config.hardware, held_out, texts, scheduler, place, seed=config.seed, out=config.out)
     if config.teacher:
         probe.know_teacher(flux.load_transformer(config.teacher, dtype, config.model.variant).to(place.device))
 
@@ -89,6 +92,7 @@ def run(config: RecoverConfig) -> Artifact:
 
     def measured(done: int) -> dict[str, Any]:
         with training.averaged() as model:
+            preview.draw(model, done, config.guidance)
             return {"step": done, **probe.measure(model, config.guidance, config.model.usual_guidance)}
 
     checkpoints = Checkpoints(config.out, training, config.checkpoint, config.steps, stream.state)

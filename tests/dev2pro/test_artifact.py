@@ -36,6 +36,20 @@ def test_the_id_depends_on_what_was_made_and_not_on_where_or_when(tmp_path, pare
     assert second.config_digest == first.config_digest
 
 
+def test_the_id_does_not_depend_on_what_was_shown_meanwhile(tmp_path, parents):
+    config = Config(str(tmp_path / "out"))
+    first = make(config, parents)
+    ids = []
+    for name in ("previews/000500.jpg", "sheets/000500.jpg"):
+        (tmp_path / "out" / name).parent.mkdir()
+        (tmp_path / "out" / name).write_bytes(b"picture")
+        made = artifact.write(config.out, "test", "thing", config, parents, step=3, metrics={})
+        assert name in [f["path"] for f in made.files]
+        ids.append(made.id)
+    assert ids[0] == first.id
+    assert ids[1] != first.id  # which is what somebody made
+
+
 def test_the_id_changes_with_config_contents_and_parents(tmp_path, parents):
     ids = [make(Config(str(tmp_path / "one")), parents).id, make(Config(str(tmp_path / "two"), steps=4), parents).id]
     config = Config(str(tmp_path / "three"))

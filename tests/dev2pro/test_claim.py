@@ -116,6 +116,7 @@ def test_what_was_killed_before_it_made_anything_claims_nothing(tmp_path, parent
     claim.begin(config.out, "test", config, parents)
     for left in ("train.snapshot.12-34.partial", "metrics.partial", "metrics.jsonl", "heldout.snapshot"):
         (tmp_path / "out" / left).touch()
+    (tmp_path / "out/previews").mkdir()
     assert not claim.begun(config.out)
     assert claim.begin(config.out, "other", config, parents) is None
     (tmp_path / "out" / "checkpoint-1").mkdir()

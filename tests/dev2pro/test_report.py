@@ -243,31 +243,3 @@ def test_the_best_is_marked_where_it_ties_and_references_do_not_compete():
     column = [(arm, {"mean": mean}) for arm, mean in means.items()]
     assert report._best(column, fidelity) == {"base@3.5", "recovered@1"}
     assert report._best(column, report.METRICS[4]) == {"base@1"}  # less is better
-
-
-def test_a_contact_sheet_holds_every_picture():
-    grid = fake_grids()[0]
-    sheet = report.contact_sheet(grid, 64)
-    assert sheet.mode == "RGB"
-    assert sheet.width > 10 * 64
-    assert sheet.height > 11 * 64
-    first, last = (grid.rows[i][1][i].resize((64, 64), Image.Resampling.NEAREST).tobytes() for i in (0, -1))
-    windows = [sheet.crop((x, y, x + 64, y + 64)).tobytes() for x, y in [(_find(sheet, first)), (_find(sheet, last))]]
-    assert windows == [first, last]
-    assert report.contact_sheet(grid, 64).tobytes() == sheet.tobytes()
-
-
-def _find(sheet: Image.Image, picture: bytes) -> tuple[int, int]:
-    wide, line, found = sheet.tobytes(), picture[: 3 * 64], -1
-    while (found := wide.find(line, found + 1)) >= 0:
-        y, x = divmod(found // 3, sheet.width)
-        if found % 3 == 0 and sheet.crop((x, y, x + 64, y + 64)).tobytes() == picture:
-            return x, y
-    raise AssertionError("the picture is not on the sheet")
-
-
-@pytest.mark.parametrize("side", [16, 160])
-def test_a_contact_sheet_of_long_words_and_other_shapes(side):
-    picture = Image.new("L", (100, 50), 128)
-    grid = report.Grid("a style", 5, ["x" * 300, "word " * 90], [("an arm with a long name " * 9, [picture, picture]), ("", [picture, picture])])
-    assert report.contact_sheet(grid, side).width < 2 * side + 4 * side + 100

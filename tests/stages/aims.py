@@ -22,6 +22,7 @@ WINDOWS = {  # what a stage is about to do when it is struck: an event of Python
     "has a new checkpoint": ("open", r"\."),
     "takes an old checkpoint away": ("os.rename", rf"{NUMBER}"),
     "removes an old checkpoint": ("os.remove|os.rmdir", rf"{NUMBER}-old\.partial(/.+)?"),
+    "publishes a preview": ("os.rename", r"preview\.partial"),
     "writes the model": ("os.remove", r"artifact\.json"),  # and then on, in small steps, until there is something of it
     "hashes the files": ("open", r"(transformer/diffusion_pytorch_model|pytorch_lora_weights)\.safetensors"),
     "writes the record": ("open", r"artifact\.partial"),
@@ -102,6 +103,8 @@ def fitted(aim: Aim, out: Path, steps: int, every: int, dice: random.Random) -> 
         return replace(aim, nth=dice.randint(last + 1, steps - 1)) if last < steps - 1 else None
     if aim.window in OFTEN:
         return replace(aim, nth=dice.randint(1, max(1, to_come // 2) * OFTEN[aim.window])) if to_come else None
+    if aim.window == "publishes a preview" and last == steps:
+        return None
     if aim.window in OLD and len(there) + to_come <= KEPT:
         return None
     return aim

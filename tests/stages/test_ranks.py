@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageChops, ImageStat
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,17 +63,29 @@ def same(one: tuple[list[float], dict, list], other: tuple[list[float], dict, li
     assert furthest < 1e-4
 
 
+def same_previews(one: Path, other: Path) -> None:
+    for name in ("000000.jpg", "000003.jpg"):
+        pictures = [Image.open(place / "out/previews" / name) for place in (one, other)]
+        assert max(ImageStat.Stat(ImageChops.difference(*pictures)).mean) < 0.1  # of 255
+
+
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def undisturbed(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("alone")
     assert start(place, 1) == 0
-    return found(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def alone(undisturbed):
+    return found(undisturbed)
 
 
 @pytest.mark.parametrize(("ranks", "shard"), [(2, "false"), (4, "false"), (2, "true")])
-def test_ranks_see_the_same_and_end_within_rounding(alone, ranks, shard, tmp_path):
+def test_ranks_see_the_same_and_end_within_rounding(alone, undisturbed, ranks, shard, tmp_path):
     assert start(tmp_path, ranks, f"hardware.shard={shard}") == 0
     same(found(tmp_path), alone)
+    same_previews(tmp_path, undisturbed)
 
 
 @pytest.mark.slow
