@@ -86,6 +86,11 @@ class Log(Progress):
             self._file.write(json.dumps({"step": done, **numbers}) + "\n")
             self._file.flush()
 
+    def measured(self, *points: dict[str, Any]) -> None:
+        """What was measured on held-out pictures, for a flow that draws curves of it."""
+        for point in points if self.main and self.events else ():
+            stop.say("@@" + json.dumps({"stage": self.name, "measured": point}))
+
 
 def _lines(path: Path) -> list[str]:
     """The whole lines of a file that a killed run may have left in the middle of one."""

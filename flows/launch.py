@@ -144,6 +144,8 @@ def _listen(child: subprocess.Popen, watch: Watch, say: Callable[[str], None], l
             continue
         event = json.loads(line[2:])
         watch.tell(event)
+        if "measured" in event:
+            continue
         percent = 100 * event["step"] / event["of"]
         if percent >= said + LOG_EVERY or percent < said or event["step"] == event["of"]:
             said = percent

@@ -34,6 +34,7 @@ class Watch:
     def __init__(self, stage: str, out: Path, warn: Callable[[str], None]) -> None:
         self.stage, self.out, self.warn = stage, out, warn
         self.key = key(out)
+        self.curve = dict[int, dict[str, Any]]()  # what was measured on held-out pictures, by step
         self.events = deque[tuple[float, dict[str, Any]]](maxlen=WINDOW)
         self.rows = Rows(out / "metrics.jsonl")
         self._shown = dict[str, tuple[Any, Any]]()  # kind -> (id, data)
@@ -42,7 +43,10 @@ class Watch:
         self._thread.start()
 
     def tell(self, event: dict[str, Any]) -> None:
-        """Where the stage says that it is."""
+        """Where the stage says that it is, or what it has measured."""
+        if "measured" in event:
+            self.curve = {**self.curve, event["measured"]["step"]: event["measured"]}
+            return
         if self.events and self.events[-1][1]["stage"] != event["stage"]:
             self.events.clear()
         self.events.append((time.monotonic(), event))
@@ -83,9 +87,9 @@ class Watch:
         self._show("progress", 100 * event["step"] / event["of"], f"{event['stage']}: {pace(self.events)}  {event['text']}")
 
     def _curves(self) -> None:
-        losses, curve = self.rows.read()
-        if losses or curve:
-            self._show("markdown", _picture(charts.drawn(losses, curve), "png"), f"{self.stage}: loss and recovery", "curves")
+        losses = self.rows.read()
+        if losses or self.curve:
+            self._show("markdown", _picture(charts.drawn(losses, list(self.curve.values())), "png"), f"{self.stage}: loss and recovery", "curves")
 
     def _pictures(self) -> None:
         sheets = sorted((self.out / "previews").glob("*.jpg"))
@@ -118,14 +122,14 @@ class Rows:
 
     def __init__(self, path: Path) -> None:
         self.path, self._at, self._file = path, 0, 0
-        self._losses, self._curve = list[tuple[int, float]](), list[dict[str, Any]]()
+        self._losses = list[tuple[int, float]]()
 
-    def read(self) -> tuple[list[tuple[int, float]], list[dict[str, Any]]]:
-        """(step, loss) of every step so far, and what was measured on held-out pictures."""
+    def read(self) -> list[tuple[int, float]]:
+        """(step, loss) of every step so far."""
         if not self.path.exists():
-            return [], []
+            return []
         if (number := self.path.stat().st_ino) != self._file:  # a stage that goes on writes it anew
-            self._at, self._file, self._losses, self._curve = 0, number, [], []
+            self._at, self._file, self._losses = 0, number, []
         with self.path.open("rb") as file:
             file.seek(self._at)
             for line in file:
@@ -133,11 +137,9 @@ class Rows:
                     break
                 self._at += len(line)
                 row = json.loads(line)
-                if "held_out" in row:
-                    self._curve.append({"step": row["step"], **row["held_out"]})
-                elif "loss" in row:
+                if "loss" in row:
                     self._losses.append((row["step"], row["loss"]))
-        return self._losses, self._curve
+        return self._losses
 
 
 def pace(events: deque[tuple[float, dict[str, Any]]]) -> str:

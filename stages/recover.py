@@ -100,11 +100,13 @@ def run(config: RecoverConfig) -> Artifact:
     samples.begin(start, config.steps, training.slots)
     with Log(config.out, "recover (dev2pro)", config.steps, place.is_main_process, start) as log, checkpoints:
         curve = curve or [measured(0)]
+        log.measured(*curve)
         for step in range(start, config.steps):
             loss, norm = training.step(step, lambda slots: draw(step, slots), loss_of)  # noqa: B023
             log.write(step + 1, loss=loss, gradient_norm=norm, lr=training.lr)
             if (step + 1) % config.probe.every == 0 or step + 1 == config.steps:
                 curve.append(measured(step + 1))
+                log.measured(curve[-1])
             checkpoints.after(step + 1, curve)
             log.step(step + 1, loss=loss, held_out=curve[-1]["loss"])
 
