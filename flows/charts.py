@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure  # without pyplot, which is not for threads
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 POINTS = 800  # of the training's loss: more than that many pixels show nothing
 INK, SECOND, FAINT = "#1f4e79", "#c55a11", "#b8c4d0"
@@ -24,6 +24,7 @@ def drawn(losses: Sequence[tuple[int, float]], curve: Sequence[dict[str, Any]], 
     axes[0].set_title("loss", fontsize=10, loc="left")
     if axes[0].lines:
         axes[0].legend(fontsize=7, frameon=False)
+        _logarithmic_where_it_fell_far(axes[0])
     if beside:
         _line(axes[1], curve, beside, INK, "")
         axes[1].set_title(PANELS[beside], fontsize=10, loc="left")
@@ -31,11 +32,19 @@ def drawn(losses: Sequence[tuple[int, float]], curve: Sequence[dict[str, Any]], 
     for one in axes:
         one.spines[["top", "right"]].set_visible(False)
         one.tick_params(labelsize=8)
-        one.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        one.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
         one.set_xlabel("step", fontsize=8)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     return picture.getvalue()
+
+
+def _logarithmic_where_it_fell_far(axis: Any) -> None:
+    values = [value for line in axis.lines for value in line.get_ydata()]
+    if min(values) > 0 and max(values) > 5 * min(values):
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _line(axis: Any, curve: Sequence[dict[str, Any]], key: str, colour: str, label: str) -> None:
