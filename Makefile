@@ -8,7 +8,7 @@ PY := .venv/bin/python
 READY := .venv/ready
 endif
 
-.PHONY: help venv demo serve test proof chaos lint format bench miniature clean
+.PHONY: help venv demo serve test proof chaos operator lint format bench miniature clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ proof: $(READY) ## the longer proofs
 
 chaos: $(READY) ## kill every stage some hundred and fifty times at random moments: SEED=0
 	SEED=$(SEED) $(PY) -m pytest -m chaos tests/stages/test_chaos.py
+
+operator: $(READY) ## make serve, killed and restarted, and a browser (Debian's chromium): a quarter of an hour; screenshots in runs/screenshots
+	$(PY) -m pytest -m operator tests/flows
 
 lint: $(READY) ## ruff's rules and format, mypy's types
 	$(PY) -m ruff check .
