@@ -50,7 +50,7 @@ format: $(READY) ## put imports and layout in order
 	$(PY) -m ruff format .
 
 bench: $(READY) ## measure the training step, checkpoints and the stream
-	@set -e; for file in bench/training.py bench/checkpoint.py bench/data.py; do echo "== $$file"; PYTHONPATH=. $(PY) $$file; done
+	@set -e; for file in bench/training.py bench/checkpoint.py bench/data.py bench/watching.py; do echo "== $$file"; PYTHONPATH=. $(PY) $$file; done
 
 miniature: $(READY) ## build data/miniature again from nothing
 	$(PY) -m flows.miniature
