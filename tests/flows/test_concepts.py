@@ -24,8 +24,8 @@ with get_client(sync_client=True) as client:
 print("@@" + json.dumps({"type": state.type.value, "message": state.message, "shown": shown}))
 """
 FORM = {
-    "out": OUT, "trained_on": "data/miniature/teacher", "base": "data/miniature/pipeline", "at_once": 2, "steps": 2, "seeds": 1, "probe": {"samples": 4},
-    "concepts": [{"name": "chalk"}, {"name": "nowhere"}, {"name": "poster"}],
+    "out": OUT, "trained_on": "data/miniature/teacher", "base": "data/miniature/pipeline", "at_once": 2, "steps": 2, "seeds": 1,
+    "probe": {"samples": 4}, "concepts": [{"name": "chalk"}, {"name": "nowhere"}, {"name": "poster"}],
 }  # fmt: skip
 
 
