@@ -188,9 +188,7 @@ class Checkpoints:
                 f"{folder} is on other data, or of another version ({other}, not { ({k: now[k] for k in other}) }). Choose another out=."
             )
         get_optimizer_state_dict(training.model, training.optimizer.optimizer)  # gives a fresh optimizer its state, to be filled
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that there is only one process
-            dcp.load(_tensors(training), storage_reader=HuggingFaceStorageReader(str(folder)), process_group=self._group, no_dist=not self._group)
+        _read(_tensors(training), folder, self._group)
         if training.ema:
             training.ema.optimization_step = numbers["ema_steps"]
         training.guard.recent = numbers["recent"]
@@ -215,6 +213,15 @@ def _plain(value: Tensor) -> list[tuple[str, Tensor]]:
     if isinstance(value, DTensor) or not is_traceable_wrapper_subclass(value):
         return [("", value)]
     return [(f".{part}", getattr(value, part)) for part in value.__tensor_flatten__()[0]]
+
+
+def _read(tensors: dict[str, Any], folder: Path, group: Any) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that there is only one process
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=group, no_dist=not group)
+    except CheckpointException as error:  # what came up within, an interruption too
+        raise KeyboardInterrupt if stop.asked() else RuntimeError(f"{folder} cannot be read: {error}") from error
 
 
 def _save(tensors: dict[str, Any], folder: Path, group: Any) -> None:

@@ -52,7 +52,8 @@ def patience(words: list[str]) -> float:
 def _code(ended: list[int]) -> int:
     """Of ranks that failed together: the others only know that one was lost."""
     codes = [code if code > 0 else 128 - code for code in ended]  # as a shell has it for a rank that a signal ended
-    return next((code for code in codes if code not in (1, INTERRUPTED) and code < 128), codes[0])
+    known = [code for code in codes if code not in (1, INTERRUPTED) and code < 128]
+    return known[0] if known else INTERRUPTED if INTERRUPTED in codes else codes[0]
 
 
 if __name__ == "__main__":
