@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data import places
+from dev2pro import stop
 from dev2pro.errors import INTERRUPTED, DataError, SpaceError, StageError, TryAgainError
 
 LINE_EVERY = 15.0  # seconds, where the output is no terminal
@@ -46,6 +47,7 @@ def run(name: str, words: argparse.ArgumentParser, work: Callable[[argparse.Name
     """Does the work and ends with its exit code; what went wrong is told in one paragraph."""
     options = words.parse_args()
     signal.signal(signal.SIGTERM, _interrupt)
+    stop.follow()  # a flow that started it
     try:
         sys.exit(work(options))
     except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 """The command that indexes shards, `python -m data.index SHARDS...`: a sidecar for every tar that is whole, and a table of what is not."""
 
 import argparse
+import json
 import os
 import sys
 from collections import Counter
@@ -11,7 +12,7 @@ from typing import Any
 from data import commands, places, sidecar
 from data.scan import scan
 from data.sidecar import Sidecar
-from data.transport import ReadConfig, Transport
+from data.transport import ReadConfig, Transport, write_local
 from dev2pro.errors import ConfigError, DataError, StageError
 
 SHOWN = 30  # lines of the table of rejections
@@ -83,7 +84,16 @@ def work(options: argparse.Namespace) -> int:
         for done in as_completed([pool.submit(_index, place, options.to, policy) for place in shards]):
             outcomes[done.result().place] = done.result()
             advance()
+    if options.report:
+        write_local(options.report, json.dumps(_report([outcomes[place] for place in shards])).encode())
     return _tell([outcomes[place] for place in shards])
+
+
+def _report(outcomes: list[Outcome]) -> dict[str, Any]:
+    """The same as is told, for programs."""
+    rejected = [{"shard": places.shown(one.place), **bad} for one in outcomes for bad in one.rejected]
+    unusable = [{"shard": places.shown(one.place), "reason": one.error} for one in outcomes if one.exit_code]
+    return {"shards": len(outcomes), "samples": sum(one.samples for one in outcomes), "rejected": rejected, "unusable": unusable}
 
 
 def _tell(outcomes: list[Outcome]) -> int:
@@ -114,6 +124,7 @@ def main() -> None:
     parser.add_argument("--workers", type=commands.positive, default=commands.cores(), help="processes (default: %(default)s)")
     parser.add_argument("--captions", choices=("drop", "empty"), default="drop", help="what happens to samples without a usable caption")
     parser.add_argument("--allow-partial", action="store_true", help="of a damaged shard, keep the whole samples before the damage")
+    parser.add_argument("--report", metavar="FILE", help="write what became of the shards as JSON as well: shards, samples, rejected, unusable")
     commands.run("index", parser, work)
 
 

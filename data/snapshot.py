@@ -3,6 +3,7 @@
 import argparse
 import functools
 import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from dev2pro.errors import ConfigError, DataError
 
 FORM, VERSION = "dev2pro snapshot", 1
 ENDING = ".snapshot"
+SHOWN = 30  # lines of the table of shards that are left out
 
 
 class Span(NamedTuple):
@@ -127,26 +129,39 @@ def build(
     filters: Filters = Filters(),
     repeat: Callable[[str], int] = lambda sha256: 1,
     advance: Callable[[], None] = lambda: None,
+    unusable: dict[str, str] | None = None,
 ) -> Snapshot:
     """A snapshot of indexed shards; `repeat` says by SHA-256 how often an epoch uses one, 0 leaves it out.
 
     `sources` and `folders` (packed folder -> listing) are notes of where the shards came from; `folder` holds the sidecars.
 
-    Raises DataError for a shard that is not indexed, changed since, or there twice, and for one with other encodings than the rest.
+    Raises DataError for a shard that is not indexed, changed since, or there twice (or leaves it out, with the reason, where `unusable` is given),
+    and for one with other encodings than the rest.
     """
 
-    def one(place: str) -> tuple[Sidecar, Stamp]:
-        found = sidecar.read(place, transport, folder)
-        stamp = verified(place, found.stamp, found.head["sha256"], transport)
-        advance()
-        return found, stamp
+    def one(place: str) -> tuple[str, Sidecar, Stamp] | None:
+        try:
+            found = sidecar.read(place, transport, folder)
+            return place, found, verified(place, found.stamp, found.head["sha256"], transport)
+        except DataError as error:
+            if unusable is None:
+                raise
+            unusable[place] = str(error)
+            return None
+        finally:
+            advance()
 
     with ThreadPoolExecutor(transport.config.threads) as pool:
-        found = list(pool.map(one, shards))
-    stamps = {place: stamp for place, (_, stamp) in zip(shards, found, strict=True)}
-    used = [(place, known, repeat(known.head["sha256"])) for place, (known, _) in zip(shards, found, strict=True) if len(known)]
+        found = [one for one in pool.map(one, shards) if one]
+    stamps = {place: stamp for place, _, stamp in found}
+    used = [(place, known, repeat(known.head["sha256"])) for place, known, _ in found if len(known)]
     used = [(place, known, times) for place, known, times in used if times]
-    _check_alike([(place, known) for place, known, _ in used])
+    if twice := _twice([(place, known) for place, known, _ in used]):
+        if unusable is None:
+            raise DataError(next(iter(twice.values())))
+        unusable |= twice
+        used = [one for one in used if one[0] not in twice]
+    _check_encodings([(place, known) for place, known, _ in used])
     kept = [filters.keep(known.head["sha256"], known.columns) for _, known, _ in used]
     encodings = used[0][1].head["encodings"] if used else {}
     names = [name for name in COLUMNS if (part := name.partition("_")[0]) not in encoded.PARTS or part in encodings]
@@ -169,16 +184,21 @@ def _id(head: dict[str, Any], columns: str) -> str:
     return table.digest([VERSION, [[one["sha256"], one["samples"], one["repeat"]] for one in head["shards"]], head["encodings"], columns])
 
 
-def _check_alike(used: Sequence[tuple[str, Sidecar]]) -> None:
+def _twice(used: Sequence[tuple[str, Sidecar]]) -> dict[str, str]:
+    """Shards whose bytes came before, and what to say about each."""
     seen: dict[str, str] = {}
+    found: dict[str, str] = {}
     for place, known in used:
-        if known.head["sha256"] in seen:
-            first = seen[known.head["sha256"]]
-            twice = (
-                f"{places.shown(place)} is given twice" if first == place else f"{places.shown(place)} and {places.shown(first)} hold the same bytes"
-            )
-            raise DataError(f"{twice}. Leave one out; repeating is what weights are for.")
-        seen[known.head["sha256"]] = place
+        if (first := seen.get(known.head["sha256"])) is None:
+            seen[known.head["sha256"]] = place
+            continue
+        twice = f"{places.shown(place)} is given twice" if first == place else f"{places.shown(place)} and {places.shown(first)} hold the same bytes"
+        found[place] = f"{twice}. Leave one out; repeating is what weights are for."
+    return found
+
+
+def _check_encodings(used: Sequence[tuple[str, Sidecar]]) -> None:
+    for place, known in used:
         if known.head["encodings"] != used[0][1].head["encodings"]:
             raise DataError(
                 f"{places.shown(place)} has other encodings than {places.shown(used[0][0])}. Encode both in the same way, or use one kind."
@@ -225,6 +245,9 @@ def work(options: argparse.Namespace) -> int:
         raise ConfigError("What is new, only a ledger can tell. Give --ledger FILE with --only-new and --new-weight, or leave them out.")
     transport = Transport(ReadConfig())
     shards = [place for pattern in options.shards for place in places.expand(pattern, "SHARDS")]
+    unusable = None
+    if options.skip_unusable:
+        shards, unusable = list(dict.fromkeys(shards)), dict[str, str]()
     known = ledger.consumed(options.ledger) if options.ledger else set()
     old, new = (0 if options.only_new else 1), options.new_weight
     filters = Filters(
@@ -233,8 +256,13 @@ def work(options: argparse.Namespace) -> int:
     with commands.progress("reading indexes", len(shards)) as advance:
         made = build(
             shards, transport, sources=options.shards, folder=options.index, filters=filters, advance=advance,
-            repeat=lambda sha256: old if sha256 in known else new,
+            repeat=lambda sha256: old if sha256 in known else new, unusable=unusable,
         )  # fmt: skip
+    left = [{"shard": places.shown(place), "reason": why} for place, why in sorted((unusable or {}).items())]
+    commands.show("left out, as they cannot be used", ("shard", "reason"), [tuple(one.values()) for one in left], SHOWN)
+    if options.report:
+        report = {"shards": len(shards), "pinned": len(made.shards), "samples": len(made), "unusable": left}
+        write_local(options.report, json.dumps(report).encode())
     if not len(made):
         if options.only_new and not made.shards:
             raise DataError(
@@ -263,6 +291,8 @@ def main() -> None:
     parser.add_argument(
         "--new-weight", type=commands.positive, default=1, metavar="K", help="use shards that the ledger does not know K times an epoch"
     )
+    parser.add_argument("--skip-unusable", action="store_true", help="leave out shards that are not indexed, changed, or there twice, and say so")
+    parser.add_argument("--report", metavar="FILE", help="write numbers and what was left out as JSON, too, even if nothing is pinned")
     commands.run("snapshot", parser, work)
 
 

@@ -20,8 +20,9 @@ from dev2pro.errors import ConfigError
 SCHEMA = 1
 RECORD = "artifact.json"
 CONFIG = "config.json"  # which run a folder belongs to, from its start on
+PRUNED = "pruned.json"  # which files of a finished artifact were removed on purpose, to make room
 CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")  # a folder
-TRANSIENT = re.compile(r"artifact\.json$|checkpoint-|.*\.(partial|lock)$")  # under a stage's folder, but no part of what it made
+TRANSIENT = re.compile(r"(artifact|pruned)\.json$|checkpoint-|.*\.(partial|lock)$")  # under a stage's folder, but no part of what it made
 PREVIEWS = "previews"  # the folder with what a model drew while it was trained
 UNIDENTIFYING = re.compile(rf".*\.(jsonl|log|snapshot)$|{PREVIEWS}/")  # times, places, looks; what a snapshot pins is among the parents
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
@@ -149,10 +150,10 @@ def write(
     return dataclasses.replace(record, uri=out)
 
 
-def sweep(folder: Path) -> None:
-    """Removes what a finished run needs no more: every checkpoint but the last, from which more steps can go on, and what killed ones left behind."""
+def sweep(folder: Path, keep: int = 1) -> None:
+    """Removes what a finished run needs no more: all but `keep` checkpoints, the last one for more steps to go on from, and what killed ones left."""
     there = sorted((int(name[1]), place) for place in folder.iterdir() if (name := CHECKPOINT.fullmatch(place.name)))
-    for _, place in there[:-1]:
+    for _, place in there[: len(there) - keep]:
         gone = place.with_name(f"{place.name}-old.partial")  # what is called a checkpoint is whole
         shutil.rmtree(gone, ignore_errors=True)
         place.rename(gone)
@@ -162,7 +163,14 @@ def sweep(folder: Path) -> None:
 
 def retract(out: str) -> None:
     """What is in the folder is no artifact any more, until `write`: before files of a finished one are written over."""
-    (Path(out) / RECORD).unlink(missing_ok=True)
+    for name in (RECORD, PRUNED):
+        (Path(out) / name).unlink(missing_ok=True)
+
+
+def pruned(path: str) -> frozenset[str]:
+    """The files of an artifact that were removed on purpose (see `unneeded.prune`); its record is kept for the sake of what was made from it."""
+    note = Path(path) / PRUNED
+    return frozenset(map(str, read_json(note).get("files", ()))) if note.is_file() else frozenset()
 
 
 def publish(place: Any, out: str, stage: str, kind: str, config: Any, parents: Parents, **what: Any) -> Artifact:

@@ -20,7 +20,9 @@ from dev2pro.errors import INTERRUPTED, ConfigError, DataError, SpaceError, Stag
 from dev2pro.s3 import printable, shown
 
 SHORT = 12  # digits of an id that are shown
-STYLES = {lineage.THERE: "green", lineage.CHANGED: "yellow", lineage.GONE: "red", lineage.AWAY: "red", lineage.NAMED: "dim"}
+STYLES = {
+    lineage.THERE: "green", lineage.PRUNED: "dim", lineage.CHANGED: "yellow", lineage.GONE: "red", lineage.AWAY: "red", lineage.NAMED: "dim",
+}  # fmt: skip
 
 
 def main() -> NoReturn:
@@ -63,12 +65,15 @@ def _words() -> argparse.ArgumentParser:
         ("lineage", tree, "Draws where an artifact comes from, back to the base and the data, and whether that is still there."),
         ("push", push, "Publishes an artifact in a store, a folder or s3://bucket/prefix, and prints its address."),
         ("pull", pull, f"Fetches an artifact from its address into {store.CACHE}, verified, and prints its folder."),
+        ("prune", prune, "Removes an artifact's weights and checkpoints and keeps its record, so that what was made from it still has its past."),
         ("gc", gc, "Lists the finished artifacts that nothing kept was made from, and what they take up; removes them only with --delete."),
     ):
         command = commands.add_parser(name, help=story, description=story, allow_abbrev=False)
         command.set_defaults(work=work)
-        if name == "verify":
+        if name in ("verify", "prune"):
             command.add_argument("paths", nargs="+", metavar="PATH", help="an artifact's folder")
+            if name == "prune":
+                command.add_argument("--runs", nargs="+", default=[], metavar="FOLDER", help="what unfinished runs in it were given stays whole")
         elif name == "gc":
             command.add_argument("folders", nargs="+", metavar="FOLDER", help="a folder with artifacts in it, however deep, or a store")
             command.add_argument(
@@ -107,17 +112,19 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def _verify(made: Artifact, seen: set[str], why: str) -> int:
+    """`why` it is looked at: as an ancestor it may have been pruned."""
     if os.path.realpath(made.uri) in seen:
         return 0
     seen.add(os.path.realpath(made.uri))
-    problems = list(integrity.faults(made))
+    pruned = artifact.pruned(made.uri) if why else frozenset()
+    problems = list(integrity.faults(made, without=pruned))
     parents = list(lineage.parents(made))
     for parent in parents:
         if parent.state == lineage.CHANGED:
             problems.append(
                 f"{made.uri}: its {parent.role}, {parent.uri}, changed: {parent.id[:SHORT]} lies there no more. Bring it back, or pull it."
             )
-        elif parent.state != lineage.THERE:
+        elif parent.state not in (lineage.THERE, lineage.PRUNED):
             _say(f"{made.uri}: its {parent.role}, {parent.uri}, is {parent.state}, and was not looked at.")
     for problem in problems:
         _say(problem)
@@ -125,8 +132,9 @@ def _verify(made: Artifact, seen: set[str], why: str) -> int:
     if strangers:
         _say(f"{made.uri}: {len(strangers)} files are there that are no part of it ({', '.join(strangers[:5])}).")
     if not problems:
-        size = _size(sum(one["bytes"] for one in made.files))
-        _say(f"{made.uri}: whole, {made.kind} {made.id[:SHORT]}, {len(made.files)} files, {size}{why}")
+        left = [one["bytes"] for one in made.files if one["path"] not in pruned]
+        how = f"whole but for {len(made.files) - len(left)} files that were removed to make room" if pruned else "whole"
+        _say(f"{made.uri}: {how}, {made.kind} {made.id[:SHORT]}, {len(left)} files, {_size(sum(left))}{why}")
     above = [parent for parent in parents if parent.made and "://" not in parent.place]
     return len(problems) + sum(_verify(parent.made, seen, f" ({parent.role} of {made.uri})") for parent in above if parent.made)
 
@@ -241,6 +249,16 @@ def pull(options: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr):
         folder = store.pull(options.path)
     _say(folder)
+    return 0
+
+
+def prune(options: argparse.Namespace) -> int:
+    """A line for each artifact."""
+    needed = unneeded.needed(options.runs)
+    for path in options.paths:
+        made = artifact.read(path)
+        freed, why = (0, "an unfinished run was given it") if needed(made) else unneeded.prune(made)
+        _say(f"{shown(made.uri)}: {f'left as it is: {why}' if why else f'{_size(freed)} removed; its record stays'}")
     return 0
 
 

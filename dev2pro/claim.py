@@ -14,6 +14,7 @@ from dev2pro.errors import ConfigError, TryAgainError
 # what a run has written before it made anything
 STARTED = {artifact.CONFIG, artifact.PREVIEWS, "metrics.jsonl", "train.snapshot", "heldout.snapshot"}
 PATIENCE = 5.0  # seconds to wait for a folder that is in use
+ELSEWHERE = ("ledger", "publish")  # keys of what a stage does besides its artifact: only it knows whether that is done
 
 
 def begun(out: str) -> bool:
@@ -134,6 +135,8 @@ def stands(out: str, command: list[str]) -> Artifact | None:
     """
     made = artifact.origin(out)
     if made is None or (made.command, made.conf) != (command, artifact.conf_digest()):
+        return None
+    if any(word.partition("=")[0] in ELSEWHERE for word in command):
         return None
     if any(artifact.state(path) != was for path, was in made.watched.items()):
         return None

@@ -110,6 +110,8 @@ def _check_place(path: str) -> None:
     if place.is_dir():
         if (place / artifact.CONFIG).is_file():
             artifact.read(path)  # a stage's output folder counts only once it is finished
+        if artifact.pruned(path):
+            raise ConfigError(f"The weights of {path} were removed to make room; only its record is left. Give a newer model, or make it again.")
         if not (place / "model_index.json").is_file() and not (place / "transformer" / "config.json").is_file():
             raise ConfigError(
                 f"{path} is no diffusers pipeline folder (no model_index.json and no transformer/config.json). Give the folder that "

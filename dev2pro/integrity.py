@@ -1,6 +1,6 @@
 """Whether an artifact is what its record says: the id, and every file's size and contents."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,17 @@ def forged(made: Artifact) -> str:
     return ""
 
 
-def faults(made: Artifact, told: Callable[[int], None] = lambda _bytes: None) -> Iterator[str]:
-    """What is not as the record says, a sentence for each with its cure. `told` hears how many bytes are looked through."""
+def faults(made: Artifact, told: Callable[[int], None] = lambda _bytes: None, without: Collection[str] = ()) -> Iterator[str]:
+    """What is not as the record says, a sentence for each with its cure. `told` hears how many bytes are looked through.
+
+    Files `without` which it may be are only wrong if they are there.
+    """
     if why := forged(made):
         yield f"{Path(made.uri) / artifact.RECORD}: {why}. The record was changed or damaged; bring the old one back, or make the artifact again."
     done = 0
     for one in made.files:
-        if why := fault(Path(made.uri), one):
+        there = (Path(made.uri) / one["path"]).exists()
+        if (there or one["path"] not in without) and (why := fault(Path(made.uri), one)):
             yield f"{Path(made.uri) / one['path']}: {why}. {CURE}"
         told(done := done + one["bytes"])
 
@@ -35,7 +39,7 @@ def fault(folder: Path, one: dict[str, Any]) -> str:
     """What is wrong with a file of a record, or nothing."""
     file = folder / one["path"]
     if not file.is_file():
-        return "is missing"
+        return "was removed to make room" if one["path"] in artifact.pruned(str(folder)) else "is missing"
     if not leads_inside(folder, file):
         return "is a link that leads out of the folder"
     if (size := file.stat().st_size) != one["bytes"]:

@@ -12,13 +12,15 @@ from dev2pro import artifact, store
 from dev2pro.artifact import Artifact
 from dev2pro.errors import ConfigError, DataError, TryAgainError
 
-THERE, CHANGED, GONE, NAMED, AWAY = "there", "changed", "gone", "by name", "not reached"
+THERE, CHANGED, GONE, NAMED, AWAY, PRUNED = "there", "changed", "gone", "by name", "not reached", "pruned"
 EMPTY: Mapping[str, Artifact] = {}
 
 
 @dataclass(frozen=True)
 class Parent:
-    """`state`: there, changed (something else lies there now), gone, by name (a hub id, which is not looked at), not reached (its store)."""
+    """`state`: there, changed (something else lies there now), gone, by name (a hub id, which is not looked at), not reached (its store),
+    pruned (its weights were removed on purpose; its record still tells what it was).
+    """
 
     role: str
     uri: str
@@ -38,15 +40,19 @@ def parents(made: Artifact, known: Mapping[str, Artifact] = EMPTY) -> Iterator[P
 
 def _found(uri: str, id: str, made: Artifact, known: Mapping[str, Artifact]) -> tuple[str, str, Artifact | None]:
     if id in known:
-        return THERE, known[id].uri, known[id]
+        return _whole(known[id].uri), known[id].uri, known[id]
     here = "://" not in uri and Path(uri).exists()
     if here and _identity(uri) == id:
-        return THERE, uri, _origin(uri)
+        return _whole(uri), uri, _origin(uri)
     for place in (f"{made.uri.rstrip('/').rpartition('/')[0]}/{id}", f"{store.CACHE}/{id}", uri):
         state, there = _stored(place, id)
         if state != GONE:
             return state, place, there
     return (NAMED if uri == id else CHANGED if here else GONE), uri, None
+
+
+def _whole(uri: str) -> str:
+    return PRUNED if (Path(uri) / artifact.PRUNED).is_file() else THERE
 
 
 def _stored(place: str, id: str) -> tuple[str, Artifact | None]:

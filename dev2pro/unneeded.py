@@ -1,9 +1,10 @@
-"""Artifacts that nobody needs any more: found by id through the parents of those that are kept, and removed, records first."""
+"""Artifacts that nobody needs any more: found by id through the parents of those that are kept, and removed, records first; or only their weights."""
 
 import functools
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from dev2pro.artifact import CONFIG, RECORD, Artifact
 from dev2pro.errors import ConfigError, TryAgainError
 
 CLAIM = {"stage", "config", "parents"}  # the keys of a run's config.json
+WEIGHTS = ".safetensors"
 
 
 @dataclass
@@ -56,9 +58,15 @@ def find(folders: list[str], keep: list[str]) -> Finding:
             raise ConfigError(f"--keep {place} holds no finished artifact. Correct it: what is not kept would be removed.")
         wanted += there
     candidates = list({_absolute(made): made for made in candidates}.values())
-    begun = {word for folder in folders for word in _unfinished(folder)}
-    wanted += [made for made in candidates if made.id in begun or _in_use(made) or any(_at_or_below(one, made) for one in begun)]
+    begun = needed(folders)
+    wanted += [made for made in candidates if begun(made) or _in_use(made)]
     return _reached(candidates, wanted)
+
+
+def needed(folders: list[str]) -> Callable[[Artifact], bool]:
+    """Whether an unfinished run in one of these folders was given an artifact, by its id or by a place in it: it needs that to go on."""
+    begun = {word for folder in folders for word in _unfinished(folder)}
+    return lambda made: made.id in begun or any(_at_or_below(one, made) for one in begun)
 
 
 def _reached(candidates: list[Artifact], wanted: list[Artifact]) -> Finding:
@@ -112,7 +120,7 @@ _realpath = functools.lru_cache(None)(os.path.realpath)
 
 
 def _unfinished(place: str) -> Iterator[str]:
-    """The ids and the places that runs name which were begun: they need them to go on."""
+    """The ids and the places that runs name which were begun."""
     if shelf.place(place).startswith("s3://"):
         return
     for folder, _, files in os.walk(shelf.place(place)):
@@ -169,6 +177,22 @@ def remove(made: Artifact) -> list[str]:
             _prune(place)
         _prune(folder)
         return [str(file) for file in sorted(folder.rglob("*")) if file.is_file()] if folder.exists() else []
+
+
+def prune(made: Artifact) -> tuple[int, str]:
+    """Removes weights and checkpoints, and notes which before it does. Returns (bytes freed, why nothing was done)."""
+    folder = Path(made.uri)
+    with shelf.on_disk(made.uri), _held(folder) as free:
+        if not free:
+            return 0, "it is in use"
+        gone = [file for file in _own(made) if file.name.endswith(WEIGHTS) or file.relative_to(folder).parts[0].startswith("checkpoint-")]
+        size = sum(file.stat().st_size for file in gone)
+        weights = [one["path"] for one in made.files if one["path"].endswith(WEIGHTS)]
+        artifact.write_json(folder / artifact.PRUNED, {"files": weights, "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+        for file in gone:
+            file.unlink(missing_ok=True)
+        artifact.sweep(folder, keep=0)
+    return size, ""
 
 
 def _own(made: Artifact) -> list[Path]:

@@ -16,6 +16,7 @@ from dev2pro import artifact, claim, distributed, encodings, feed, flux, kept, o
 from dev2pro.artifact import Artifact
 from dev2pro.checkpoint import CheckpointConfig, Checkpoints
 from dev2pro.distributed import HardwareConfig
+from dev2pro.errors import ConfigError
 from dev2pro.flux import ModelConfig
 from dev2pro.guard import GuardConfig
 from dev2pro.log import Log
@@ -45,6 +46,7 @@ class RecoverConfig:
     checkpoint: CheckpointConfig = field(metadata={"identity": False})
     guard: GuardConfig = field(metadata={"identity": False})
     preview: PreviewConfig = field(metadata={"identity": False})
+    start: str | None = None
     teacher: str | None = None
     ledger: str | None = field(default=None, metadata={"identity": False})
     publish: str | None = field(default=None, metadata={"identity": False})
@@ -52,14 +54,10 @@ class RecoverConfig:
 
 def run(config: RecoverConfig) -> Artifact:
     """Recovers the base and writes `transformer/` in diffusers layout, metrics.jsonl and artifact.json into `config.out`."""
-    flux.check_transformer(config.model.path)
-    parents: artifact.Parents = {"base": config.model.path} | ({"teacher": config.teacher} if config.teacher else {})
-    if config.teacher:
-        flux.check_transformer(config.teacher)
-    optim.check(config.optim, shard=config.hardware.shard)
-    distributed.check_dtype("save_dtype", config.save_dtype)
-    if config.ledger:
-        ledger.consumed(config.ledger)  # a damaged one is told before the training, not after it
+    check(config)
+    parents: artifact.Parents = {
+        role: path for role, path in (("base", config.model.path), ("start", config.start), ("teacher", config.teacher)) if path
+    }
     place = distributed.accelerator(config.hardware)
     distributed.own_slots(config.batch, config.hardware.micro_batch, place)
     with place.main_process_first():
@@ -76,7 +74,8 @@ def run(config: RecoverConfig) -> Artifact:
     place.print(sources.told(stream))
     reference = pinned.reference(config.probe.samples)
     samples, texts, held_out = feed.prepare(config.model, stream, reference, config.hardware, place)
-    transformer = flux.load_transformer(config.model.path, dtype, config.model.variant)
+    origin, variant = (config.start, None) if config.start else (config.model.path, config.model.variant)
+    transformer = flux.load_transformer(origin, dtype, variant)
     training = Training(place, transformer, config.optim, config.hardware, steps=config.steps, batch=config.batch, ema=config.ema, guard=config.guard)
     probe = Probe(held_out, config.probe, scheduler=scheduler, seed=config.seed, batch=config.hardware.micro_batch)
     preview = Preview(config.preview, config.model, config.hardware, held_out, texts, scheduler, place, seed=config.seed, out=config.out)
@@ -113,12 +112,31 @@ def run(config: RecoverConfig) -> Artifact:
     artifact.retract(config.out)
     training.save(config.out, distributed.DTYPES[config.save_dtype])
     metrics = {
-        **checkpoints.metrics(), "guidance": config.guidance, "curve": curve, "recovered": _recovered(curve), "data": sources.described(stream),
+        **checkpoints.metrics(), "guidance": config.guidance, "curve": curve, "recovered": None if config.start else _recovered(curve),
+        "data": sources.described(stream),
     }  # fmt: skip
     made = artifact.publish(
         place, config.out, "recover", "transformer", config, parents, step=config.steps, metrics=metrics, watched=pinned.watched()
     )
     return noted(config, pinned, made)
+
+
+def check(config: RecoverConfig) -> None:
+    """Raises ConfigError for values that cannot work, DataError for a damaged ledger, before anything is begun."""
+    base = flux.check_transformer(config.model.path)
+    if config.teacher:
+        flux.check_transformer(config.teacher)
+    if config.start:
+        start = flux.check_transformer(config.start)  # which another diffusers may have written, with more keys
+        if others := [key for key in start if not key.startswith("_") and base.get(key, start[key]) != start[key]]:
+            raise ConfigError(
+                f"start={config.start} has another shape than the base, model.path={config.model.path} ({others[0]}). "
+                "Give a model that was recovered from this base."
+            )
+    optim.check(config.optim, shard=config.hardware.shard)
+    distributed.check_dtype("save_dtype", config.save_dtype)
+    if config.ledger:
+        ledger.consumed(config.ledger)
 
 
 def noted(config: RecoverConfig, pinned: Pinned, made: Artifact) -> Artifact:

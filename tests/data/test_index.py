@@ -1,4 +1,5 @@
 import argparse
+import json
 import os
 import pty
 import re
@@ -18,7 +19,9 @@ from tests.shards import DAMAGES, FORMS, ROOT, called, command, indexed, jpeg, p
 
 
 def options(*shards: str | Path, **others: object) -> argparse.Namespace:
-    return argparse.Namespace(**{"shards": [*map(str, shards)], "to": None, "workers": 2, "captions": "drop", "allow_partial": False} | others)
+    return argparse.Namespace(
+        **{"shards": [*map(str, shards)], "to": None, "workers": 2, "captions": "drop", "allow_partial": False, "report": None} | others
+    )
 
 
 def some(folder: Path, count: int = 3) -> list[Path]:
@@ -142,6 +145,17 @@ def test_rejected_samples_and_members_of_no_use_are_told(tmp_path, capsys):
 # ---- as a command --------------------------------------------------------------------------------------------------------------------
 
 
+def test_programs_are_told_what_became_of_the_shards(tmp_path):
+    (tmp_path / "a.tar").write_bytes(tar([*pairs(2), ("b.jpg", jpeg(7))]))
+    (tmp_path / "cut.tar").write_bytes(tar(pairs())[:5000])
+    assert called(index.main, f"{tmp_path}/*.tar", "--workers", "1", "--report", tmp_path / "report.json")[0] == 3
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["shards"], report["samples"]) == (2, 2)
+    assert [(one["shard"], one["key"], one["reason"]) for one in report["rejected"]] == [(f"{tmp_path}/a.tar", "b", "it has no caption")]
+    assert [one["shard"] for one in report["unusable"]] == [f"{tmp_path}/cut.tar"]
+    assert f"{tmp_path}/cut.tar is rejected at byte" in report["unusable"][0]["reason"]
+
+
 def test_the_command_and_its_exit_codes(tmp_path):
     some(tmp_path, 2)
     good = command("data.index", f"{tmp_path}/*.tar")
@@ -238,6 +252,20 @@ def test_interrupted_it_ends_at_once_and_says_so(tmp_path, how):
     assert child.returncode == 130
     assert gone(workers)
     assert len(list(tmp_path.glob("*.index"))) < 16
+
+
+def test_it_ends_with_the_flow_that_started_it(tmp_path):
+    (tmp_path / "slow.tar").write_bytes(tar(pairs(40)))
+    with Server(tmp_path, faults=lambda *_: "stall middle") as server:
+        child = [sys.executable, "-m", "data.index", f"{server.url}/slow.tar", "--to", str(tmp_path)]
+        flow = f"import os, subprocess; subprocess.run({child}, env=os.environ | {{'DEV2PRO_EVENTS': '1'}})"
+        parent = subprocess.Popen([sys.executable, "-c", flow], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        assert parent.stderr is not None
+        while not server.requests:
+            time.sleep(0.01)
+        parent.kill()
+        assert "index: interrupted" in parent.stderr.read()  # which comes to an end with the last process that holds it
+        parent.wait()
 
 
 def test_a_worker_that_is_killed_is_no_crash():

@@ -1,6 +1,5 @@
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -9,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import index, ledger, snapshot, table
+from data import index, snapshot, table
 from data.sidecar import key_number
 from data.snapshot import Filters, Snapshot
 from data.transport import ReadConfig, Transport
 from data.web import ChangedError
 from dev2pro.errors import DataError
 from tests.servers import Server
-from tests.shards import called, command, indexed, jpeg, pairs, refusal, tar
+from tests.shards import indexed, jpeg, pairs, refusal, tar
 
 TRANSPORT = Transport(ReadConfig())
 
@@ -247,53 +246,3 @@ def test_other_files_are_no_snapshot(tmp_path):
     made = built([place])
     (tmp_path / "old").write_bytes(table.encode(snapshot.FORM, 0, made.head, made.columns))
     assert "is a dev2pro snapshot of version 0; this dev2pro reads version 1" in refusal(lambda: snapshot.read(str(tmp_path / "old")))
-
-
-# ---- as a command --------------------------------------------------------------------------------------------------------------------
-
-
-def test_recurring_runs_take_what_is_new(tmp_path):
-    shards, book, out = numbered(tmp_path, 2), str(tmp_path / "ledger.jsonl"), tmp_path / "january.snapshot"
-    first = command("data.snapshot", f"{tmp_path}/*.tar", "--out", out, "--min-side", "8")
-    assert (first.returncode, first.stderr) == (0, "")
-    january = snapshot.read(str(out))
-    assert first.stdout == f"snapshot: {out} pins 3 samples in 2 shards ({january.id[:12]})\n"
-    ledger.record(book, "run 1", january.id, [one.sha256 for one in january.shards], 1.0)
-    code, _, told = called(snapshot.main, f"{tmp_path}/*.tar", "--out", tmp_path / "b", "--ledger", book, "--only-new")
-    assert code == 3
-    assert f"There is nothing new: every shard is in {book}, or empty" in told
-    assert not (tmp_path / "b").exists()
-    shards += numbered(tmp_path, 3)[2:]
-    new = command("data.snapshot", *shards, "--out", tmp_path / "new", "--ledger", book, "--only-new")
-    assert re.search(r"pins 3 samples in 1 shards, 1 of them new \(", new.stdout), new
-    _, said, _ = called(snapshot.main, *shards, "--out", tmp_path / "weighed", "--ledger", book, "--new-weight", "3")
-    assert "pins 6 samples in 3 shards, 1 of them new" in said
-    assert [one.repeat for one in snapshot.read(str(tmp_path / "weighed")).shards] == [1, 1, 3]
-
-
-def test_what_the_command_refuses(tmp_path):
-    place = numbered(tmp_path, 1)[0]
-    (tmp_path / "there").write_bytes(b"x")
-    for code, words, said in (
-        (3, [place, "--out", tmp_path / "there"], f"snapshot: {tmp_path}/there exists, and runs may depend on it. Choose another --out"),
-        (2, [place, "--out", tmp_path / "a", "--new-weight", "0"], "--new-weight: invalid positive value: '0'"),
-        (2, [place, "--out", tmp_path / "a", "--new-weight", "2"], "snapshot: What is new, only a ledger can tell"),
-        (2, [place, "--out", tmp_path / "a", "--only-new"], "snapshot: What is new, only a ledger can tell. Give --ledger FILE"),
-        (3, [place, "--out", tmp_path / "a", "--min-side", "99"], "snapshot: There is no sample to pin"),
-        (3, [place, "--out", tmp_path / "a", "--min-side", "99", "--ledger", tmp_path / "l", "--only-new"], "snapshot: There is no sample to pin"),
-        (3, [place, "--out", tmp_path / "a", "--without", tmp_path / "there"], f"snapshot: {tmp_path}/there is damaged in line 1"),
-    ):
-        found, out, told = called(snapshot.main, *words)
-        assert (found, out) == (code, "")
-        assert said in told
-        assert not (tmp_path / "a").exists()
-    assert (tmp_path / "there").read_bytes() == b"x"
-
-
-def test_quarantine_files_are_left_out(tmp_path):
-    place = shard(tmp_path / "a.tar", *SAMPLES)
-    line = {"shard_sha256": built([place]).shards[0].sha256, "key_number": key_number("high"), "reason": "x"}
-    (tmp_path / "quarantine.jsonl").write_text(json.dumps(line) + "\n")
-    _, said, _ = called(snapshot.main, place, "--out", tmp_path / "a.snapshot", "--without", tmp_path / "quarantine.jsonl")
-    assert "pins 3 samples" in said
-    assert key_number("high") not in snapshot.read(str(tmp_path / "a.snapshot")).columns["key"].tolist()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dev2pro import artifact, biography, store
+from dev2pro import artifact, biography, claim, store
 from tests.records import Config, make
 from tests.servers import SECRET
 
@@ -76,6 +76,57 @@ def test_strangers_leftovers_and_parents_that_are_gone_are_no_problem(lora, said
     code, out, _ = said("verify", "lora")
     assert code == 0
     assert "its trained_on, recovered, is gone" in out
+
+
+def test_what_was_pruned_has_a_record_and_is_whole_only_as_an_ancestor(lora, said):
+    weights = Path("recovered/transformer/model.safetensors")
+    weights.write_bytes(b"weights" * 1000)
+    above = artifact.write("recovered", "test", "thing", Config("recovered"), {"base": "model"}, step=3, metrics={})
+    artifact.write("lora", "test", "thing", Config("lora"), {"trained_on": "recovered"}, step=3, metrics={})
+    (Path("recovered") / "checkpoint-3").mkdir()
+    (Path("recovered") / "checkpoint-3/weights.safetensors").write_bytes(b"state" * 1000)
+    assert said("prune", "recovered")[1] == "recovered: left as it is: it is in use\n"
+    claim.release()
+    assert said("prune", "recovered") == (0, "recovered: 12 kB removed; its record stays\n", "")
+    assert sorted(str(file.relative_to("recovered")) for file in Path("recovered").rglob("*") if file.is_file()) == [
+        "artifact.json", "config.json", "metrics.jsonl", "pruned.json", "transformer/weights.bin",
+    ]  # fmt: skip
+    assert said("prune", "recovered")[1] == "recovered: 0 bytes removed; its record stays\n"
+    code, out, _ = said("verify", "lora")
+    assert code == 0
+    assert f"recovered: whole but for 1 files that were removed to make room, thing {above.id[:12]}, 3 files, " in out
+    assert f"trained_on  thing {above.id[:12]}  pruned  recovered" in said("lineage", "lora")[1]
+    code, out, _ = said("verify", "recovered")
+    assert code == 3
+    assert f"{weights}: was removed to make room. Bring the old file back" in out
+    assert said("push", "recovered", "store")[0] == 3
+    (Path("recovered") / "transformer/weights.bin").unlink()  # of which the note does not speak
+    assert "weights.bin: is missing" in said("verify", "lora")[1]
+    weights.write_bytes(b"others")  # nor of others in their place
+    code, out, _ = said("verify", "lora")
+    assert code == 3
+    assert f"{weights}: has 6 bytes, not 7,000" in out
+
+
+def test_what_is_made_again_is_pruned_no_more(lora, said):
+    artifact.write_json(Path("recovered/pruned.json"), {"files": ["transformer/weights.bin"]})
+    artifact.retract("recovered")
+    artifact.write("recovered", "test", "thing", Config("recovered"), {"base": "model"}, step=3, metrics={"loss": 0.5})
+    assert "trained_on  thing" in said("lineage", "lora")[1]
+    assert "pruned" not in said("lineage", "lora")[1]
+
+
+def test_what_an_unfinished_run_was_given_is_not_pruned(lora, said, tmp_path):
+    (tmp_path / "recovered/model.safetensors").write_bytes(b"weights")
+    artifact.write("recovered", "test", "thing", Config("recovered"), {"base": "model"}, step=3, metrics={})
+    (tmp_path / "runs/begun").mkdir(parents=True)
+    for given in ({"config": {"trained_on": "recovered"}, "parents": {}}, {"config": {}, "parents": {"start": artifact.read("recovered").id}}):
+        artifact.write_json(tmp_path / "runs/begun/config.json", {"stage": "lora", **given})
+        assert said("prune", "recovered", "--runs", "runs")[1] == "recovered: left as it is: an unfinished run was given it\n"
+    assert Path("recovered/model.safetensors").exists()
+    shutil.rmtree("runs/begun")
+    claim.release()
+    assert said("prune", "recovered", "--runs", "runs")[1] == "recovered: 7 bytes removed; its record stays\n"
 
 
 def test_a_forged_record_does_not_verify(lora, said):

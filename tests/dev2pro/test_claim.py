@@ -142,6 +142,13 @@ def test_another_command_does_not_stand(standing):
     assert claim.stands(standing.uri, COMMAND[::-1]) is None
 
 
+@pytest.mark.parametrize("word", ["ledger=ledger.jsonl", "publish=s3://bucket/store"])
+def test_whether_more_than_an_artifact_is_done_only_the_stage_knows(word, tmp_path, parents, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["stage", *COMMAND, word])
+    made = make(Config(str(tmp_path / "out")), parents)
+    assert claim.stands(made.uri, [*COMMAND, word]) is None
+
+
 def test_nothing_stands_where_nothing_is_finished(tmp_path):
     assert claim.stands(str(tmp_path / "nowhere"), COMMAND) is None
     (tmp_path / "empty").mkdir()

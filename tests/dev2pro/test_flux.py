@@ -84,6 +84,12 @@ def test_a_stage_s_finished_folder_is_a_model(tiny, tmp_path):
 # ---- folders that hold another model -------------------------------------------------------------------------------------------------
 
 
+def test_a_pruned_model(tiny, tmp_path):
+    shutil.copytree(tiny / "transformer", tmp_path / "recovered/transformer")
+    (tmp_path / "recovered/pruned.json").write_text('{"files": ["transformer/diffusion_pytorch_model.safetensors"]}')
+    assert "recovered were removed to make room; only its record is left" in refusal(flux.check_transformer, tmp_path / "recovered")
+
+
 def test_another_transformer(model):
     change(model / "transformer/config.json", _class_name="SD3Transformer2DModel")
     said = refusal(flux.check_transformer, model)

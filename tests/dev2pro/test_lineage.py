@@ -61,6 +61,14 @@ def test_what_is_another_is_changed_and_what_is_not_there_is_gone(made):
     assert list(lineage.watched(made)) == [("shard.tar", "gone")]
 
 
+def test_what_was_pruned_is_known_by_its_record(made):
+    artifact.write_json(Path("recovered/pruned.json"), {"files": ["transformer/weights.bin"]})
+    (Path("recovered") / "transformer/weights.bin").unlink()
+    above = next(lineage.parents(made))
+    assert (above.state, above.place, above.made) == ("pruned", "recovered", artifact.read("recovered"))
+    assert next(lineage.parents(made, {above.id: artifact.read("recovered")})).state == "pruned"
+
+
 def test_a_record_that_became_unreadable_is_another_one(made):
     (Path("recovered") / "artifact.json").write_text("{")
     assert states(made)["trained_on"][0] == "changed"
