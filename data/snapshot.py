@@ -245,9 +245,7 @@ def work(options: argparse.Namespace) -> int:
         raise ConfigError("What is new, only a ledger can tell. Give --ledger FILE with --only-new and --new-weight, or leave them out.")
     transport = Transport(ReadConfig())
     shards = [place for pattern in options.shards for place in places.expand(pattern, "SHARDS")]
-    unusable = None
-    if options.skip_unusable:
-        shards, unusable = list(dict.fromkeys(shards)), dict[str, str]()
+    shards, unusable = (list(dict.fromkeys(shards)), dict[str, str]()) if options.skip_unusable else (shards, None)
     known = ledger.consumed(options.ledger) if options.ledger else set()
     old, new = (0 if options.only_new else 1), options.new_weight
     filters = Filters(
@@ -260,6 +258,8 @@ def work(options: argparse.Namespace) -> int:
         )  # fmt: skip
     left = [{"shard": places.shown(place), "reason": why} for place, why in sorted((unusable or {}).items())]
     commands.show("left out, as they cannot be used", ("shard", "reason"), [tuple(one.values()) for one in left], SHOWN)
+    if len(made):
+        made.write(options.out)
     if options.report:
         report = {"shards": len(shards), "pinned": len(made.shards), "samples": len(made), "unusable": left}
         write_local(options.report, json.dumps(report).encode())
@@ -269,7 +269,6 @@ def work(options: argparse.Namespace) -> int:
                 f"There is nothing new: every shard is in {places.shown(options.ledger)}, or empty. Give other shards, or leave out --only-new."
             )
         raise DataError("There is no sample to pin: the indexes list none, or the filters leave none. Give other shards or filters.")
-    made.write(options.out)
     fresh = f", {sum(shard.sha256 not in known for shard in made.shards):,} of them new" if options.ledger else ""
     print(f"snapshot: {places.shown(options.out)} pins {len(made):,} samples in {len(made.shards):,} shards{fresh} ({made.id[:12]})")
     return 0

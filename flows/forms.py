@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 from dev2pro.artifact import ROOT
 from flows.plan import Name
-from flows.promoted import ALIAS
+from flows.promoted import ALIAS, LINE, NAME
 
 ROOTS = "DEV2PRO_ROOTS"  # folders and addresses, separated by commas, that pictures, models and stores may be in
 SAFE = r"^(?!.*(\$\{|_target_|(^|/)\.\.(/|$)))[^\x00-\x1f\x7f~]+$"  # no interpolation, no way up, no characters that a terminal obeys
@@ -43,6 +43,7 @@ RunFolder = Annotated[str, StringConstraints(pattern=r"^runs(/[A-Za-z0-9][A-Za-z
 Text = Annotated[str, StringConstraints(pattern=SAFE, min_length=1, max_length=500)]
 Place = Annotated[Text, AfterValidator(within_roots)]
 Base = Annotated[Text, AfterValidator(lambda place: place if ALIAS.fullmatch(place) else within_roots(place))]
+Line = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
 Seed = Annotated[int, Field(0, ge=0, lt=2**63, title="Seed", description="The same seed and values give the same result, bit for bit.")]
 GOES = "Where the result goes, below runs/. The same values into the same folder go on, or return at once what is finished."
 if TYPE_CHECKING:  # which names there are, only conf/ knows
@@ -227,7 +228,41 @@ class Concepts(Training):
         return concepts
 
 
-def overrides(form: Stage, fields: Collection[str] = ()) -> dict[str, Any]:
+ASKED: dict[str, Any] = dict(Training.model_fields)  # for a form that has some of these fields
+
+
+class Recurring(Group):
+    """What is new is trained on, time after time, each generation on top of the one before."""
+
+    model_config = ConfigDict(title="recurring recovery")
+    line: Line = asked("Line", "Of recovered models, each made from the one before; other pictures or another base are another line.", LINE)
+    shards: list[Place] = asked(
+        "Shards", "Tars, of which there may be more every time; * stands for any name. They are indexed by the run.",
+        lambda: ["data/miniature/shards/ink/train-*.tar"], min_length=1,
+    )  # fmt: skip
+    heldout: list[Place] = asked(
+        "Held out", "Indexed tars or folders to measure on, always the same and never trained on.",
+        lambda: ["data/miniature/shards/ink/heldout-*.tar"], min_length=1,
+    )  # fmt: skip
+    index: Place | None = Field(None, title="Indexes", description="A folder for them. Empty: beside the tars, which http does not allow.")
+    resolution: int | None = asked("Resolution", "Pixels: side of the square whose area every picture is scaled to.", ge=16, le=4096)
+    least: int = asked("At least", "Fewer new samples than these wait for more.", 256, ge=1, le=1_000_000_000)
+    epochs: float = asked("Epochs", "Over what is new.", 1.0, ge=1, le=1000)
+    batch: int = asked("Batch", "Pictures per optimizer step, over all processes.", 32, ge=1, le=65_536)
+    tolerance: float = asked("Tolerance", "By how much the held-out loss may grow, as a share, for a model to be promoted.", 0.01, ge=0, le=1)
+    keep: int = asked("Keep", "How many of the newest generations keep their weights; latest and best do besides.", 3, ge=1, le=10_000)
+    experiment: Experiment = ASKED["experiment"]
+    model: Model | None = ASKED["model"]
+    hardware: Hardware | None = ASKED["hardware"]
+    processes: int = ASKED["processes"]
+    seed: Seed = 0
+    publish: Place | None = ASKED["publish"]
+    optim: Optim = ASKED["optim"]
+    checkpoint: Checkpoint = ASKED["checkpoint"]
+    probe: Probe = ASKED["probe"]
+
+
+def overrides(form: Group, fields: Collection[str] = ()) -> dict[str, Any]:
     """What the form says, as dotted keys of a stage's configuration; what was left empty is not there. `fields`: only these."""
     said = form.model_dump(mode="json", exclude_none=True, exclude={"processes"})
     return _flat({key: value for key, value in said.items() if not fields or key in fields})

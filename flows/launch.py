@@ -78,6 +78,15 @@ def launch(stage: str, words: list[str], out: str, processes: int = 1) -> Artifa
     return artifact.read(str(place))
 
 
+def command(module: str, words: list[str], handles: tuple[int, ...] = ()) -> None:
+    """Runs `python -m <module> <words>`, a cheap one that needs no slot; the handles are open until it has ended. Raises StageFailed."""
+    log = get_run_logger()
+    log.info(hidden(f"python -m {module} {' '.join(words)}"))
+    last, code = _follow([sys.executable, "-m", module, *words], Slots(handles, {}), None, log.info)
+    if code:
+        raise StageFailed(f"{module} ended with exit code {code}: {' '.join(last) or 'it said nothing'}", code)
+
+
 @contextmanager
 def at_work() -> Iterator[None]:
     """Around all that a flow launches: the flow counts as alive, and when it fails or is cancelled its stages are asked to stop.
@@ -112,7 +121,7 @@ def _stop(grace: float | None) -> None:
             )
 
 
-def _follow(command: list[str], got: Slots, watch: Watch, say: Callable[[str], None]) -> tuple[deque[str], int]:
+def _follow(command: list[str], got: Slots, watch: Watch | None, say: Callable[[str], None]) -> tuple[deque[str], int]:
     """Runs the command to its end: (its last words, its exit code)."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | got.environment | {
         "DEV2PRO_EVENTS": "1", "DEV2PRO_PARENT": str(os.getpid()), "PYTHONUNBUFFERED": "1",
@@ -133,7 +142,7 @@ def _follow(command: list[str], got: Slots, watch: Watch, say: Callable[[str], N
     return last, code
 
 
-def _listen(child: subprocess.Popen, watch: Watch, say: Callable[[str], None], last: deque[str]) -> None:
+def _listen(child: subprocess.Popen, watch: Watch | None, say: Callable[[str], None], last: deque[str]) -> None:
     said = 0.0
     assert child.stdout is not None
     for line in child.stdout:
@@ -143,7 +152,8 @@ def _listen(child: subprocess.Popen, watch: Watch, say: Callable[[str], None], l
                 say(last[-1])
             continue
         event = json.loads(line[2:])
-        watch.tell(event)
+        if watch:
+            watch.tell(event)
         if "measured" in event:
             continue
         percent = 100 * event["step"] / event["of"]

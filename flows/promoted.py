@@ -8,7 +8,9 @@ from dev2pro.artifact import ROOT
 from dev2pro.errors import ConfigError
 
 LINE = "main"  # of recovered models, where no other is named
-ALIAS = re.compile(r"(?:([A-Za-z0-9][A-Za-z0-9_.-]{0,63}):)?(latest|best)")  # latest, best, or line:latest
+NAME = "[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"  # of a line
+ALIASES = ("latest", "best")
+ALIAS = re.compile(rf"(?:({NAME}):)?({'|'.join(ALIASES)})")  # latest, best, or line:latest
 
 
 def folder(line: str) -> Path:
@@ -22,7 +24,7 @@ def promote(line: str, alias: str, uri: str, id: str) -> None:
 
 
 def known(line: str, alias: str) -> str | None:
-    """The folder of the artifact that the alias names, or None where nothing was promoted yet."""
+    """The folder of the artifact that the alias names, as a path below the root, or None where nothing was promoted yet."""
     file = folder(line) / f"{alias}.json"
     return str(artifact.read_json(file)["uri"]) if file.is_file() else None
 
