@@ -228,7 +228,8 @@ class Concepts(Training):
         return concepts
 
 
-ASKED: dict[str, Any] = dict(Training.model_fields)  # for a form that has some of these fields
+INDEXES, BESIDE = "runs/cache/indexes", "beside"  # the first needs no right to write where the tars are
+ASKED: dict[str, Any] = dict(Recover.model_fields)  # for a form that has some of these fields
 
 
 class Recurring(Group):
@@ -244,7 +245,9 @@ class Recurring(Group):
         "Held out", "Indexed tars or folders to measure on, always the same and never trained on.",
         lambda: ["data/miniature/shards/ink/heldout-*.tar"], min_length=1,
     )  # fmt: skip
-    index: Place | None = Field(None, title="Indexes", description="A folder for them. Empty: beside the tars, which http does not allow.")
+    index: Place = asked(
+        "Indexes", f"A folder for what is in each tar, or {BESIDE}: in the tars' own folders, as `python -m data.index` does it.", INDEXES
+    )
     resolution: int | None = asked("Resolution", "Pixels: side of the square whose area every picture is scaled to.", ge=16, le=4096)
     least: int = asked("At least", "Fewer new samples than these wait for more.", 256, ge=1, le=1_000_000_000)
     epochs: float = asked("Epochs", "Over what is new.", 1.0, ge=1, le=1000)
@@ -257,6 +260,7 @@ class Recurring(Group):
     processes: int = ASKED["processes"]
     seed: Seed = 0
     publish: Place | None = ASKED["publish"]
+    ema: float | None = ASKED["ema"]
     optim: Optim = ASKED["optim"]
     checkpoint: Checkpoint = ASKED["checkpoint"]
     probe: Probe = ASKED["probe"]

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from dev2pro.artifact import ROOT, Artifact
 from dev2pro.errors import ConfigError, DataError, StageError
 from flows import generations, history, promoted
-from flows.forms import Recurring, mistakes, overrides
+from flows.forms import BESIDE, Recurring, mistakes, overrides
 from flows.generations import WORSE, Generation
 from flows.launch import TRIES, StageFailed, at_work, command, launch
 from flows.plan import words
@@ -30,7 +30,7 @@ from flows.plan import words
 SKIPPED, NOT_PROMOTED = "Skipped", "Not promoted"  # names of states in which a run has completed
 REGRESSION = "dev2pro.regression"  # an event, for automations
 LISTS = ("shards", "heldout")
-FOR_RECOVER = ("experiment", "model", "hardware", "seed", "batch", "publish", "optim", "checkpoint", "probe")
+FOR_RECOVER = ("experiment", "model", "hardware", "seed", "batch", "publish", "ema", "optim", "checkpoint", "probe")
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,9 @@ def look(form: Recurring, number: int, handle: int) -> Found:
     """Indexes the shards, and pins those that the line has not consumed in the folder of the next generation."""
     place, line = ROOT / generations.out(form.line, number), promoted.folder(form.line)
     shutil.rmtree(place, ignore_errors=True)  # of a run that was killed before it began this generation
-    to = ["--to", form.index] if form.index else []
+    to, index = ([], []) if form.index == BESIDE else ([f"--to={form.index}"], [f"--index={form.index}"])
     indexed = _reported("data.index", [*to, "--", *form.shards], line / "indexed.json", handle)
-    own = ["--out", str(place / "train.snapshot"), "--ledger", str(generations.ledger(form.line)), "--only-new", "--skip-unusable"]
-    own += ["--index", form.index] if form.index else []
+    own = [*index, "--out", str(place / "train.snapshot"), "--ledger", str(generations.ledger(form.line)), "--only-new", "--skip-unusable"]
     own += ["--without", *spoilt] if (spoilt := generations.quarantines(form.line)) else []
     pinned = _reported("data.snapshot", [*own, "--", *form.shards], line / "pinned.json", handle)
     reasons = {one["shard"]: one["reason"] for one in (*pinned["unusable"], *indexed["unusable"])}  # the index knows best
