@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from dev2pro import artifact, claim
@@ -59,9 +58,9 @@ def out(line: str, number: int) -> str:
     return str((folder(line) / f"{number:04d}").relative_to(ROOT))
 
 
-def ledger(line: str) -> Path:
-    """What the line has consumed."""
-    return folder(line) / "ledger.jsonl"
+def ledger(line: str) -> str:
+    """What the line has consumed: a file below the root."""
+    return str((folder(line) / "ledger.jsonl").relative_to(ROOT))
 
 
 def known(line: str) -> list[Generation]:
@@ -160,7 +159,9 @@ def failed(one: Generation, error: StageFailed) -> Generation:
 
 
 def tidied(line: str) -> None:
-    """Removes what finished generations need no more: checkpoints; and of failed ones all that a run would go on from."""
+    """Removes what finished generations need no more: checkpoints; of failed ones all that a run would go on from; and what was half written."""
+    for left in folder(line).glob("*.partial"):
+        left.unlink()
     for one in known(line):
         place = ROOT / one.out
         if one.verdict == FAILED and (place / artifact.CONFIG).exists():
@@ -181,4 +182,4 @@ def heavy(line: str, keep: int) -> list[str]:
 
 def quarantines(line: str) -> list[str]:
     """Files that name samples which could not be used: they are left out of what comes."""
-    return sorted(str(file) for file in folder(line).glob("*/quarantine*.jsonl"))
+    return sorted(str(file.relative_to(ROOT)) for file in folder(line).glob("*/quarantine*.jsonl"))

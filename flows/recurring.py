@@ -8,7 +8,6 @@ import math
 import shutil
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -46,24 +45,25 @@ class Found:
 @task(task_run_name="look for what is new", cache_policy=NO_CACHE, **TRIES)
 def look(form: Recurring, number: int, handle: int) -> Found:
     """Indexes the shards, and pins those that the line has not consumed in the folder of the next generation."""
-    place, line = ROOT / generations.out(form.line, number), promoted.folder(form.line)
-    shutil.rmtree(place, ignore_errors=True)  # of a run that was killed before it began this generation
+    place = generations.out(form.line, number)
+    shutil.rmtree(ROOT / place, ignore_errors=True)  # of a run that was killed before it began this generation
     to, index = ([], []) if form.index == BESIDE else ([f"--to={form.index}"], [f"--index={form.index}"])
-    indexed = _reported("data.index", [*to, "--", *form.shards], line / "indexed.json", handle)
-    own = [*index, "--out", str(place / "train.snapshot"), "--ledger", str(generations.ledger(form.line)), "--only-new", "--skip-unusable"]
+    indexed = _reported("data.index", [*to, "--", *form.shards], form.line, handle)
+    own = [*index, "--out", f"{place}/train.snapshot", "--ledger", generations.ledger(form.line), "--only-new", "--skip-unusable"]
     own += ["--without", *spoilt] if (spoilt := generations.quarantines(form.line)) else []
-    pinned = _reported("data.snapshot", [*own, "--", *form.shards], line / "pinned.json", handle)
+    pinned = _reported("data.snapshot", [*own, "--", *form.shards], form.line, handle)
     reasons = {one["shard"]: one["reason"] for one in (*pinned["unusable"], *indexed["unusable"])}  # the index knows best
     if reasons and len(pinned["unusable"]) == pinned["shards"]:
         raise StageFailed(f"none of {pinned['shards']} shards can be used: {next(iter(reasons.values()))}", DataError.exit_code)
     return Found(pinned["samples"], pinned["pinned"], pinned["shards"], [{"shard": shard, "reason": why} for shard, why in sorted(reasons.items())])
 
 
-def _reported(module: str, own: list[str], report: Path, handle: int) -> dict[str, Any]:
+def _reported(module: str, own: list[str], line: str, handle: int) -> dict[str, Any]:
     """What a command of the data room reports. That some data is bad is no failure where it came so far."""
+    report = promoted.folder(line) / f"{module}.json"
     report.unlink(missing_ok=True)
     try:
-        command(module, ["--report", str(report), *own], (handle,))
+        command(module, ["--report", str(report.relative_to(ROOT)), *own], (handle,))
     except StageFailed as error:
         if error.exit_code != DataError.exit_code or not report.exists():
             raise
@@ -109,7 +109,7 @@ def _begun(form: Recurring, number: int, found: Found) -> Generation:
     """The next generation, written down with all that it will be made with."""
     place, start = generations.out(form.line, number), promoted.known(form.line, "latest")
     own: dict[str, Any] = {
-        "out": place, "steps": math.ceil(form.epochs * found.samples / form.batch), "ledger": str(generations.ledger(form.line).relative_to(ROOT)),
+        "out": place, "steps": math.ceil(form.epochs * found.samples / form.batch), "ledger": generations.ledger(form.line),
         "data.train": [f"{place}/train.snapshot"], "data.heldout": form.heldout,
     }  # fmt: skip
     own |= {"start": start} if start else {}
@@ -163,7 +163,7 @@ def main(arguments: list[str]) -> int:
         return ConfigError.exit_code
     except (StageError, StageFailed) as error:
         print(f"recurring: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.exit_code if error.exit_code > 0 else 128 - error.exit_code  # of a stage that was killed, as a shell tells it
     print(f"{state.name}: {state.message}")
     return 0
 

@@ -60,10 +60,10 @@ def forked(words: list[str], environment: dict[str, str], log: Path, prepare: Ca
         _ranks_in_waiting(int(next(word for word in words if word.startswith("--nproc")).partition("=")[2]), prepare)
     else:
         prepare(0)
-    _become(words)
+    become(words)
 
 
-def _become(words: list[str]) -> NoReturn:
+def become(words: list[str]) -> NoReturn:
     """Goes on as `python -m module arguments`."""
 
     def work() -> None:
@@ -112,4 +112,4 @@ def _wait(mine: int, prepare: Callable[[int], None]) -> NoReturn:
     os.environ.clear()
     os.environ.update(environment)
     prepare(int(environment["RANK"]))
-    _become(words[words.index("-m") :])
+    become(words[words.index("-m") :])
