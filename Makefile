@@ -8,7 +8,7 @@ PY := .venv/bin/python
 READY := .venv/ready
 endif
 
-.PHONY: help venv demo serve test proof chaos operator lint format bench miniature clean
+.PHONY: help venv demo serve test proof chaos operator year lint format bench miniature clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ chaos: $(READY) ## kill every stage some hundred and fifty times at random momen
 
 operator: $(READY) ## make serve, killed and restarted, and a browser (Debian's chromium): a quarter of an hour; screenshots in runs/screenshots
 	$(PY) -m pytest -m operator tests/flows
+
+year: $(READY) ## 52 recurring recoveries in accelerated time, with kills, damaged shards and a regression: SEED=0
+	SEED=$(SEED) $(PY) -m pytest -m year tests/flows/test_year.py
 
 lint: $(READY) ## ruff's rules and format, mypy's types
 	$(PY) -m ruff check .

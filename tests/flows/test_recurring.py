@@ -1,0 +1,381 @@
+"""The recurring recovery on a line of its own: a real server, real processes, the miniature, a few steps. tests/flows/test_year.py kills it."""
+
+import datetime
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import jsonschema
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.server.schemas.schedules import CronSchedule
+from prefect.testing.utilities import prefect_test_harness
+from prefect.utilities.callables import parameter_schema
+from pydantic import ValidationError
+
+from dev2pro import artifact, claim
+from dev2pro.artifact import ROOT
+from dev2pro.errors import ConfigError
+from flows import generations, promoted, recurring
+from flows.forms import ROOTS, Recurring
+from tests.shards import jpeg, pairs, tar
+
+LINE = "test-recurring"
+INK = "data/miniature/shards/ink"
+
+
+# ---- the form -------------------------------------------------------------------------------------------------------------------------
+
+IN_THE_FORM: list[tuple[dict[str, Any], str]] = [
+    ({"line": "../main"}, "line"),
+    ({"line": ".hidden"}, "line"),
+    ({"line": "a/b"}, "line"),
+    ({"line": "main:latest"}, "line"),
+    ({"line": ""}, "line"),
+    ({"shards": []}, "shards"),
+    ({"shards": "runs/a.tar"}, "shards"),
+    ({"shards": ["runs/../../etc/a.tar"]}, "shards.0"),
+    ({"shards": ["${oc.env:HOME}/a.tar"]}, "shards.0"),
+    ({"heldout": ["a\x1b[2Jb"]}, "heldout.0"),
+    ({"index": "../indexes"}, "index"),
+    ({"least": 0}, "least"),
+    ({"epochs": 0.5}, "epochs"),
+    ({"batch": 0}, "batch"),
+    ({"tolerance": -0.1}, "tolerance"),
+    ({"keep": 0}, "keep"),
+    ({"hardware": "gpu24,cpu"}, "hardware"),
+    ({"steps": 5}, "steps"),
+    ({"start": "runs/other"}, "start"),
+    ({"ledger": "/etc/passwd"}, "ledger"),
+    ({"optim": {"_target_": "os.system"}}, "optim._target_"),
+]
+AT_THE_START: list[tuple[dict[str, Any], str]] = [
+    ({"shards": ["/etc/*.tar"]}, "shards.0"),
+    ({"shards": ["http://169.254.169.254/a.tar"]}, "shards.0"),
+    ({"shards": ["pipe:touch pwned"]}, "shards.0"),
+    ({"heldout": ["s3://somebody-else/a.tar"]}, "heldout.0"),
+    ({"index": "/etc"}, "index"),
+    ({"epochs": float("nan")}, "epochs"),
+    ({"tolerance": float("nan")}, "tolerance"),
+    ({"publish": "file:///etc"}, "publish"),
+]
+
+
+def refused(values: dict[str, Any], key: str) -> None:
+    with pytest.raises(ValidationError) as error:
+        Recurring(**values)
+    assert key in {".".join(map(str, one["loc"])) for one in error.value.errors()}
+
+
+@pytest.mark.parametrize(("values", "key"), IN_THE_FORM, ids=[f"{key} {number}" for number, (_, key) in enumerate(IN_THE_FORM)])
+def test_bad_input_is_refused_in_the_form(values, key):
+    refused(values, key)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"recurring": values}, parameter_schema(recurring.recurring).model_dump_for_openapi())
+
+
+@pytest.mark.parametrize(("values", "key"), AT_THE_START, ids=[f"{key} {number}" for number, (_, key) in enumerate(AT_THE_START)])
+def test_bad_input_is_refused_when_the_run_starts(values, key):
+    refused(values, key)
+
+
+def test_it_can_be_triggered_as_it_is():
+    assert Recurring().line == promoted.LINE
+    assert [path for pattern in (*Recurring().shards, *Recurring().heldout) for path in ROOT.glob(pattern)]
+
+
+def test_words_become_the_form(capsys):
+    said = recurring.nested(["line=a", "shards=x*.tar", "heldout=['{0..3}.tar', b]", "optim.lr=1e-4", "keep=2"])
+    assert said == {"line": "a", "shards": ["x*.tar"], "heldout": ["{0..3}.tar", "b"], "optim": {"lr": "1e-4"}, "keep": "2"}
+    for words, told in (
+        (["lien=a"], "lien=a: Extra inputs are not permitted. There are line, shards,"),
+        (["least=few"], "least=few: Input should be a valid integer"),
+        (["shards=/etc/a.tar"], "outside of the places that this machine offers"),
+        (["heldout=[a"], "heldout=[a is no list. Write it as in heldout=[one,two]"),
+        (["optim=1", "optim.lr=2"], "optim has a value already"),
+    ):
+        assert recurring.main(words) == 2
+        assert told in capsys.readouterr().err
+
+
+# ---- the gate, and what is kept -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """A line with nothing in it, and a model."""
+    for module in (promoted, generations):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    promoted.folder("main").mkdir(parents=True)
+    return promoted.folder("main")
+
+
+def begun(number: int, **more: Any) -> generations.Generation:
+    values = {"words": [], "processes": 1, "tolerance": 0.1, "samples": 9, "shards": 1, "begun": generations.now()}
+    return generations.write(generations.Generation("main", number, **values | more))
+
+
+def config(**more: Any) -> Any:
+    """As recover's, in what the held-out loss depends on."""
+    import dataclasses
+
+    values = {
+        "out": "",
+        "seed": 0,
+        "guidance": 1.0,
+        "model": {"path": "model"},
+        "data": {"resolution": 32},
+        "probe": {"samples": 4, "bins": 2, "every": 9},
+    }
+    return dataclasses.make_dataclass("Config", list(values))(**values | more)
+
+
+def made(one: generations.Generation, before: float, after: float, heldout: str = "5", **more: Any) -> artifact.Artifact:
+    """What recover leaves of a generation."""
+    folder = Path(one.out)
+    (folder / "transformer").mkdir(parents=True)
+    (folder / "transformer/model.safetensors").write_bytes(b"weights %d" % one.number)
+    (folder / "checkpoint-3").mkdir()
+    parents = {"base": "model", "data.heldout": ("heldout.snapshot", heldout * 64)}
+    return artifact.write(
+        one.out,
+        "recover",
+        "transformer",
+        config(**more),
+        parents,
+        step=3,
+        metrics={"curve": [{"step": 0, "loss": before}, {"step": 3, "loss": after}]},
+    )
+
+
+def settled(number: int, before: float, after: float, **more: Any) -> generations.Generation:
+    one = begun(number)
+    result = made(one, before, after, **more)
+    told = generations.judged(one, result)
+    for _ in range(2):  # a run that was killed after it does it again
+        generations.settled(told, result)
+        assert repr(generations.judged(one, result)) == repr(told)
+    assert repr(generations.known("main")[-1]) == repr(told)  # a loss that is no number is not equal to itself
+    return told
+
+
+def test_what_is_no_worse_is_promoted_and_the_lowest_loss_is_best(place):
+    assert promoted.known("main", "latest") is None
+    with pytest.raises(ConfigError, match="latest names no model yet"):
+        promoted.resolved("latest")
+    for number, (before, after) in enumerate(((1.0, 0.5), (0.5, 0.54), (0.54, 0.4)), 1):
+        assert settled(number, before, after).verdict == "promoted"
+        assert promoted.resolved("latest") == f"runs/recurring/main/{number:04d}"
+        assert promoted.resolved("main:best") == f"runs/recurring/main/{3 if number == 3 else 1:04d}"
+    assert json.loads((place / "latest.json").read_text())["id"] == artifact.read("runs/recurring/main/0003").id
+
+
+def test_what_is_worse_is_kept_and_not_promoted(place):
+    settled(1, 1.0, 0.5)
+    for number, after in ((2, 0.5501), (3, float("nan")), (4, float("inf"))):
+        told = settled(number, 0.5, after)
+        assert told.verdict == "not promoted"
+        assert "more than 10% above the 0.50000 of the model it began with" in told.why
+        assert promoted.resolved("latest") == promoted.resolved("best") == "runs/recurring/main/0001"
+        assert artifact.read(told.out).id == told.id
+    assert settled(5, 0.5, 0.5499).verdict == "promoted"
+
+
+def test_small_steps_down_do_not_add_up(place):
+    settled(1, 1.0, 0.5)
+    assert settled(2, 0.5, 0.54).verdict == "promoted"
+    told = settled(3, 0.54, 0.58)
+    assert told.verdict == "not promoted"
+    assert "above the 0.50000 of the best one" in told.why
+
+
+def test_losses_that_were_measured_in_another_way_are_not_compared(place):
+    settled(1, 1.0, 0.5)
+    for number, more in enumerate(({"heldout": "6"}, {"seed": 1}, {"probe": {"samples": 5, "bins": 2, "every": 9}}, {"data": {"resolution": 64}}), 2):
+        assert settled(number, 0.9, 0.8, **more).verdict == "promoted"
+        assert promoted.resolved("best") == f"runs/recurring/main/{number:04d}", "the best one of what is measured now"
+    assert settled(6, 0.8, 0.7, data={"resolution": 64}, probe={"samples": 4, "bins": 2, "every": 3}).verdict == "promoted"
+    assert settled(7, 0.7, 0.79, data={"resolution": 64}).verdict == "not promoted"
+
+
+@pytest.mark.parametrize(("code", "times"), [(2, 1), (3, 1), (5, 1), (1, 3), (4, None), (75, None), (130, None), (-9, None)])
+def test_a_generation_that_would_fail_again_is_given_up_and_the_others_are_gone_on_with(place, code, times):
+    one = begun(1)
+    for time in range(1, 6):
+        one = generations.failed(one, recurring.StageFailed("recover ended", code))
+        assert one.verdict == ("failed" if times and time >= times else "")
+        assert generations.known("main") == [one]
+
+
+def test_checkpoints_of_finished_generations_go_and_of_failed_ones_all_but_what_tells_why(place):
+    settled(1, 1.0, 0.5)
+    under_way, over = begun(2), begun(3)
+    for one in (under_way, over):
+        for name in (
+            "checkpoint-3/weights.safetensors",
+            "config.json",
+            "train.snapshot",
+            "metrics.jsonl",
+            "quarantine-1.jsonl",
+            "transformer/a.safetensors",
+        ):
+            (Path(one.out) / name).parent.mkdir(parents=True, exist_ok=True)
+            (Path(one.out) / name).write_text("{}")
+    generations.failed(over, recurring.StageFailed("recover ended", 5))
+    (place / "ledger.jsonl.12-34.partial").touch()
+    for _ in range(2):
+        generations.tidied("main")
+        assert not list(place.glob("*.partial"))
+        assert sorted(file.name for file in Path("runs/recurring/main/0001").iterdir()) == ["artifact.json", "transformer"]
+        assert sorted(file.name for file in Path(over.out).iterdir()) == ["metrics.jsonl", "quarantine-1.jsonl", "train.snapshot"]
+        assert len(list(Path(under_way.out).rglob("*"))) == 8
+    assert generations.quarantines("main") == [f"runs/recurring/main/{number}/quarantine-1.jsonl" for number in ("0002", "0003")]
+
+
+def test_old_weights_may_go_but_for_the_newest_and_those_that_have_a_name(place):
+    for number, (before, after) in enumerate(((1.0, 0.5), (0.5, 0.4), (0.4, 0.43), (0.43, 0.9), (0.43, 0.42), (0.42, 0.43)), 1):
+        settled(number, before, after)
+    below = "runs/recurring/main/"
+    assert generations.heavy("main", 2) == [f"{below}{number:04d}" for number in (1, 3, 4)]
+    assert generations.heavy("main", 1) == [f"{below}{number:04d}" for number in (1, 3, 4, 5)]
+    assert generations.heavy("main", 9) == []
+    Path(below, "0003/transformer/model.safetensors").unlink()
+    assert generations.heavy("main", 2) == [f"{below}{number:04d}" for number in (1, 4)]
+
+
+def test_a_line_is_one_run_s_at_a_time(place, monkeypatch):
+    monkeypatch.setattr(generations, "PATIENCE", 0.2)
+    with generations.alone("main") as first, generations.alone("main") as second, generations.alone("other") as third:
+        assert first is not None
+        assert second is None
+        assert third is not None
+    with generations.alone("main") as first:
+        assert first is not None
+
+
+def test_a_damaged_record_is_told(place):
+    begun(1)
+    (place / "0002.json").write_text('{"line": "main"}')
+    with pytest.raises(ConfigError, match="is damaged"):
+        generations.known("main")
+
+
+# ---- when it runs ---------------------------------------------------------------------------------------------------------------------
+
+
+def due(zone: str, first: datetime.datetime, days: int) -> list[str]:
+    """When a cron of half past two runs, in UTC."""
+    import asyncio
+
+    schedule = CronSchedule(cron="30 2 * * *", timezone=zone)
+    dates = asyncio.run(schedule.get_dates(days, first.replace(tzinfo=ZoneInfo(zone))))
+    return [date.astimezone(datetime.UTC).strftime("%d %H:%M") for date in dates]
+
+
+def test_it_runs_once_a_day_when_the_clock_is_changed():
+    assert due("Europe/Berlin", datetime.datetime(2027, 3, 27), 3) == ["27 01:30", "28 00:30", "29 00:30"]
+    assert due("Europe/Berlin", datetime.datetime(2027, 10, 30), 3) == ["30 00:30", "31 00:30", "01 01:30"]
+
+
+# ---- for real -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server():
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    content = tar(pairs(12))
+    (folder / "a.tar").write_bytes(content)
+    (folder / "b_|_`x`.tar").write_bytes(content[: len(content) // 2])
+    return folder
+
+
+@pytest.fixture
+def form(shards, monkeypatch):
+    monkeypatch.setenv(ROOTS, str(shards))
+    values = {
+        "line": LINE, "shards": [f"{shards}/*.tar"], "heldout": [f"{INK}/heldout-*.tar"], "least": 4, "batch": 4, "index": f"{shards}/indexes",
+        "optim": {"lr": 1e-4, "warmup": 1}, "probe": {"samples": 4}, "tolerance": 1.0,
+    }  # fmt: skip
+    return lambda **more: Recurring(**values | more)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _clean():
+    shutil.rmtree(promoted.folder(LINE), ignore_errors=True)
+    yield
+    shutil.rmtree(promoted.folder(LINE), ignore_errors=True)
+
+
+def run(form: Recurring) -> Any:
+    return recurring.recurring(form, return_state=True)
+
+
+def history() -> str:
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[f"{LINE}-history"])))
+    return str(max(found, key=lambda one: one.created).data)
+
+
+def test_a_year_in_small(server, shards, form):
+    """One line, in the order of its life; each stage takes seconds to start, so the parts are not tests of their own."""
+    # the first is made from the base; a damaged shard is told
+    state = run(form())
+    assert state.name == "Completed", state
+    first = generations.known(LINE)[0]
+    assert (first.verdict, first.samples, first.shards) == ("promoted", 12, 1)
+    assert "1 shards cannot be used" in state.message
+    record = artifact.read(str(ROOT / first.out))
+    assert [parent["role"] for parent in record.parents] == ["base", "teacher", "data.train", "data.heldout"]
+    assert record.step == 3
+    assert promoted.resolved(f"{LINE}:latest") == first.out
+    page = history()
+    assert r"b\_\|\_\`x\`.tar is rejected at byte" in page.replace(str(shards).replace("_", r"\_") + "/", "")
+    assert re.search(rf"\| 1 \| [0-9-]+ [0-9:]+ UTC \| 12 \| .* \| promoted \| `{first.id[:12]}` \|", page)
+
+    # nothing new; another run at work; too little
+    state = run(form())
+    assert (state.name, state.type.value) == ("Skipped", "COMPLETED")
+    assert state.message.startswith(f"Nothing new in 2 shards; the line {LINE} waits for 4 samples.")
+    handle = claim.lock(promoted.folder(LINE))
+    state = run(form())
+    os.close(handle)  # type: ignore[arg-type]
+    assert (state.name, state.message) == ("Skipped", f"Another run works on the line {LINE}. What is new waits for the next run.")
+    (shards / "c.tar").write_bytes(tar([(f"c{i}.{end}", part) for i in range(3) for end, part in (("jpg", jpeg(90 + i)), ("txt", b"a four"))]))
+    state = run(form())
+    assert state.name == "Skipped"
+    assert state.message.startswith("3 new samples in 1 of 3 shards; ")
+    assert not (ROOT / generations.out(LINE, 2)).exists() or not list((ROOT / generations.out(LINE, 2)).glob("*.json"))
+
+    # mended, it is trained on together with what waited, on top of the one before: first so badly that nothing is left
+    (shards / "b_|_`x`.tar").write_bytes(tar([(f"b{i}.{end}", part) for i in range(3) for end, part in (("jpg", jpeg(50 + i)), ("txt", b"a two"))]))
+    state = run(form(optim={"lr": 0.1, "warmup": 0}))
+    assert (state.name, state.result(raise_on_failure=False).exit_code) == ("Failed", 5)
+    assert generations.known(LINE)[1].verdict == "failed"
+    assert {file.name for file in (ROOT / generations.out(LINE, 2)).iterdir()} == {"metrics.jsonl", "train.snapshot"}
+
+    # then only so that the gate is shut
+    state = run(form(tolerance=0.0, optim={"lr": 3e-3, "warmup": 0}))
+    assert state.name == "Not promoted", state
+    third = generations.known(LINE)[2]
+    assert (third.verdict, third.samples, third.shards) == ("not promoted", 6, 2)
+    assert third.before == pytest.approx(first.after, rel=1e-4)
+    assert promoted.resolved(f"{LINE}:latest") == promoted.resolved(f"{LINE}:best") == first.out
+    start = next(parent for parent in artifact.read(str(ROOT / third.out)).parents if parent["role"] == "start")
+    assert (start["uri"], start["id"]) == (first.out, first.id)
+    lines = [json.loads(line) for line in (ROOT / generations.ledger(LINE)).read_text().splitlines()]
+    assert [(line["run"], len(line["shards"])) for line in lines] == [(first.id, 1), (third.id, 2)]
+    assert run(form()).name == "Skipped", "what was not good enough stays consumed"
