@@ -51,8 +51,9 @@ class Outcome:
         self.disk()
         worse = [one["number"] for one in self.finished if one["verdict"] != "promoted"]
         return {
-            "generations": len(self.generations), "promoted": len(self.promoted), "worse": worse, "losses": [round(one["after"], 4) for one in self.finished],
-            "consumed": sum(len(line["shards"]) for line in self.ledger), "bytes": size(self.place), "weights": self.weights,
+            "generations": len(self.generations), "promoted": len(self.promoted), "worse": worse,
+            "losses": [round(one["after"], 4) for one in self.finished], "consumed": sum(len(line["shards"]) for line in self.ledger),
+            "bytes": size(self.place), "weights": self.weights,
             "partial": [str(file.relative_to(self.place)) for file in self.place.rglob("*.partial")],
         }  # fmt: skip
 
