@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+from collections import deque
 from typing import Any, NoReturn
 
 import yaml
@@ -17,6 +18,7 @@ from rich.tree import Tree
 from dev2pro import artifact, errors, integrity, lineage, store, unneeded
 from dev2pro.artifact import Artifact
 from dev2pro.errors import INTERRUPTED, ConfigError, DataError, SpaceError, StageError
+from dev2pro.lineage import Parent
 from dev2pro.s3 import printable, shown
 
 SHORT = 12  # digits of an id that are shown
@@ -104,18 +106,21 @@ def _opened(path: str) -> Artifact:
 
 
 def verify(options: argparse.Namespace) -> int:
-    """One line for each problem."""
+    """One line for each problem; what was asked for first, then ancestors, which may have been pruned."""
     problems, seen = 0, set[str]()
-    for path in options.paths:
-        problems += _verify(artifact.read(store.resolve(path)), seen, "")
+    todo = deque((artifact.read(store.resolve(path)), "") for path in options.paths)
+    while todo:
+        made, why = todo.popleft()
+        if os.path.realpath(made.uri) not in seen:
+            seen.add(os.path.realpath(made.uri))
+            found, above = _verify(made, why)
+            problems += found
+            todo += [(parent.made, f" ({parent.role} of {made.uri})") for parent in above if parent.made and "://" not in parent.place]
     return DataError.exit_code if problems else 0
 
 
-def _verify(made: Artifact, seen: set[str], why: str) -> int:
-    """`why` it is looked at: as an ancestor it may have been pruned."""
-    if os.path.realpath(made.uri) in seen:
-        return 0
-    seen.add(os.path.realpath(made.uri))
+def _verify(made: Artifact, why: str) -> tuple[int, list[Parent]]:
+    """(problems, parents). `why` an ancestor is looked at, too."""
     pruned = artifact.pruned(made.uri) if why else frozenset()
     problems = list(integrity.faults(made, without=pruned))
     parents = list(lineage.parents(made))
@@ -135,8 +140,7 @@ def _verify(made: Artifact, seen: set[str], why: str) -> int:
         left = [one["bytes"] for one in made.files if one["path"] not in pruned]
         how = f"whole but for {len(made.files) - len(left)} files that were removed to make room" if pruned else "whole"
         _say(f"{made.uri}: {how}, {made.kind} {made.id[:SHORT]}, {len(left)} files, {_size(sum(left))}{why}")
-    above = [parent for parent in parents if parent.made and "://" not in parent.place]
-    return len(problems) + sum(_verify(parent.made, seen, f" ({parent.role} of {made.uri})") for parent in above if parent.made)
+    return len(problems), parents
 
 
 # ---- show ---------------------------------------------------------------------------------------------------------------------------
@@ -200,6 +204,7 @@ def _size(bytes_: int) -> str:
 
 def tree(options: argparse.Namespace) -> int:
     """Drawn with rich; without colours where nobody looks."""
+    sys.setrecursionlimit(100_000)  # a recurring recovery has a generation every day
     made = _opened(options.path)
     root = Tree(_label((f"{made.kind} {made.id[:SHORT]}", "bold"), (f"  {shown(made.uri)}", "")))
     _grow(root, made, {made.id})

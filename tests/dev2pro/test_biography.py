@@ -1,5 +1,7 @@
 """`python -m dev2pro.artifact`, in this process where that tells the same, and as a command where it does not."""
 
+import inspect
+import json
 import os
 import shutil
 import signal
@@ -106,6 +108,38 @@ def test_what_was_pruned_has_a_record_and_is_whole_only_as_an_ancestor(lora, sai
     code, out, _ = said("verify", "lora")
     assert code == 3
     assert f"{weights}: has 6 bytes, not 7,000" in out
+
+
+def test_what_was_pruned_is_no_ancestor_only_where_it_is_asked_for(lora, said):
+    artifact.write_json(Path("recovered/pruned.json"), {"files": ["transformer/weights.bin"]})
+    (Path("recovered") / "transformer/weights.bin").unlink()
+    assert said("verify", "lora")[0] == 0
+    for paths in (("lora", "recovered"), ("recovered", "lora")):
+        code, out, _ = said("verify", *paths)
+        assert code == 3
+        assert "recovered/transformer/weights.bin: was removed to make room" in out
+
+
+def test_there_may_be_more_generations_than_python_nests_calls(said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    limit = sys.getrecursionlimit()
+    made = {"id": "0" * 64, "uri": "base"}
+    for number in range(400):
+        Path(str(number)).mkdir()
+        lineage = [{"role": "start", "uri": made["uri"], "id": made["id"]}]
+        id = artifact.identify("thing", "test", artifact.digest({}), lineage, [])
+        record = artifact.Artifact("thing", "test", id, {}, artifact.digest({}), lineage, 1, {}, [])
+        values = {key: value for key, value in vars(record).items() if key != "uri"}
+        (Path(str(number)) / "artifact.json").write_text(json.dumps(values))
+        made = {"id": id, "uri": str(number)}
+    sys.setrecursionlimit(len(inspect.stack()) + 300)
+    code, out, _ = said("verify", made["uri"])
+    assert code == 0
+    assert out.count(": whole, thing") == 400
+    code, out, _ = said("lineage", made["uri"])
+    assert code == 0
+    assert out.count("start  thing") == 399
+    sys.setrecursionlimit(limit)
 
 
 def test_what_is_made_again_is_pruned_no_more(lora, said):
