@@ -37,15 +37,15 @@ class Week:
 
 
 SHORT = [
-    Week(["good"] * 4), Week(["good", "cut"], kill=("notes", "all")), Week(["noise"]), Week(["mended", "few", "twice"], kill=("saves", "stage")),
-    Week([], runs=2, together=True), Week([]),
+    Week(["good"] * 9), Week(["good", "cut"], kill=("notes", "all")), Week(["noise"]), Week(["mended", "few", "twice"], kill=("saves", "stage")),
+    Week([], runs=2, together=True),
 ]  # fmt: skip
 
 
 def planned(dice: random.Random) -> list[Week]:
     """52: first one of every kind, then all kills at all moments and more of each kind, by chance."""
     kinds = [
-        Week(["good"] * 4), Week(kill=("begins", "flow")), Week(["good", "cut"], runs=2), Week([]), Week(["noise"]), Week(["mended"]),
+        Week(["good"] * 9), Week(kill=("begins", "flow")), Week(["good", "cut"], runs=2), Week([]), Week(["noise"]), Week(["mended"]),
         Week(["good", "twice"]), Week(["few"]), Week(runs=2, together=True), Week(real=True),
     ]  # fmt: skip
     kills = [(moment, who) for moment, (module, *_) in MOMENTS.items() for who in HIT[module]] + [(ANY, who) for who in ("flow", "stage", "all")] * 5

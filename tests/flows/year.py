@@ -28,7 +28,7 @@ PATIENCE = 240.0  # seconds for a run to end
 LEAST = 8  # new samples
 KEEP = 2  # generations
 FORM = [
-    f"least={LEAST}", f"keep={KEEP}", "batch=8", "tolerance=0.05", "optim.lr=1e-4", "optim.warmup=1", "probe.every=1000", "probe.samples=16",
+    f"least={LEAST}", f"keep={KEEP}", "batch=8", "tolerance=0.05", "optim.lr=2e-4", "optim.warmup=1", "probe.every=1000", "probe.samples=16",
     "checkpoint.every=2", f"heldout={INK}/heldout-000000.tar",
 ]  # fmt: skip
 
