@@ -63,6 +63,9 @@ class Pinned:
         self._sources = {"train": config.train, "heldout": config.heldout}
         self._fresh = set[str]()  # roles whose snapshot was made just now, and so was checked
         self.train, self.heldout = (self._pin(role, begun or not first) for role in self._sources)
+        judges = {shard.sha256 for shard in self.heldout.shards}
+        if both := next((shard.place for shard in self.train.shards if shard.sha256 in judges), None):
+            raise DataError(f"{places.shown(both)} is in data.train and in data.heldout. What is trained on cannot judge: take it out of one.")
         if lacking := [part for part in config.stored if part not in self.train.encodings]:
             raise DataError(f"data.stored={config.stored}, but the shards of data.train hold no {lacking[0]}. Encode them with stages.encode first.")
 

@@ -148,6 +148,10 @@ def test_nothing_and_what_is_not_indexed(config, tmp_path):
     (tmp_path / "bad").mkdir()
     with pytest.raises(DataError, match=r"data\.heldout: .*bad holds no pictures"):
         pin(replace(config, heldout=[f"{tmp_path}/bad"]), tmp_path / "out")
+    shutil.copy(tmp_path / "train-0.tar", tmp_path / "heldout.tar")
+    assert not index.index(f"{tmp_path}/heldout.tar", Transport(ReadConfig())).error
+    with pytest.raises(DataError, match=r"train-0\.tar is in data\.train and in data\.heldout\. What is trained on cannot judge"):
+        pin(replace(config, heldout=[f"{tmp_path}/heldout.tar"]), tmp_path / "out")
 
 
 def test_the_stream_of_a_run_is_described(config, tmp_path):
