@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +74,7 @@ class Clone(Serve):
         if there.get("PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED") == "true":
             client = str(uuid.uuid4())
             token = self.api.get("csrf-token", params={"client": client}).raise_for_status().json()["token"]
-            self.api.headers |= {"Prefect-Csrf-Client": client, "Prefect-Csrf-Token": token}
+            self.api.headers.update({"Prefect-Csrf-Client": client, "Prefect-Csrf-Token": token})
 
     def recovered(self, out: str, **more: Any) -> str:
         """Runs a recovery of three steps to its end: the id of the run."""
@@ -85,12 +87,20 @@ class Clone(Serve):
         """It and all that it has started."""
         return [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
 
-    def ended(self) -> None:
-        """At the end of a test, however that went."""
-        if self.process.poll() is None:
-            family = self.family()
-            self.process.terminate()
-            self.process.wait(PATIENCE)
+
+@contextmanager
+def cloned(folder: Path, closed: bool = True, **settings: str) -> Iterator[Clone]:
+    """It, started, and ended with all that it has started."""
+    clone = Clone(folder)
+    clone.settings(closed, **settings)
+    try:
+        clone.start()
+        yield clone
+    finally:
+        if clone.process.poll() is None:
+            family = clone.family()
+            clone.process.terminate()
+            clone.process.wait(PATIENCE)
             for one in family:
                 if one.is_running():
                     one.kill()
