@@ -23,6 +23,7 @@ LOGS = ROOT / "runs" / ".serve"
 DEFAULTS = {  # where neither the environment nor .env says otherwise
     "PREFECT_HOME": str(ROOT / ".prefect"),
     "PREFECT_API_URL": "http://127.0.0.1:4200/api",
+    "PREFECT_UI_API_URL": "/api",  # where the UI itself comes from
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
@@ -198,6 +199,8 @@ if __name__ == "__main__":
     load_dotenv(Path(ROOT, ".env"))
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    # else every page that is open in a browser here could change deployments, and with them what is run
+    os.environ.setdefault("PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS", os.environ["PREFECT_API_URL"].removesuffix("/api"))
     if sys.argv[1:]:
         child(sys.argv[1])
     else:

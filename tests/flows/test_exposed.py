@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -125,3 +126,29 @@ def test_prefect_s_own_commands_read_the_same_settings(serve):
     said = subprocess.run(command, cwd=serve.folder, env=serve.environment(), capture_output=True, text=True, timeout=200, check=False)
     assert said.returncode == 0, said.stdout + said.stderr
     assert "recover" in said.stdout
+
+
+@pytest.mark.operator
+@pytest.mark.skipif(not shutil.which("chromium"), reason="apt-get install chromium")
+def test_without_any_settings_foreign_pages_change_nothing_either(tmp_path):
+    with cloned(tmp_path, closed=False) as serve:
+        deployment = serve.deployments()["recover"]["id"]
+        step = {"prefect.deployments.steps.run_shell_script": {"script": "touch pwned"}}
+        assert "Failed to fetch" in foreign_page(serve.address, "POST", "deployments/filter", {})
+        assert "Failed to fetch" in foreign_page(serve.address, "PATCH", f"deployments/{deployment}", {"pull_steps": [step]})
+        assert serve.api.get(f"deployments/{deployment}").json()["pull_steps"] in (None, [])
+
+
+def foreign_page(address: str, method: str, path: str, body: dict) -> str:
+    """What a browser tells a page from somewhere else that asks the API for something."""
+    from playwright.sync_api import sync_playwright
+
+    ask = """([address, method, body]) => fetch(address, {method, headers: {"Content-Type": "application/json"}, body: JSON.stringify(body)})
+             .then(answer => "answered " + answer.status).catch(error => String(error))"""
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page()
+        page.goto(address.replace("127.0.0.1", "localhost") + "/api/health")  # another origin on this machine
+        said = page.evaluate(ask, [f"{address}/api/{path}", method, body])
+        browser.close()
+    return said
