@@ -18,12 +18,12 @@ from dotenv import load_dotenv
 
 from dev2pro import stop
 from dev2pro.artifact import ROOT
-from flows import alive
 
 LOGS = ROOT / "runs" / ".serve"
 DEFAULTS = {  # where neither the environment nor .env says otherwise
     "PREFECT_HOME": str(ROOT / ".prefect"),
     "PREFECT_API_URL": "http://127.0.0.1:4200/api",
+    "PREFECT_UI_API_URL": "/api",  # where the UI itself comes from
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
@@ -34,6 +34,7 @@ DEFAULTS = {  # where neither the environment nor .env says otherwise
     "PREFECT_CLIENT_MAX_RETRIES": "9",  # with doubling pauses: the server may be gone for eight minutes
     "PREFECT_RUNNER_POLL_FREQUENCY": "5",  # seconds from a click to its start
 }
+EXAMPLE = "choose-a-password"  # as .env.example has it
 START, LOOK, QUICKLY = 120.0, 5.0, 10.0  # seconds: for the server to answer; between two looks; a child that lived no longer than this is not well
 ENGINES = 40.0  # seconds for flows to end once they are asked: they wait 25 for their stages
 
@@ -86,6 +87,9 @@ def say(text: str) -> None:
 def main() -> int:
     """Until SIGTERM or SIGINT. Returns the exit code."""
     address = urlparse(os.environ["PREFECT_API_URL"])
+    if EXAMPLE in os.environ.get("PREFECT_SERVER_API_AUTH_STRING", ""):
+        print("serve: the password in .env is the one of .env.example, which everybody knows. Choose another: `openssl rand -hex 24`.", file=sys.stderr)
+        return 2
     if not free(address.hostname or "", address.port or 80):
         print(f"serve: {address.netloc} is in use, perhaps by another `make serve`. Stop that, or set PREFECT_API_URL in .env.", file=sys.stderr)
         return 2
@@ -125,6 +129,8 @@ def main() -> int:
 
 def stopped(runners: list[Child]) -> None:
     """Ends the runners first, so that nothing new begins, then the flows, which have their stages save."""
+    from flows import alive
+
     engines = {engine.pid for child in runners if child.process for engine in psutil.Process(child.process.pid).children()}
     for child in runners:
         child.end(signal.SIGKILL)  # asked nicely it would cancel its runs; they are to go on
@@ -193,6 +199,8 @@ if __name__ == "__main__":
     load_dotenv(Path(ROOT, ".env"))
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    # else every page that is open in a browser here could change deployments, and with them what is run
+    os.environ.setdefault("PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS", os.environ["PREFECT_API_URL"].removesuffix("/api"))
     if sys.argv[1:]:
         child(sys.argv[1])
     else:

@@ -1,0 +1,106 @@
+"""What a test of the operator's own settings needs: a copy of the project with a `.env` in it, and `make serve` there."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+from dotenv import dotenv_values
+
+from dev2pro.artifact import ROOT
+from tests.flows.operator import PATIENCE, Serve, free_port, until
+
+PASSWORD = "s3cret $horse #battery"  # what a person may choose
+RECOVER: dict[str, Any] = {"steps": 3, "batch": 4, "data": {"name": "chalk"}, "probe": {"every": 3, "samples": 2}}
+
+
+class Clone(Serve):
+    """`make serve` in a copy of the project; nothing but `.env` tells it anything."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.home = folder / "dev2pro", folder / "home"
+        for name in ("conf", "data", "dev2pro", "flows", "stages"):
+            shutil.copytree(ROOT / name, self.folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in (".env.example", "prefect.yaml", "pyproject.toml"):
+            if (ROOT / name).exists():
+                shutil.copy(ROOT / name, self.folder)
+        self.home.mkdir()
+        self.said = folder / "said.log"
+        self.port = free_port()
+        self.address = f"http://127.0.0.1:{self.port}"
+        self.api = httpx.Client(base_url=f"{self.address}/api/", timeout=30)
+
+    def settings(self, closed: bool = True, **more: str) -> None:
+        """Writes `.env`: the example with another port and a real password, or only what is necessary."""
+        text = (ROOT / ".env.example").read_text() if closed else ""
+        text = text.replace("choose-a-password", PASSWORD).replace("http://127.0.0.1:4200", self.address)
+        for name, value in {"PREFECT_HOME": str(self.home), "PREFECT_API_URL": f"{self.address}/api", "PREFECT_RUNNER_POLL_FREQUENCY": "2", **more}.items():
+            text, found = re.subn(rf"^#?{name}=.*", lambda _, line=f"{name}='{value}'": line, text, flags=re.MULTILINE)
+            text += "" if found else f"\n{name}='{value}'\n"
+        (self.folder / ".env").write_text(text)
+
+    def environment(self) -> dict[str, str]:
+        """Of somebody who has set nothing."""
+        return {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "DEV2PRO_", "PYTHONPATH"))}
+
+    def start(self, **more: str) -> float:
+        """Returns the seconds until it was ready."""
+        began = time.monotonic()
+        self.process = subprocess.Popen(
+            [sys.executable, "-u", "-m", "flows.serve"], cwd=self.folder, env=self.environment() | more, stdout=self.said.open("ab"),
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        before = self.said.read_text().count("ready after")
+        until(lambda: self.said.read_text().count("ready after") > before or self.process.poll() is not None, what="make serve")
+        assert self.process.poll() is None, self.said.read_text()
+        self.log_in()
+        until(lambda: len(self.deployments()) >= 5, what="registering the deployments")
+        return time.monotonic() - began
+
+    def log_in(self) -> None:
+        """As the UI does: a password, and a token for what changes something."""
+        there = dotenv_values(self.folder / ".env")
+        if user := there.get("PREFECT_SERVER_API_AUTH_STRING"):
+            self.api.auth = tuple(user.split(":", 1))
+        if there.get("PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED") == "true":
+            client = str(uuid.uuid4())
+            token = self.api.get("csrf-token", params={"client": client}).raise_for_status().json()["token"]
+            self.api.headers.update({"Prefect-Csrf-Client": client, "Prefect-Csrf-Token": token})
+
+    def recovered(self, out: str, **more: Any) -> str:
+        """Runs a recovery of three steps to its end: the id of the run."""
+        run = self.run("recover", recover={**RECOVER, "out": f"runs/{out}", **more})
+        self.until_state(run, "Completed", "Failed", "Crashed", seconds=2 * PATIENCE)
+        assert self.state(run)["name"] == "Completed", self.told(run)
+        return run
+
+    def family(self) -> list[psutil.Process]:
+        """It and all that it has started."""
+        return [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+
+
+@contextmanager
+def cloned(folder: Path, closed: bool = True, **settings: str) -> Iterator[Clone]:
+    """It, started, and ended with all that it has started."""
+    clone = Clone(folder)
+    clone.settings(closed, **settings)
+    try:
+        clone.start()
+        yield clone
+    finally:
+        if clone.process.poll() is None:
+            family = clone.family()
+            clone.process.terminate()
+            clone.process.wait(PATIENCE)
+            for one in family:
+                if one.is_running():
+                    one.kill()

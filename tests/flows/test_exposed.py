@@ -1,0 +1,154 @@
+"""`.env.example` makes a closed server, which `make serve`, its runners and the UI still work with."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from dotenv import dotenv_values
+
+from dev2pro.artifact import ROOT
+from tests.flows.clone import PASSWORD, RECOVER, cloned
+from tests.flows.operator import until
+
+EVIL = "https://evil.example"
+
+
+@pytest.fixture(scope="module")
+def serve(tmp_path_factory):
+    with cloned(tmp_path_factory.mktemp("closed")) as clone:
+        yield clone
+
+
+def test_every_setting_of_the_example_exists():
+    from prefect.settings.legacy import _get_settings_fields
+    from prefect.settings.models.root import Settings
+
+    known = _get_settings_fields(Settings)
+    names = re.findall(r"^#?([A-Z0-9_]+)=", (ROOT / ".env.example").read_text(), flags=re.MULTILINE)
+    assert {"PREFECT_SERVER_API_AUTH_STRING", "PREFECT_SERVER_DATABASE_CONNECTION_URL", "DEV2PRO_ROOTS"} <= set(names)
+    code = "".join(file.read_text() for file in (ROOT / "flows").glob("*.py"))
+    unknown = [name for name in names if name not in known and f'"{name}"' not in code]
+    assert not unknown, f"neither prefect nor flows/ reads {unknown}"
+
+
+def test_the_example_s_password_is_refused(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
+    environment |= {k: v for k, v in dotenv_values(ROOT / ".env.example").items() if v} | {"PREFECT_HOME": str(tmp_path)}
+    said = subprocess.run([sys.executable, "-m", "flows.serve"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert said.returncode == 2
+    assert "which everybody knows. Choose another" in said.stderr
+
+
+@pytest.mark.operator
+def test_nobody_comes_in_without_the_password(serve):
+    assert httpx.get(f"{serve.address}/api/health").status_code == 200
+    for method, path in (("GET", "csrf-token?client=x"), ("GET", "admin/settings"), ("POST", "flow_runs/filter"), ("POST", "deployments/filter")):
+        for auth in (None, ("admin", "wrong"), ("admin", "")):
+            answer = httpx.request(method, f"{serve.address}/api/{path}", json={} if method == "POST" else None, auth=auth)
+            assert answer.status_code in (401, 403), (path, auth, answer.text)
+    assert httpx.post(f"{serve.address}/api/flow_runs/filter", json={}, headers=dict(serve.api.headers)).status_code == 401
+
+
+@pytest.mark.operator
+def test_foreign_pages_are_refused(serve):
+    asked = {"Origin": EVIL, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type,authorization"}
+    answer = httpx.options(f"{serve.address}/api/flow_runs/filter", headers=asked)
+    assert answer.status_code == 400
+    assert "access-control-allow-origin" not in answer.headers
+    own = httpx.options(f"{serve.address}/api/flow_runs/filter", headers=asked | {"Origin": serve.address})
+    assert (own.status_code, own.headers["access-control-allow-origin"]) == (200, serve.address)
+    # what a browser sends without asking first, with the password that it may remember
+    deployment = serve.deployments()["recover"]["id"]
+    before = serve.post("flow_runs/count")
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "application/json"):
+        answer = httpx.post(
+            f"{serve.address}/api/deployments/{deployment}/create_flow_run", content='{"state": {"type": "SCHEDULED"}}',
+            headers={"Origin": EVIL, "Content-Type": kind}, auth=serve.api.auth,
+        )  # fmt: skip
+        assert answer.status_code == 403
+        assert "CSRF" in answer.text
+    assert serve.post("flow_runs/count") == before
+
+
+@pytest.mark.operator
+def test_it_listens_on_loopback_only(serve):
+    listening = {one.laddr.ip for process in serve.family() for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN}
+    assert listening == {"127.0.0.1"}
+
+
+@pytest.mark.operator
+def test_runs_complete_and_no_secret_is_seen(serve):
+    seen = set()
+    run = serve.run("recover", recover={**RECOVER, "out": "runs/closed"})
+
+    def ended() -> bool:
+        seen.update(word for one in psutil.process_iter(["cmdline"]) for word in one.info["cmdline"] or [])
+        return serve.state(run)["type"] in ("COMPLETED", "FAILED", "CRASHED")
+
+    until(ended, 500, "the run's end")
+    assert serve.state(run)["type"] == "COMPLETED", serve.told(run)
+    assert any("stages.recover" in word for word in seen)
+    told = [serve.told(run), serve.said.read_text(), *(file.read_text() for file in (serve.folder / "runs/.serve").glob("*.log")), *seen]
+    assert len(told) > 4
+    for secret in (PASSWORD, "s3cret"):
+        assert not [text for text in told if secret in text]
+
+
+@pytest.mark.operator
+def test_websockets_ask_for_the_password(serve):
+    from websockets.sync.client import connect
+
+    for path in ("events/in", "events/out", "logs/out"):
+        address = f"ws://127.0.0.1:{serve.port}/api/{path}"
+        assert _greeted(connect, address, f"admin:{PASSWORD}") == "auth_success"
+        assert _greeted(connect, address, "admin:wrong") is None
+
+
+def _greeted(connect, address: str, token: str) -> str | None:
+    with connect(address, subprotocols=["prefect"]) as socket:
+        socket.send(json.dumps({"type": "auth", "token": token}))
+        try:
+            return json.loads(socket.recv(timeout=20))["type"]
+        except Exception:
+            return None
+
+
+@pytest.mark.operator
+def test_prefect_s_own_commands_read_the_same_settings(serve):
+    command = [str(Path(sys.executable).with_name("prefect")), "deployment", "ls"]
+    said = subprocess.run(command, cwd=serve.folder, env=serve.environment(), capture_output=True, text=True, timeout=200, check=False)
+    assert said.returncode == 0, said.stdout + said.stderr
+    assert "recover" in said.stdout
+
+
+@pytest.mark.operator
+@pytest.mark.skipif(not shutil.which("chromium"), reason="apt-get install chromium")
+def test_without_any_settings_foreign_pages_change_nothing_either(tmp_path):
+    with cloned(tmp_path, closed=False) as serve:
+        deployment = serve.deployments()["recover"]["id"]
+        step = {"prefect.deployments.steps.run_shell_script": {"script": "touch pwned"}}
+        assert "Failed to fetch" in foreign_page(serve.address, "POST", "deployments/filter", {})
+        assert "Failed to fetch" in foreign_page(serve.address, "PATCH", f"deployments/{deployment}", {"pull_steps": [step]})
+        assert serve.api.get(f"deployments/{deployment}").json()["pull_steps"] in (None, [])
+
+
+def foreign_page(address: str, method: str, path: str, body: dict) -> str:
+    """What a browser tells a page from somewhere else that asks the API for something."""
+    from playwright.sync_api import sync_playwright
+
+    ask = """([address, method, body]) => fetch(address, {method, headers: {"Content-Type": "application/json"}, body: JSON.stringify(body)})
+             .then(answer => "answered " + answer.status).catch(error => String(error))"""
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page()
+        page.goto(address.replace("127.0.0.1", "localhost") + "/api/health")  # another origin on this machine
+        said = page.evaluate(ask, [f"{address}/api/{path}", method, body])
+        browser.close()
+    return said
