@@ -1,5 +1,6 @@
 """What an operator can trigger in the UI, and what of it an operator has changed: that stays, however often this is registered."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,14 +8,17 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.deployments.runner import RunnerDeployment
 from prefect.exceptions import ObjectNotFound
+from prefect.schedules import Cron
 
 from flows.concepts import concepts
 from flows.pipeline import pipeline
+from flows.recurring import recurring
 from flows.single import distill, evaluate, lora, recover
 
 TRAINING = "training"  # the runner of what needs GPUs; a run waits there for its turn
 CHEAP = "cheap"  # the runner of what does not, which never waits behind training
-NAMES = ("pipeline", "recover", "lora", "evaluate", "distill", "concepts")
+TIME_ZONE = "DEV2PRO_TIME_ZONE"  # of the schedule, such as Europe/Berlin
+NAMES = ("pipeline", "recover", "lora", "evaluate", "distill", "concepts", "recurring")
 
 
 def made(runner: str) -> list[RunnerDeployment]:
@@ -28,7 +32,10 @@ def made(runner: str) -> list[RunnerDeployment]:
             distill.to_deployment("distill", tags=["gpu"]),
             concepts.to_deployment("concepts", tags=["gpu"]),
         ]
-    return []
+    nightly = Cron(
+        "0 2 * * *", timezone=os.environ.get(TIME_ZONE, "UTC"), slug="nightly", active=False
+    )  # an operator switches it on when there are shards to come
+    return [recurring.to_deployment("recurring", tags=["gpu"], schedules=[nightly])]
 
 
 def as_left(deployments: Sequence[RunnerDeployment]) -> list[RunnerDeployment]:

@@ -88,7 +88,9 @@ def main() -> int:
     """Until SIGTERM or SIGINT. Returns the exit code."""
     address = urlparse(os.environ["PREFECT_API_URL"])
     if EXAMPLE in os.environ.get("PREFECT_SERVER_API_AUTH_STRING", ""):
-        print("serve: the password in .env is the one of .env.example, which everybody knows. Choose another: `openssl rand -hex 24`.", file=sys.stderr)
+        print(
+            "serve: the password in .env is the one of .env.example, which everybody knows. Choose another: `openssl rand -hex 24`.", file=sys.stderr
+        )
         return 2
     if not free(address.hostname or "", address.port or 80):
         print(f"serve: {address.netloc} is in use, perhaps by another `make serve`. Stop that, or set PREFECT_API_URL in .env.", file=sys.stderr)
@@ -96,7 +98,7 @@ def main() -> int:
     began, asked = time.monotonic(), [False]
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: asked.__setitem__(0, True))
-    server, runners = Child("server"), [Child("training")]
+    server, runners = Child("server"), [Child("training"), Child("cheap")]
     server.keep()
     if not wait(answers, START, lambda: asked[0] or server.process.poll() is not None):  # type: ignore[union-attr]
         server.end(signal.SIGINT)

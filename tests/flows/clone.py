@@ -43,7 +43,12 @@ class Clone(Serve):
         """Writes `.env`: the example with another port and a real password, or only what is necessary."""
         text = (ROOT / ".env.example").read_text() if closed else ""
         text = text.replace("choose-a-password", PASSWORD).replace("http://127.0.0.1:4200", self.address)
-        for name, value in {"PREFECT_HOME": str(self.home), "PREFECT_API_URL": f"{self.address}/api", "PREFECT_RUNNER_POLL_FREQUENCY": "2", **more}.items():
+        for name, value in {
+            "PREFECT_HOME": str(self.home),
+            "PREFECT_API_URL": f"{self.address}/api",
+            "PREFECT_RUNNER_POLL_FREQUENCY": "2",
+            **more,
+        }.items():
             text, found = re.subn(rf"^#?{name}=.*", lambda _, line=f"{name}='{value}'": line, text, flags=re.MULTILINE)
             text += "" if found else f"\n{name}='{value}'\n"
         (self.folder / ".env").write_text(text)

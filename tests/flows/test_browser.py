@@ -160,3 +160,21 @@ def test_watching_cancelling_and_going_on(page, serve):
     until(lambda: f"going on after step {saved} of 1500" in serve.told(again), what="going on")
     serve.cancel(again)
     serve.until_state(again, "Cancelled")
+
+
+def test_a_schedule_is_switched_on_and_off_and_keeps_what_was_filled_in(page, serve):
+    deployment = serve.deployments()["recurring"]["id"]
+    mine = {"recurring": {"line": "mine", "least": 12}}
+    serve.api.patch(f"deployments/{deployment}", json={"parameters": mine}).raise_for_status()
+
+    def active() -> bool:
+        return serve.deployments()["recurring"]["schedules"][0]["active"]
+
+    page.goto(f"/v2/deployments/deployment/{deployment}")
+    for wanted in (True, False, True, False):
+        page.get_by_role("switch").first.click()
+        until(lambda: active() == wanted, what="switching")  # noqa: B023
+    shot(page, "schedule")
+    assert serve.deployments()["recurring"]["parameters"] == mine
+    page.get_by_role("tab", name="Parameters").or_(page.get_by_role("button", name="Parameters")).first.click()
+    expect(page.get_by_text("mine").first).to_be_visible()

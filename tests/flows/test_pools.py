@@ -29,7 +29,9 @@ def test_a_template_leaves_nothing_to_whoever_starts_a_run(kind):
 
     template = json.loads((ROOT / f"flows/pools/{kind}.json").read_text())
     assert template["variables"] == {"type": "object", "properties": {}, "additionalProperties": False}  # the server refuses all others
-    made = asyncio.run(Everything.from_template_and_values(template, HOSTILE, client=object()))  # what a worker makes of those it is given all the same
+    made = asyncio.run(
+        Everything.from_template_and_values(template, HOSTILE, client=object())
+    )  # what a worker makes of those it is given all the same
     assert "pwned" not in made.model_dump_json()
     assert (made.command, made.env) == (None, {})
 
@@ -108,7 +110,11 @@ def test_job_variables_are_refused(serve, deployed, variables):
 @pytest.mark.operator
 def test_a_worker_runs_it_and_smuggled_job_variables_do_nothing(serve, deployed, worker):
     recover = serve.api.get(f"deployments/{deployed['process', 'recover']}").json()
-    hostile = {"command": f"touch {serve.folder}/pwned", "env": {"PREFECT_API_URL": "http://127.0.0.1:9/api", "PYTHONPATH": "/pwned"}, "working_dir": "/pwned"}
+    hostile = {
+        "command": f"touch {serve.folder}/pwned",
+        "env": {"PREFECT_API_URL": "http://127.0.0.1:9/api", "PYTHONPATH": "/pwned"},
+        "working_dir": "/pwned",
+    }
     body = {"flow_id": recover["flow_id"], "deployment_id": recover["id"], "parameters": {"recover": {**RECOVER, "out": "runs/pool"}}}
     made = serve.api.post("flow_runs/", json={**body, "job_variables": hostile, "state": {"type": "SCHEDULED"}})
     print(made.status_code, made.text)

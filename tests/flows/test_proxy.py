@@ -29,7 +29,19 @@ def serve(tmp_path_factory):
 def proxy(serve, tmp_path_factory):
     """nginx twice: as the file says, and without the line that refuses. Addresses of both, and the certificate."""
     folder = tmp_path_factory.mktemp("nginx")
-    words = "req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -addext subjectAltName=DNS:localhost,IP:127.0.0.1".split()
+    words = [
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "1",
+        "-subj",
+        "/CN=localhost",
+        "-addext",
+        "subjectAltName=DNS:localhost,IP:127.0.0.1",
+    ]
     subprocess.run(["openssl", *words, "-keyout", folder / "key.pem", "-out", folder / "cert.pem"], check=True, capture_output=True)
     text = (ROOT / "docs/nginx.conf").read_text()
     assert LISTENING in text
@@ -53,7 +65,12 @@ def proxy(serve, tmp_path_factory):
     )
     child = subprocess.Popen([shutil.which("nginx", path="/usr/sbin:/usr/bin"), "-c", folder / "nginx.conf", "-e", folder / "error.log"])
     until(lambda: answers(f"https://localhost:{strict}/api/health", folder), what="nginx")
-    yield {"strict": f"https://localhost:{strict}", "whole": f"https://localhost:{whole}", "trusted": ssl.create_default_context(cafile=folder / "cert.pem"), "certificate": str(folder / "cert.pem")}
+    yield {
+        "strict": f"https://localhost:{strict}",
+        "whole": f"https://localhost:{whole}",
+        "trusted": ssl.create_default_context(cafile=folder / "cert.pem"),
+        "certificate": str(folder / "cert.pem"),
+    }
     child.terminate()
     child.wait(20)
 

@@ -102,13 +102,20 @@ def test_stopping_it_saves_and_starting_it_goes_on(serve):
     goes_on(serve, run, "stopped")
 
 
-def test_a_switch_that_was_turned_off_stays_off(serve):
-    deployment = serve.deployments()["lora"]
-    serve.api.patch(f"deployments/{deployment['id']}", json={"paused": True, "parameters": {"lora": {"out": "runs/mine"}}}).raise_for_status()
-    serve.stop()
+def test_what_an_operator_has_changed_stays(serve):
+    deployment, nightly = serve.deployments()["recurring"], serve.deployments()["recurring"]["schedules"][0]
+    assert not nightly["active"]  # until somebody switches it on
+    mine = {"recurring": {"line": "mine", "least": 7}}
+    serve.api.patch(f"deployments/{deployment['id']}", json={"parameters": mine}).raise_for_status()
+    serve.api.patch(f"deployments/{deployment['id']}/schedules/{nightly['id']}", json={"active": True}).raise_for_status()
+    serve.api.patch(f"deployments/{serve.deployments()['lora']['id']}", json={"paused": True}).raise_for_status()
+    assert serve.stop() == 0
     serve.start()
-    after = serve.deployments()["lora"]
-    assert (after["id"], after["paused"], after["parameters"]) == (deployment["id"], True, {"lora": {"out": "runs/mine"}})
+    after = serve.deployments()
+    assert (after["recurring"]["id"], after["recurring"]["parameters"]) == (deployment["id"], mine)
+    assert [(one["active"], one["schedule"]["cron"], one["slug"]) for one in after["recurring"]["schedules"]] == [(True, "0 2 * * *", "nightly")]
+    assert after["lora"]["paused"]
+    assert not after["recover"]["paused"]
 
 
 def test_two_runs_never_work_in_one_folder(serve):
