@@ -24,6 +24,7 @@ def test_a_short_year(tmp_path):
     assert set(table["kills"]) == {"notes all", "saves stage"}
     assert table["promoted"] == 3
     assert table["states"]["Skipped"] >= 2
+    assert table["states"]["Failed"] == 2, "what diverged, and the stage that was killed"
     bounded(table)
 
 
