@@ -52,7 +52,8 @@ def planned(dice: random.Random) -> list[Week]:
     kills = [(moment, who) for moment, (module, *_) in MOMENTS.items() for who in HIT[module]] + [(ANY, who) for who in ("flow", "stage", "all")] * 5
     more = [Week(["good"] * dice.randint(1, 2), kill=kill) for kill in kills]
     more += [
-        Week([]), Week([]), Week(["few"]), Week(["cut", "good"]), Week(["cut"]), Week(["good", "twice"]), Week(runs=4), Week(real=True), Week(real=True),
+        Week([]), Week([]), Week(["few"]), Week(["cut", "good"]), Week(["cut"]), Week(["good", "twice"]), Week(runs=4), Week(real=True),
+        Week(real=True),
     ]  # fmt: skip
     dice.shuffle(more)
     return kinds + more + [Week(["mended"]), Week(["mended", "few"])]
