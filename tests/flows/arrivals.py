@@ -33,12 +33,13 @@ class Week:
     kill: tuple[str, str] | None = None
     runs: int = 1
     together: bool = False  # they begin at the same time
+    diverges: bool = False  # somebody has filled in a learning rate that is far too high
     real: bool = False  # nothing is forked
 
 
 SHORT = [
-    Week(["good"] * 9), Week(["good", "cut"], kill=("notes", "all")), Week(["noise"]), Week(["mended", "few", "twice"], kill=("saves", "stage")),
-    Week([], runs=2, together=True),
+    Week(["good"] * 9), Week(["good", "cut"], kill=("notes", "all")), Week(["noise"]), Week(diverges=True),
+    Week(["mended", "few", "twice"], kill=("saves", "stage")), Week([], runs=2, together=True),
 ]  # fmt: skip
 
 
@@ -46,11 +47,14 @@ def planned(dice: random.Random) -> list[Week]:
     """52: first one of every kind, then all kills at all moments and more of each kind, by chance."""
     kinds = [
         Week(["good"] * 9), Week(kill=("begins", "flow")), Week(["good", "cut"], runs=2), Week([]), Week(["noise"]), Week(["mended"]),
-        Week(["good", "twice"]), Week(["few"]), Week(runs=2, together=True), Week(real=True),
+        Week(["good", "twice"]), Week(["few"]), Week(runs=2, together=True), Week(diverges=True),
     ]  # fmt: skip
     kills = [(moment, who) for moment, (module, *_) in MOMENTS.items() for who in HIT[module]] + [(ANY, who) for who in ("flow", "stage", "all")] * 5
     more = [Week(["good"] * dice.randint(1, 2), kill=kill) for kill in kills]
-    more += [Week([]), Week([]), Week(["few"]), Week(["cut", "good"]), Week(["cut"]), Week(["good", "twice"]), Week(runs=4), Week(real=True), Week()]
+    more += [
+        Week([]), Week([]), Week(["few"]), Week(["cut", "good"]), Week(["cut"]), Week(["good", "twice"]), Week(runs=4), Week(real=True),
+        Week(real=True),
+    ]  # fmt: skip
     dice.shuffle(more)
     return kinds + more + [Week(["mended"]), Week(["mended", "few"])]
 

@@ -195,22 +195,16 @@ def test_a_year_in_small(server, shards, form):
     assert state.message.startswith("3 new samples in 1 of 3 shards; ")
     assert not (ROOT / generations.out(LINE, 2)).exists() or not list((ROOT / generations.out(LINE, 2)).glob("*.json"))
 
-    # mended, it is trained on together with what waited, on top of the one before: first so badly that nothing is left
+    # mended, it is trained on together with what waited, on top of the one before; and the gate is shut
     (shards / "b_|_`x`.tar").write_bytes(tar([(f"b{i}.{end}", part) for i in range(3) for end, part in (("jpg", jpeg(50 + i)), ("txt", b"a two"))]))
-    state = run(form(optim={"lr": 0.1, "warmup": 0}))
-    assert (state.name, state.result(raise_on_failure=False).exit_code) == ("Failed", 5)
-    assert generations.known(LINE)[1].verdict == "failed"
-    assert {file.name for file in (ROOT / generations.out(LINE, 2)).iterdir()} == {"metrics.jsonl", "train.snapshot"}
-
-    # then only so that the gate is shut
     state = run(form(tolerance=0.0, optim={"lr": 3e-3, "warmup": 0}))
     assert state.name == "Not promoted", state
-    third = generations.known(LINE)[2]
-    assert (third.verdict, third.samples, third.shards) == ("not promoted", 6, 2)
-    assert third.before == pytest.approx(first.after, rel=1e-4)
+    second = generations.known(LINE)[1]
+    assert (second.verdict, second.samples, second.shards) == ("not promoted", 6, 2)
+    assert second.before == pytest.approx(first.after, rel=1e-4)
     assert promoted.resolved(f"{LINE}:latest") == promoted.resolved(f"{LINE}:best") == first.out
-    start = next(parent for parent in artifact.read(str(ROOT / third.out)).parents if parent["role"] == "start")
+    start = next(parent for parent in artifact.read(str(ROOT / second.out)).parents if parent["role"] == "start")
     assert (start["uri"], start["id"]) == (first.out, first.id)
     lines = [json.loads(line) for line in (ROOT / generations.ledger(LINE)).read_text().splitlines()]
-    assert [(line["run"], len(line["shards"])) for line in lines] == [(first.id, 1), (third.id, 2)]
+    assert [(line["run"], len(line["shards"])) for line in lines] == [(first.id, 1), (second.id, 2)]
     assert run(form()).name == "Skipped", "what was not good enough stays consumed"

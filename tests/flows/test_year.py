@@ -13,8 +13,8 @@ CHECKPOINT = 4 * WEIGHTS
 
 
 def bounded(table: dict) -> None:
-    """Weights of the newest, of latest, best and the one in the making; checkpoints of that one alone: two, one being written, and the best."""
-    assert table["peak"] < (year.KEEP + 4) * WEIGHTS + 4 * CHECKPOINT
+    """Weights of the newest, of latest, best, one to be pruned and two in the making; checkpoints: two, one being written, and the best."""
+    assert table["peak"] < (year.KEEP + 5) * WEIGHTS + 4 * CHECKPOINT
     assert table["bytes"] < (year.KEEP + 2) * WEIGHTS + table["generations"] * 2e5
     assert not table["partial"]
 
@@ -24,6 +24,7 @@ def test_a_short_year(tmp_path):
     assert set(table["kills"]) == {"notes all", "saves stage"}
     assert table["promoted"] == 3
     assert table["states"]["Skipped"] >= 2
+    assert table["states"]["Failed"] == 2, "what diverged, and the stage that was killed"
     bounded(table)
 
 
