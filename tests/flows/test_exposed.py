@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -22,7 +24,7 @@ EVIL = "https://evil.example"
 
 @pytest.fixture(scope="module")
 def serve(tmp_path_factory):
-    with cloned(tmp_path_factory.mktemp("closed")) as clone:
+    with cloned(tmp_path_factory.mktemp("closed"), PREFECT_SERVER_SERVICES_DB_VACUUM_LOOP_SECONDS="15") as clone:
         yield clone
 
 
@@ -102,6 +104,20 @@ def test_runs_complete_and_no_secret_is_seen(serve):
 
 
 @pytest.mark.operator
+def test_runs_of_half_a_year_ago_are_removed(serve):
+    old, young = serve.recovered("old"), serve.recovered("old")
+    assert serve.artifacts(old)
+    with closing(sqlite3.connect(serve.home / "prefect.db", timeout=60)) as database, database:
+        for run, days in ((old, 181), (young, 179)):
+            database.execute("UPDATE flow_run SET end_time = datetime('now', ?) WHERE id = ?", (f"-{days} days", run))
+    until(lambda: serve.api.get(f"flow_runs/{old}").status_code == 404, what="removing the old run")
+    until(lambda: not serve.told(old) and not serve.artifacts(old), what="removing its logs and artifacts")
+    assert serve.state(young)["name"] == "Completed"
+    assert serve.told(young)
+    assert (serve.folder / "runs/old/artifact.json").exists()
+
+
+@pytest.mark.operator
 def test_websockets_ask_for_the_password(serve):
     from websockets.sync.client import connect
 
@@ -126,6 +142,11 @@ def test_prefect_s_own_commands_read_the_same_settings(serve):
     said = subprocess.run(command, cwd=serve.folder, env=serve.environment(), capture_output=True, text=True, timeout=200, check=False)
     assert said.returncode == 0, said.stdout + said.stderr
     assert "recover" in said.stdout
+
+
+def test_prefect_is_not_imported_before_the_settings_are_read():
+    asked = "import sys, flows.serve; sys.exit('prefect' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", asked], cwd=ROOT, check=False).returncode == 0
 
 
 @pytest.mark.operator
