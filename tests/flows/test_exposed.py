@@ -7,7 +7,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import httpx
@@ -91,7 +91,11 @@ def test_runs_complete_and_no_secret_is_seen(serve):
     run = serve.run("recover", recover={**RECOVER, "out": "runs/closed"})
 
     def ended() -> bool:
-        seen.update(word for one in psutil.process_iter(["cmdline"]) for word in one.info["cmdline"] or [])
+        for one in psutil.process_iter(["cmdline"]):
+            seen.update(one.info["cmdline"] or [])
+            if "out=runs/closed" in (one.info["cmdline"] or []):
+                with suppress(psutil.Error):
+                    seen.update(one.environ().values())
         return serve.state(run)["type"] in ("COMPLETED", "FAILED", "CRASHED")
 
     until(ended, 500, "the run's end")

@@ -11,6 +11,7 @@ import yaml
 
 from dev2pro.artifact import ROOT
 from tests.flows.clone import RECOVER, cloned
+from tests.flows.operator import until
 
 POOLS = {"dev2pro": "process", "dev2pro-docker": "docker", "dev2pro-kubernetes": "kubernetes"}
 HOSTILE = {
@@ -117,12 +118,23 @@ def test_a_worker_runs_it_and_smuggled_job_variables_do_nothing(serve, deployed,
     }
     body = {"flow_id": recover["flow_id"], "deployment_id": recover["id"], "parameters": {"recover": {**RECOVER, "out": "runs/pool"}}}
     made = serve.api.post("flow_runs/", json={**body, "job_variables": hostile, "state": {"type": "SCHEDULED"}})
-    print(made.status_code, made.text)
     assert made.status_code == 201
     assert made.json()["job_variables"] == hostile
     told = ends(serve, made.json()["id"])
     assert "recover: done" in told
     assert not list(serve.folder.rglob("pwned"))
+
+
+@pytest.mark.operator
+def test_a_worker_s_run_that_is_cancelled_has_saved(serve, deployed, worker):
+    form = {**RECOVER, "steps": 100_000, "checkpoint": {"every": 100_000}, "probe": {"every": 100_000, "samples": 2}, "out": "runs/cancelled"}
+    body = {"parameters": {"recover": form}, "state": {"type": "SCHEDULED"}}
+    run = serve.post(f"deployments/{deployed['process', 'recover']}/create_flow_run", **body)["id"]
+    rows = serve.folder / "runs/cancelled/metrics.jsonl"
+    until(lambda: rows.exists() and rows.read_text().count("lr") > 3, what="training")
+    serve.cancel(run)
+    serve.until_state(run, "Cancelled")
+    until(lambda: list(rows.parent.glob("checkpoint-*[0-9]")), what="a checkpoint")
 
 
 @pytest.mark.operator
