@@ -15,9 +15,10 @@ from tests.flows.operator import until
 
 POOLS = {"dev2pro": "process", "dev2pro-docker": "docker", "dev2pro-kubernetes": "kubernetes"}
 HOSTILE = {
-    "command": "touch pwned", "env": {"PYTHONPATH": "pwned"}, "env.LD_PRELOAD": "pwned", "working_dir": "/pwned", "image": "pwned", "privileged": True,
-    "volumes": ["/:/pwned"], "container_create_kwargs": {"entrypoint": "pwned"}, "job_manifest": {"pwned": 1}, "namespace": "pwned", "name": "pwned",
-    "labels": {"pwned": "yes"}, "cluster_config": {"config": {"pwned": 1}, "context_name": "pwned"}, "network_mode": "pwned", "networks": ["pwned"],
+    "command": "touch pwned", "env": {"PYTHONPATH": "pwned"}, "env.LD_PRELOAD": "pwned", "working_dir": "/pwned", "image": "pwned",
+    "privileged": True, "volumes": ["/:/pwned"], "container_create_kwargs": {"entrypoint": "pwned"}, "job_manifest": {"pwned": 1},
+    "namespace": "pwned", "name": "pwned", "labels": {"pwned": "yes"}, "cluster_config": {"config": {"pwned": 1}, "context_name": "pwned"},
+    "network_mode": "pwned", "networks": ["pwned"],
 }  # fmt: skip
 
 
@@ -40,7 +41,7 @@ def test_a_template_leaves_nothing_to_whoever_starts_a_run(kind):
 def test_every_flow_has_a_deployment_in_every_pool():
     from flows import deployments
 
-    flows = {one.entrypoint for one in deployments.made(deployments.TRAINING)}
+    flows = {one.entrypoint for runner in (deployments.TRAINING, deployments.CHEAP) for one in deployments.made(runner)}
     wanted = {(kind, pool, flow) for pool, kind in POOLS.items() for flow in flows}
     there = {(one["name"], one["work_pool"]["name"], one["entrypoint"]) for one in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]}
     assert there == wanted
@@ -94,7 +95,9 @@ def ends(serve, run: str) -> str:
 
 @pytest.mark.operator
 def test_all_are_deployed(serve, deployed):
-    assert {(kind, name) for kind in POOLS.values() for name in ("pipeline", "recover", "lora", "evaluate", "distill", "concepts")} <= set(deployed)
+    from flows import deployments
+
+    assert {(kind, name) for kind in POOLS.values() for name in deployments.NAMES} <= set(deployed)
     before = {one["name"] for one in serve.post("deployments/filter")}
     assert {"pipeline", "recover", "process", "docker", "kubernetes"} <= before  # and make serve's own are still there
 
