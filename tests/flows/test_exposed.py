@@ -7,7 +7,9 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 from contextlib import closing, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -23,8 +25,29 @@ EVIL = "https://evil.example"
 
 
 @pytest.fixture(scope="module")
-def serve(tmp_path_factory):
-    with cloned(tmp_path_factory.mktemp("closed"), PREFECT_SERVER_SERVICES_DB_VACUUM_LOOP_SECONDS="15") as clone:
+def told():
+    """What a webhook is told, which grows; and its address, a secret too."""
+    heard = list[dict]()
+
+    class Hook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            heard.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hook) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield heard, f"http://127.0.0.1:{server.server_port}/s3cret/hook"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def serve(tmp_path_factory, told):
+    settings = {"DEV2PRO_WEBHOOK": told[1], "PREFECT_SERVER_SERVICES_DB_VACUUM_LOOP_SECONDS": "15"}
+    with cloned(tmp_path_factory.mktemp("closed"), **settings) as clone:
         yield clone
 
 
@@ -86,6 +109,14 @@ def test_it_listens_on_loopback_only(serve):
 
 
 @pytest.mark.operator
+def test_failures_are_told(serve, told):
+    run = serve.run("recover", recover={**RECOVER, "data": {"train": ["no/such/folder"]}, "out": "runs/failed"})
+    serve.until_state(run, "Failed")
+    until(lambda: told[0], what="the webhook")
+    assert "prefect.flow-run.Failed" in told[0][0]["text"]
+
+
+@pytest.mark.operator
 def test_runs_complete_and_no_secret_is_seen(serve):
     seen = set()
     run = serve.run("recover", recover={**RECOVER, "out": "runs/closed"})
@@ -101,10 +132,10 @@ def test_runs_complete_and_no_secret_is_seen(serve):
     until(ended, 500, "the run's end")
     assert serve.state(run)["type"] == "COMPLETED", serve.told(run)
     assert any("stages.recover" in word for word in seen)
-    told = [serve.told(run), serve.said.read_text(), *(file.read_text() for file in (serve.folder / "runs/.serve").glob("*.log")), *seen]
-    assert len(told) > 4
+    texts = [serve.told(run), serve.said.read_text(), *(file.read_text() for file in (serve.folder / "runs/.serve").glob("*.log")), *seen]
+    assert len(texts) > 4
     for secret in (PASSWORD, "s3cret"):
-        assert not [text for text in told if secret in text]
+        assert not [text for text in texts if secret in text]
 
 
 @pytest.mark.operator
