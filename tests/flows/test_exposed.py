@@ -4,8 +4,12 @@ import json
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
+import threading
+from contextlib import closing, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -21,8 +25,29 @@ EVIL = "https://evil.example"
 
 
 @pytest.fixture(scope="module")
-def serve(tmp_path_factory):
-    with cloned(tmp_path_factory.mktemp("closed")) as clone:
+def told():
+    """What a webhook is told, which grows; and its address, a secret too."""
+    heard = list[dict]()
+
+    class Hook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            heard.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hook) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield heard, f"http://127.0.0.1:{server.server_port}/s3cret/hook"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def serve(tmp_path_factory, told):
+    settings = {"DEV2PRO_WEBHOOK": told[1], "PREFECT_SERVER_SERVICES_DB_VACUUM_LOOP_SECONDS": "15"}
+    with cloned(tmp_path_factory.mktemp("closed"), **settings) as clone:
         yield clone
 
 
@@ -84,21 +109,47 @@ def test_it_listens_on_loopback_only(serve):
 
 
 @pytest.mark.operator
+def test_failures_are_told(serve, told):
+    run = serve.run("recover", recover={**RECOVER, "data": {"train": ["no/such/folder"]}, "out": "runs/failed"})
+    serve.until_state(run, "Failed")
+    until(lambda: told[0], what="the webhook")
+    assert "prefect.flow-run.Failed" in told[0][0]["text"]
+
+
+@pytest.mark.operator
 def test_runs_complete_and_no_secret_is_seen(serve):
     seen = set()
     run = serve.run("recover", recover={**RECOVER, "out": "runs/closed"})
 
     def ended() -> bool:
-        seen.update(word for one in psutil.process_iter(["cmdline"]) for word in one.info["cmdline"] or [])
+        for one in psutil.process_iter(["cmdline"]):
+            seen.update(one.info["cmdline"] or [])
+            if "out=runs/closed" in (one.info["cmdline"] or []):
+                with suppress(psutil.Error):
+                    seen.update(one.environ().values())
         return serve.state(run)["type"] in ("COMPLETED", "FAILED", "CRASHED")
 
     until(ended, 500, "the run's end")
     assert serve.state(run)["type"] == "COMPLETED", serve.told(run)
     assert any("stages.recover" in word for word in seen)
-    told = [serve.told(run), serve.said.read_text(), *(file.read_text() for file in (serve.folder / "runs/.serve").glob("*.log")), *seen]
-    assert len(told) > 4
+    texts = [serve.told(run), serve.said.read_text(), *(file.read_text() for file in (serve.folder / "runs/.serve").glob("*.log")), *seen]
+    assert len(texts) > 4
     for secret in (PASSWORD, "s3cret"):
-        assert not [text for text in told if secret in text]
+        assert not [text for text in texts if secret in text]
+
+
+@pytest.mark.operator
+def test_runs_of_half_a_year_ago_are_removed(serve):
+    old, young = serve.recovered("old"), serve.recovered("old")
+    assert serve.artifacts(old)
+    with closing(sqlite3.connect(serve.home / "prefect.db", timeout=60)) as database, database:
+        for run, days in ((old, 181), (young, 179)):
+            database.execute("UPDATE flow_run SET end_time = datetime('now', ?) WHERE id = ?", (f"-{days} days", run))
+    until(lambda: serve.api.get(f"flow_runs/{old}").status_code == 404, what="removing the old run")
+    until(lambda: not serve.told(old) and not serve.artifacts(old), what="removing its logs and artifacts")
+    assert serve.state(young)["name"] == "Completed"
+    assert serve.told(young)
+    assert (serve.folder / "runs/old/artifact.json").exists()
 
 
 @pytest.mark.operator
@@ -126,6 +177,11 @@ def test_prefect_s_own_commands_read_the_same_settings(serve):
     said = subprocess.run(command, cwd=serve.folder, env=serve.environment(), capture_output=True, text=True, timeout=200, check=False)
     assert said.returncode == 0, said.stdout + said.stderr
     assert "recover" in said.stdout
+
+
+def test_prefect_is_not_imported_before_the_settings_are_read():
+    asked = "import sys, flows.serve; sys.exit('prefect' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", asked], cwd=ROOT, check=False).returncode == 0
 
 
 @pytest.mark.operator

@@ -11,12 +11,14 @@ import yaml
 
 from dev2pro.artifact import ROOT
 from tests.flows.clone import RECOVER, cloned
+from tests.flows.operator import until
 
 POOLS = {"dev2pro": "process", "dev2pro-docker": "docker", "dev2pro-kubernetes": "kubernetes"}
 HOSTILE = {
-    "command": "touch pwned", "env": {"PYTHONPATH": "pwned"}, "env.LD_PRELOAD": "pwned", "working_dir": "/pwned", "image": "pwned", "privileged": True,
-    "volumes": ["/:/pwned"], "container_create_kwargs": {"entrypoint": "pwned"}, "job_manifest": {"pwned": 1}, "namespace": "pwned", "name": "pwned",
-    "labels": {"pwned": "yes"}, "cluster_config": {"config": {"pwned": 1}, "context_name": "pwned"}, "network_mode": "pwned", "networks": ["pwned"],
+    "command": "touch pwned", "env": {"PYTHONPATH": "pwned"}, "env.LD_PRELOAD": "pwned", "working_dir": "/pwned", "image": "pwned",
+    "privileged": True, "volumes": ["/:/pwned"], "container_create_kwargs": {"entrypoint": "pwned"}, "job_manifest": {"pwned": 1},
+    "namespace": "pwned", "name": "pwned", "labels": {"pwned": "yes"}, "cluster_config": {"config": {"pwned": 1}, "context_name": "pwned"},
+    "network_mode": "pwned", "networks": ["pwned"],
 }  # fmt: skip
 
 
@@ -39,7 +41,7 @@ def test_a_template_leaves_nothing_to_whoever_starts_a_run(kind):
 def test_every_flow_has_a_deployment_in_every_pool():
     from flows import deployments
 
-    flows = {one.entrypoint for one in deployments.made(deployments.TRAINING)}
+    flows = {one.entrypoint for runner in (deployments.TRAINING, deployments.CHEAP) for one in deployments.made(runner)}
     wanted = {(kind, pool, flow) for pool, kind in POOLS.items() for flow in flows}
     there = {(one["name"], one["work_pool"]["name"], one["entrypoint"]) for one in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]}
     assert there == wanted
@@ -93,7 +95,9 @@ def ends(serve, run: str) -> str:
 
 @pytest.mark.operator
 def test_all_are_deployed(serve, deployed):
-    assert {(kind, name) for kind in POOLS.values() for name in ("pipeline", "recover", "lora", "evaluate", "distill", "concepts")} <= set(deployed)
+    from flows import deployments
+
+    assert {(kind, name) for kind in POOLS.values() for name in deployments.NAMES} <= set(deployed)
     before = {one["name"] for one in serve.post("deployments/filter")}
     assert {"pipeline", "recover", "process", "docker", "kubernetes"} <= before  # and make serve's own are still there
 
@@ -117,12 +121,23 @@ def test_a_worker_runs_it_and_smuggled_job_variables_do_nothing(serve, deployed,
     }
     body = {"flow_id": recover["flow_id"], "deployment_id": recover["id"], "parameters": {"recover": {**RECOVER, "out": "runs/pool"}}}
     made = serve.api.post("flow_runs/", json={**body, "job_variables": hostile, "state": {"type": "SCHEDULED"}})
-    print(made.status_code, made.text)
     assert made.status_code == 201
     assert made.json()["job_variables"] == hostile
     told = ends(serve, made.json()["id"])
     assert "recover: done" in told
     assert not list(serve.folder.rglob("pwned"))
+
+
+@pytest.mark.operator
+def test_a_worker_s_run_that_is_cancelled_has_saved(serve, deployed, worker):
+    form = {**RECOVER, "steps": 100_000, "checkpoint": {"every": 100_000}, "probe": {"every": 100_000, "samples": 2}, "out": "runs/cancelled"}
+    body = {"parameters": {"recover": form}, "state": {"type": "SCHEDULED"}}
+    run = serve.post(f"deployments/{deployed['process', 'recover']}/create_flow_run", **body)["id"]
+    rows = serve.folder / "runs/cancelled/metrics.jsonl"
+    until(lambda: rows.exists() and rows.read_text().count("lr") > 3, what="training")
+    serve.cancel(run)
+    serve.until_state(run, "Cancelled")
+    until(lambda: list(rows.parent.glob("checkpoint-*[0-9]")), what="a checkpoint")
 
 
 @pytest.mark.operator

@@ -18,6 +18,31 @@ pytestmark = [pytest.mark.operator, pytest.mark.skipif(not shutil.which("nginx",
 LISTENING = "listen 443 ssl http2;"
 REFUSING = "if ($dev2pro_refused) { return 403; }"
 
+ATTEMPTS = """PATCH /api/deployments/ID
+POST /api/deployments/
+DELETE /api/deployments/ID
+POST /api/work_pools/
+PATCH /api/work_pools/mine
+POST /api/flow_runs/
+POST /api/flows/
+POST /api/automations/
+POST /api/block_documents/filter
+POST /api/variables/filter
+PUT /api/admin/storage
+GET /api/block_documents/ID
+GET /api/block_types/slug/webhook/block_documents
+GET /api/events/in
+GET /api/openapi.json
+GET /api
+GET /api/%62lock_documents/ID
+GET /api/flows/%2e%2e/block_documents/ID
+GET /api/flows/..%2fblock_documents/ID
+POST /api/flows/../variables/filter
+POST //api/variables/filter
+GET //api/block_documents/ID
+GET /x/../api/block_documents/ID
+GET /ui/../api/block_documents/ID?api/""".splitlines()
+
 
 @pytest.fixture(scope="module")
 def serve(tmp_path_factory):
@@ -58,11 +83,9 @@ def proxy(serve, tmp_path_factory):
         REFUSING, ""
     )
     (folder / "site.conf").write_text(text)
-    (folder / "nginx.conf").write_text(
-        f"pid {folder}/pid; error_log {folder}/error.log; daemon off; user root; events {{}}\n"
-        f"http {{ access_log {folder}/access.log; {''.join(f'{kind}_temp_path {folder}/{kind}; ' for kind in ('client_body', 'proxy', 'fastcgi', 'uwsgi', 'scgi'))}"
-        f" include /etc/nginx/mime.types; include {folder}/site.conf; }}\n"
-    )
+    places = " ".join(f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    inside = f"access_log {folder}/access.log; {places} include /etc/nginx/mime.types; include {folder}/site.conf;"
+    (folder / "nginx.conf").write_text(f"pid {folder}/pid; error_log {folder}/error.log; daemon off; user root; events {{}} http {{ {inside} }}")
     child = subprocess.Popen([shutil.which("nginx", path="/usr/sbin:/usr/bin"), "-c", folder / "nginx.conf", "-e", folder / "error.log"])
     until(lambda: answers(f"https://localhost:{strict}/api/health", folder), what="nginx")
     yield {
@@ -117,20 +140,12 @@ def test_an_operator_starts_watches_cancels_and_switches(serve, operator):
 
 def test_what_would_run_code_is_refused(serve, operator):
     deployment = serve.deployments()["recover"]["id"]
-    script = [{"prefect.deployments.steps.run_shell_script": {"script": "touch pwned"}}]
-    attempts = [
-        ("PATCH", f"api/deployments/{deployment}", {"pull_steps": script}), ("POST", "api/deployments/", {}), ("DELETE", f"api/deployments/{deployment}", {}),
-        ("POST", "api/work_pools/", {"name": "mine"}), ("PATCH", "api/work_pools/mine", {}), ("POST", "api/flow_runs/", {}), ("POST", "api/flows/", {}),
-        ("POST", "api/automations/", {}), ("POST", "api/block_documents/filter", {"include_secrets": True}), ("GET", "api/block_documents/x", None),
-        ("GET", "api/block_types/slug/webhook/block_documents", None), ("PUT", "api/admin/storage", {}), ("POST", "api/variables/filter", {}), ("GET", "api/events/in", None),
-        ("GET", "api/%62lock_documents/x", None), ("GET", "api/flows/%2e%2e/block_documents/x", None), ("GET", "api/flows/..%2fblock_documents/x", None),
-        ("POST", "api/flows/../variables/filter", {}), ("GET", "/api/block_documents/x", None), ("GET", "x/../api/block_documents/x", None),
-        ("POST", "/api/variables/filter", {}), ("GET", "ui/../api/block_documents/x?api/", None), ("GET", "api", None), ("GET", "api/openapi.json", None),
-    ]  # fmt: skip
-    for method, path, body in attempts:
-        answer = operator.request(method, "", json=body, extensions={"target": f"/{path}".encode()})
+    body = {"pull_steps": [{"prefect.deployments.steps.run_shell_script": {"script": "touch pwned"}}], "include_secrets": True}
+    for attempt in ATTEMPTS:
+        method, path = attempt.replace("ID", deployment).split()
+        answer = operator.request(method, "", json=None if method == "GET" else body, extensions={"target": path.encode()})
         refused, page = answer.status_code in (400, 403, 404), "<!doctype html>" in answer.text.lower()  # the UI has a page for every path
-        assert refused or page, (method, path, answer.status_code, answer.text)
+        assert refused or page, (attempt, answer.status_code, answer.text)
     assert serve.api.get(f"deployments/{deployment}").json()["pull_steps"] in (None, [])
 
 
