@@ -38,8 +38,8 @@ class Week:
 
 
 SHORT = [
-    Week(["good"] * 9), Week(["good", "cut"], kill=("notes", "all")), Week(["noise"]), Week(diverges=True),
-    Week(["mended", "few", "twice"], kill=("saves", "stage")), Week([], runs=2, together=True),
+    Week(["good"] * 9), Week(["good", "cut"], kill=("notes", "all")), Week(["noise"]), Week(["mended", "few", "twice"], kill=("saves", "stage")),
+    Week([], runs=2, together=True),
 ]  # fmt: skip
 
 

@@ -76,7 +76,8 @@ class Year:
             for _ in range(1 if week.together else week.runs):
                 pids = [self.start(number, week) for _ in range(week.runs if week.together else 1)]
                 self.ended(pids, number, week)
-        self.ended([self.start(len(self.weeks) + 1, Week([]))], len(self.weeks) + 1, Week([]))  # what was interrupted last is finished
+        if self.weeks is not SHORT:  # what was interrupted last is finished
+            self.ended([self.start(len(self.weeks) + 1, Week([]))], len(self.weeks) + 1, Week([]))
 
     # ---- runs ----
 
