@@ -148,8 +148,8 @@ def noted(config: RecoverConfig, pinned: Pinned, made: Artifact) -> Artifact:
 
 
 def _recovered(curve: list[dict[str, Any]]) -> float | None:
-    """The share of the base's distance to the teacher that was closed; None where no teacher is known."""
-    if "teacher_distance" not in curve[0]:
+    """The share of the base's distance to the teacher that was closed; None where no teacher is known, or the base was there already."""
+    if not curve[0].get("teacher_distance"):
         return None
     return 1 - curve[-1]["teacher_distance"] / curve[0]["teacher_distance"]
 
