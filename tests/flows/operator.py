@@ -77,6 +77,9 @@ class Serve:
 
     def post(self, path: str, **body: Any) -> Any:
         answer = self.api.post(path, json=body)
+        while answer.status_code == 503:  # SQLite is busy; Prefect's own client tries again, too
+            time.sleep(1)
+            answer = self.api.post(path, json=body)
         assert answer.status_code < 300, answer.text
         return answer.json() if answer.text else None
 

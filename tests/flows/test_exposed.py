@@ -118,7 +118,7 @@ def test_failures_are_told(serve, told):
 
 @pytest.mark.operator
 def test_runs_complete_and_no_secret_is_seen(serve):
-    seen = set()
+    seen, environment = set(), {}
     run = serve.run("recover", recover={**RECOVER, "out": "runs/closed"})
 
     def ended() -> bool:
@@ -126,7 +126,7 @@ def test_runs_complete_and_no_secret_is_seen(serve):
             seen.update(one.info["cmdline"] or [])
             if "out=runs/closed" in (one.info["cmdline"] or []):
                 with suppress(psutil.Error):
-                    seen.update(one.environ().values())
+                    environment.update(one.environ())
         return serve.state(run)["type"] in ("COMPLETED", "FAILED", "CRASHED")
 
     until(ended, 500, "the run's end")
@@ -134,6 +134,8 @@ def test_runs_complete_and_no_secret_is_seen(serve):
     assert any("stages.recover" in word for word in seen)
     texts = [serve.told(run), serve.said.read_text(), *(file.read_text() for file in (serve.folder / "runs/.serve").glob("*.log")), *seen]
     assert len(texts) > 4
+    assert "DEV2PRO_EVENTS" in environment
+    assert PASSWORD not in str(environment)  # of a stage
     for secret in (PASSWORD, "s3cret"):
         assert not [text for text in texts if secret in text]
 

@@ -119,8 +119,9 @@ def test_a_worker_runs_it_and_smuggled_job_variables_do_nothing(serve, deployed,
         "env": {"PREFECT_API_URL": "http://127.0.0.1:9/api", "PYTHONPATH": "/pwned"},
         "working_dir": "/pwned",
     }
-    body = {"flow_id": recover["flow_id"], "deployment_id": recover["id"], "parameters": {"recover": {**RECOVER, "out": "runs/pool"}}}
-    made = serve.api.post("flow_runs/", json={**body, "job_variables": hostile, "state": {"type": "SCHEDULED"}})
+    form = {"recover": {**RECOVER, "out": "runs/pool"}}
+    where = {"flow_id": recover["flow_id"], "deployment_id": recover["id"], "work_pool_name": "dev2pro"}
+    made = serve.api.post("flow_runs/", json={**where, "parameters": form, "job_variables": hostile, "state": {"type": "SCHEDULED"}})
     assert made.status_code == 201
     assert made.json()["job_variables"] == hostile
     told = ends(serve, made.json()["id"])
