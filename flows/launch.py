@@ -123,7 +123,7 @@ def _stop(grace: float | None) -> None:
 
 def _follow(command: list[str], got: Slots, watch: Watch | None, say: Callable[[str], None]) -> tuple[deque[str], int]:
     """Runs the command to its end: (its last words, its exit code)."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | got.environment | {
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "DEV2PRO_"))} | got.environment | {
         "DEV2PRO_EVENTS": "1", "DEV2PRO_PARENT": str(os.getpid()), "PYTHONUNBUFFERED": "1",
     }  # fmt: skip
     child = subprocess.Popen(

@@ -117,7 +117,7 @@ def main() -> int:
             say(f"failures and regressions are told to the address in {notify.WEBHOOK}")
         for child in runners:
             child.keep()
-        say(f"ready after {time.monotonic() - began:.0f} s: http://{address.netloc}/deployments   (Ctrl-C stops; logs are in {LOGS})")
+        say(f"ready after {time.monotonic() - began:.0f} s: http://{address.netloc}/v2/deployments   (Ctrl-C stops; logs are in {LOGS})")
         while not asked[0]:
             for child in (server, *runners):
                 child.keep()
