@@ -12,15 +12,16 @@ INK, SECOND, FAINT = "#1f4e79", "#c55a11", "#b8c4d0"
 PANELS = {"teacher_distance": "distance to the teacher", "guidance_gap": "guidance gap"}  # beside the loss: the first that was measured
 
 
-def drawn(losses: Sequence[tuple[int, float]], curve: Sequence[dict[str, Any]], usual: str = "loss_usual") -> bytes:
+def drawn(losses: Sequence[tuple[int, float]], curve: Sequence[dict[str, Any]]) -> bytes:
     """A PNG of 800 x 300 pixels: loss of every step and on held-out pictures; and how far the recovery is, where that was measured."""
     beside = next((key for key in PANELS if any(point.get(key) is not None for point in curve)), None)
     figure = Figure(figsize=(8, 3), dpi=100, layout="constrained")
     axes = figure.subplots(1, 2 if beside else 1, squeeze=False)[0]
     thin = losses[:: max(1, len(losses) // POINTS)]
-    axes[0].plot(*zip(*thin, strict=True), color=FAINT, linewidth=0.8, label="in training") if thin else None
+    if thin:
+        axes[0].plot(*zip(*thin, strict=True), color=FAINT, linewidth=0.8, label="in training")
     _line(axes[0], curve, "loss", INK, "held out")
-    _line(axes[0], curve, usual, SECOND, "held out, at the usual guidance")
+    _line(axes[0], curve, "loss_usual", SECOND, "held out, at the usual guidance")
     axes[0].set_title("loss", fontsize=10, loc="left")
     if axes[0].lines:
         axes[0].legend(fontsize=7, frameon=False)

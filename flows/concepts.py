@@ -18,7 +18,7 @@ from flows.verdict import show
 from flows.watch import key
 
 stage = task(launch, name="stage", task_run_name="{stage} {out}", cache_policy=NO_CACHE, **TRIES)
-FOR_LORA = ("experiment", "model", "hardware", "seed", "steps", "batch", "data", "optim", "adapter", "checkpoint", "probe")
+FOR_LORA = ("experiment", "model", "hardware", "seed", "steps", "batch", "data", "optim", "adapter", "checkpoint", "probe", "publish")
 FOR_EVALUATE = ("experiment", "model", "hardware", "seed", "prompts", "seeds")
 
 

@@ -18,7 +18,6 @@ from flows.single import distill, evaluate, lora, recover
 TRAINING = "training"  # the runner of what needs GPUs; a run waits there for its turn
 CHEAP = "cheap"  # the runner of what does not, which never waits behind training
 TIME_ZONE = "DEV2PRO_TIME_ZONE"  # of the schedule, such as Europe/Berlin
-NAMES = ("pipeline", "recover", "lora", "evaluate", "distill", "concepts", "recurring")
 
 
 def made(runner: str) -> list[RunnerDeployment]:
@@ -32,10 +31,14 @@ def made(runner: str) -> list[RunnerDeployment]:
             distill.to_deployment("distill", tags=["gpu"]),
             concepts.to_deployment("concepts", tags=["gpu"]),
         ]
-    nightly = Cron(
-        "0 2 * * *", timezone=os.environ.get(TIME_ZONE, "UTC"), slug="nightly", active=False
-    )  # an operator switches it on when there are shards to come
+    zone = os.environ.get(TIME_ZONE, "UTC")
+    nightly = Cron("0 2 * * *", timezone=zone, slug="nightly", active=False)  # an operator switches it on when there are shards to come
     return [recurring.to_deployment("recurring", tags=["gpu"], schedules=[nightly])]
+
+
+def names() -> list[str]:
+    """What they are called, all of them."""
+    return [one.name for runner in (TRAINING, CHEAP) for one in made(runner)]
 
 
 def as_left(deployments: Sequence[RunnerDeployment]) -> list[RunnerDeployment]:

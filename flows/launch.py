@@ -40,9 +40,6 @@ class StageFailed(RuntimeError):
         super().__init__(message)
         self.exit_code = exit_code
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return StageFailed, (str(self), self.exit_code)
-
 
 def again(_task: Task, _run: TaskRun, state: State) -> bool:
     """Whether a stage is worth another try: only where it says so itself."""
@@ -70,11 +67,9 @@ def launch(stage: str, words: list[str], out: str, processes: int = 1) -> Artifa
         log.info(hidden(f"python -m stages.{stage} {' '.join(words)}"))
         watch = Watch(f"{stage} {out}", place, log.warning)
         try:
-            last, code = _follow([sys.executable, *starter, "-m", f"stages.{stage}", *words], got, watch, log.info)
+            _follow(stage, [*starter, "-m", f"stages.{stage}", *words], got, watch, log.info)
         finally:
             watch.end()
-    if code:
-        raise StageFailed(f"{stage} ended with exit code {code}: {' '.join(last) or 'it said nothing'}", code)
     return artifact.read(str(place))
 
 
@@ -82,9 +77,7 @@ def command(module: str, words: list[str], handles: tuple[int, ...] = ()) -> Non
     """Runs `python -m <module> <words>`, a cheap one that needs no slot; the handles are open until it has ended. Raises StageFailed."""
     log = get_run_logger()
     log.info(hidden(f"python -m {module} {' '.join(words)}"))
-    last, code = _follow([sys.executable, "-m", module, *words], Slots(handles, {}), None, log.info)
-    if code:
-        raise StageFailed(f"{module} ended with exit code {code}: {' '.join(last) or 'it said nothing'}", code)
+    _follow(module, ["-m", module, *words], Slots(handles, {}), None, log.info)
 
 
 @contextmanager
@@ -121,14 +114,14 @@ def _stop(grace: float | None) -> None:
             )
 
 
-def _follow(command: list[str], got: Slots, watch: Watch | None, say: Callable[[str], None]) -> tuple[deque[str], int]:
-    """Runs the command to its end: (its last words, its exit code)."""
+def _follow(what: str, words: list[str], got: Slots, watch: Watch | None, say: Callable[[str], None]) -> None:
+    """Runs Python with these words to its end. Raises StageFailed with its last ones."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "DEV2PRO_"))} | got.environment | {
         "DEV2PRO_EVENTS": "1", "DEV2PRO_PARENT": str(os.getpid()), "PYTHONUNBUFFERED": "1",
     }  # fmt: skip
     child = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
-        pass_fds=got.handles,
+        [sys.executable, *words], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        start_new_session=True, pass_fds=got.handles,
     )  # fmt: skip
     with _lock:
         _running.add(child)
@@ -139,19 +132,19 @@ def _follow(command: list[str], got: Slots, watch: Watch | None, say: Callable[[
     ears.join(GRACE)
     with _lock:
         _running.discard(child)
-    return last, code
+    if code:
+        raise StageFailed(f"{what} ended with exit code {code}: {' '.join(last) or 'it said nothing'}", code)
 
 
 def _listen(child: subprocess.Popen, watch: Watch | None, say: Callable[[str], None], last: deque[str]) -> None:
     said = 0.0
     assert child.stdout is not None
     for line in child.stdout:
-        if not line.startswith("@@"):
+        if (event := _event(line)) is None:
             if line.strip():
                 last.append(hidden(line.rstrip()))
                 say(last[-1])
             continue
-        event = json.loads(line[2:])
         if watch:
             watch.tell(event)
         if "measured" in event:
@@ -160,3 +153,11 @@ def _listen(child: subprocess.Popen, watch: Watch | None, say: Callable[[str], N
         if percent >= said + LOG_EVERY or percent < said or event["step"] == event["of"]:
             said = percent
             say(f"{event['stage']}: {event['step']}/{event['of']}  {event['text']}")
+
+
+def _event(line: str) -> dict[str, Any] | None:
+    """What a stage tells a flow in a line; None for words, and for a line that another rank has written into."""
+    try:
+        return json.loads(line[2:]) if line.startswith("@@") else None
+    except ValueError:
+        return None

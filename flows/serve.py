@@ -111,7 +111,7 @@ def main() -> int:
 
     with get_client(sync_client=True) as client:
         eye = truth.Truth(client)
-        if resumed := eye.resume(deployments.NAMES):
+        if resumed := eye.resume(deployments.names()):
             say(f"going on with {len(resumed)} runs that were cut off: {', '.join(resumed)}")
         if notify.arrange(client):
             say(f"failures and regressions are told to the address in {notify.WEBHOOK}")
@@ -124,7 +124,7 @@ def main() -> int:
             quietly(eye.look)
             wait(lambda: asked[0], LOOK)
         stopped(runners)
-        quietly(lambda: eye.resume(deployments.NAMES))
+        quietly(lambda: eye.resume(deployments.names()))
     server.end(signal.SIGINT)
     return 0
 

@@ -4,7 +4,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, State
 
-from flows import promoted
+from flows import promoted, verdict
 from flows.forms import Distill, Evaluate, Lora, Recover, Stage, overrides
 from flows.launch import TRIES, at_work, launch
 from flows.plan import words
@@ -16,6 +16,8 @@ NAMES = {"recover": "recover (dev2pro)"}  # where people meet it
 def _run(name: str, form: Stage, **own: str) -> State:
     with at_work():
         made = stage.with_options(task_run_name=NAMES.get(name, name))(name, words(overrides(form), own), form.out, form.processes)
+    if made.kind == "evaluation":
+        verdict.show(made)
     return Completed(message=f"{made.kind} {made.id[:12]} in {made.uri}")
 
 

@@ -92,7 +92,7 @@ class Watch:
             self._show("markdown", _picture(charts.drawn(losses, list(self.curve.values())), "png"), f"{self.stage}: loss and recovery", "curves")
 
     def _pictures(self) -> None:
-        sheets = sorted((self.out / "previews").glob("*.jpg"))
+        sheets = sorted((self.out / artifact.PREVIEWS).glob("*.jpg"))
         if sheets and sheets[-1].stat().st_size < LARGEST:
             self._show(
                 "markdown", _picture(sheets[-1].read_bytes(), "jpeg"), f"{self.stage}: what it draws after step {int(sheets[-1].stem)}", "pictures"

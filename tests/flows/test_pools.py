@@ -97,7 +97,7 @@ def ends(serve, run: str) -> str:
 def test_all_are_deployed(serve, deployed):
     from flows import deployments
 
-    assert {(kind, name) for kind in POOLS.values() for name in deployments.NAMES} <= set(deployed)
+    assert {(kind, name) for kind in POOLS.values() for name in deployments.names()} <= set(deployed)
     before = {one["name"] for one in serve.post("deployments/filter")}
     assert {"pipeline", "recover", "process", "docker", "kubernetes"} <= before  # and make serve's own are still there
 

@@ -219,10 +219,5 @@ def main(told: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    work = None
-    try:
-        main(json.loads(sys.argv[1]))
-    except warm.Become as become:
-        work = become.work
-    if work:  # a forked child: outside of all that its parent was doing
+    if work := warm.became(lambda: main(json.loads(sys.argv[1]))):
         forked.leave(work)

@@ -26,6 +26,15 @@ class Become(BaseException):
         self.work = work
 
 
+def became(main: Callable[[], None]) -> Callable[[], None] | None:
+    """Runs it. In a forked child: what that is to do, outside of all that its parent was doing; in the parent None."""
+    try:
+        main()
+    except Become as become:
+        return become.work
+    return None
+
+
 def imported() -> None:
     """Loads what stages and torchrun load. The stages' own files are left to the child."""
     for name in (*(f"stages.{stage}" for stage in STAGES), "dev2pro.ranks", "torch.distributed.elastic.multiprocessing.subprocess_handler"):
