@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 from urllib.parse import urlparse
+from uuid import UUID
 
 import httpx
 import psutil
@@ -123,25 +124,27 @@ def main() -> int:
                 child.keep()
             quietly(eye.look)
             wait(lambda: asked[0], LOOK)
-        stopped(runners)
-        quietly(lambda: eye.resume(deployments.names()))
+        ended = stopped(runners)
+        quietly(lambda: eye.resume(deployments.names(), ended))
     server.end(signal.SIGINT)
     return 0
 
 
-def stopped(runners: list[Child]) -> None:
-    """Ends the runners first, so that nothing new begins, then the flows, which have their stages save."""
+def stopped(runners: list[Child]) -> list[UUID]:
+    """Ends the runners first, so that nothing new begins, then the flows, which have their stages save. Returns the runs that had begun."""
     from flows import alive
 
     engines = {engine.pid for child in runners if child.process for engine in psutil.Process(child.process.pid).children()}
     for child in runners:
         child.end(signal.SIGKILL)  # asked nicely it would cancel its runs; they are to go on
-    engines |= {life.pid for life in alive.begun() if life.pid}
+    living = [life for life in alive.begun() if life.pid]
+    engines |= {life.pid for life in living}
     say(f"stopping: {len(engines)} runs save and go on at the next start" if engines else "stopping")
     for pid in engines:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
     wait(lambda: not any(psutil.pid_exists(pid) for pid in engines), ENGINES)
+    return [life.run for life in living]
 
 
 def quietly(work: Callable[[], object]) -> None:

@@ -23,10 +23,14 @@ class Truth:
     """Looks again and again; remembers since when something was odd."""
 
     def __init__(self, client: SyncPrefectClient) -> None:
-        self.client, self._since = client, dict[UUID, float]()
+        self.client, self._since, self._told = client, dict[UUID, float](), set[UUID]()
 
     def look(self) -> None:
         """At every run that began on this machine: the state of a dead one is put right; a living one that is to be cancelled is told so."""
+        for run in [run for told in self._told if (run := self._run(told)) and run.state and run.state.is_final()]:
+            self._told.discard(run.id)
+            if run.state and run.state.is_crashed():  # as its process has it, which knows of a signal alone
+                self.client.set_flow_run_state(run.id, Cancelled(message="It has saved and ended."), force=True)
         for life in alive.begun():
             run = self._run(life.run)
             if run is None or run.state is None or run.state.is_final():
@@ -40,14 +44,18 @@ class Truth:
                     self._put(run, Crashed(message="Its process was killed. Retry goes on from the last checkpoint."))
                     self._settled(life)
 
-    def resume(self, deployments: Iterable[str]) -> list[str]:
-        """When nothing of ours runs: schedules again, for now, every run of these deployments that was cut off. Returns their names."""
+    def resume(self, deployments: Iterable[str], ended: Iterable[UUID] = ()) -> list[str]:
+        """When nothing of ours runs: schedules again, for now, every run of these deployments that was cut off. Returns their names.
+
+        `ended`: runs that were told to end, and so have crashed.
+        """
         chosen = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(OPEN))))
         runs = self.client.read_flow_runs(
             flow_run_filter=chosen, deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=list(deployments)))
         )
         living = {life.run for life in alive.begun() if life.pid}
         gone = [run for run in runs if run.id not in living]
+        gone += [run for one in ended if (run := self._run(one)) and run.state and run.state.is_crashed()]
         for run in gone:
             self._put(run, Scheduled(name="Resuming", message="dev2pro was stopped while this ran; it goes on from its last checkpoint."))
             alive.forget(run.id)
@@ -62,6 +70,7 @@ class Truth:
         """Its runner is not there any more, or was started anew and does not know it."""
         with suppress(ProcessLookupError, PermissionError):
             os.kill(life.pid, signal.SIGTERM)
+        self._told.add(life.run)
         self._since[life.run] = time.monotonic() + 60
 
     def _settled(self, life: alive.Life) -> None:
