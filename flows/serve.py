@@ -44,7 +44,7 @@ class Child:
     """A process that is started again when it dies. In a session of its own, so that Ctrl-C comes to this process alone; its words go to a file."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.log = name, LOGS / f"{name}.log"
+        self.name, self.log, self.environment = name, LOGS / f"{name}.log", dict(os.environ)
         self.process: subprocess.Popen | None = None
         self.began, self.pause, self.next = 0.0, 1.0, 0.0
 
@@ -62,8 +62,9 @@ class Child:
                 return
         self.began, self.next = now, 0.0
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "flows.serve", self.name], cwd=ROOT, stdout=self._file(), stderr=subprocess.STDOUT, start_new_session=True
-        )
+            [sys.executable, "-m", "flows.serve", self.name], cwd=ROOT, env=self.environment, stdout=self._file(), stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
 
     def end(self, number: signal.Signals, patience: float = 20.0) -> None:
         """Ends it, at last with -9."""
@@ -100,6 +101,7 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: asked.__setitem__(0, True))
     server, runners = Child("server"), [Child("training"), Child("cheap")]
+    os.environ["PREFECT_CLIENT_MAX_RETRIES"] = "1"  # here alone: whoever waits for the server cannot start it again
     server.keep()
     if not wait(answers, START, lambda: asked[0] or server.process.poll() is not None):  # type: ignore[union-attr]
         server.end(signal.SIGINT)
