@@ -76,8 +76,8 @@ def test_a_killed_runner_is_started_again_and_the_state_is_true(serve):
         serve.until_state(run, "Cancelled")
     until(lambda: not stages("runner"), what="the end of the stage")
     assert checkpoints("runner")
-    after = serve.recover("runner")
-    goes_on(serve, after, "runner")
+    again = serve.run("recover", recover=serve.api.get(f"flow_runs/{run}").json()["parameters"]["recover"])
+    goes_on(serve, again, "runner")
 
 
 def test_a_server_that_is_gone_for_a_moment_is_not_missed(serve):
