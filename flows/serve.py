@@ -115,7 +115,7 @@ def main() -> int:
     with get_client(sync_client=True) as client:
         eye = truth.Truth(client)
         if resumed := eye.resume(deployments.names()):
-            say(f"going on with {len(resumed)} runs that were cut off: {', '.join(resumed)}")
+            say(f"going on with runs that were cut off: {', '.join(resumed)}")
         if notify.arrange(client):
             say(f"failures and regressions are told to the address in {notify.WEBHOOK}")
         for child in runners:
@@ -141,7 +141,7 @@ def stopped(runners: list[Child]) -> list[UUID]:
         child.end(signal.SIGKILL)  # asked nicely it would cancel its runs; they are to go on
     living = [life for life in alive.begun() if life.pid]
     engines |= {life.pid for life in living}
-    say(f"stopping: {len(engines)} runs save and go on at the next start" if engines else "stopping")
+    say(f"stopping; runs that save and go on at the next start: {len(engines)}")
     for pid in engines:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)

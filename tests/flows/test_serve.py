@@ -96,8 +96,8 @@ def test_stopping_it_saves_and_starting_it_goes_on(serve):
     assert serve.stop() == 0
     until(lambda: not stages("stopped"), what="the end of the stage")
     assert checkpoints("stopped")
+    assert "runs that save and go on at the next start: 1" in serve.said.read_text()
     serve.start()
-    assert "going on with" in serve.said.read_text()
     serve.cancel(waiting)
     goes_on(serve, run, "stopped")
 
