@@ -191,8 +191,10 @@ def child(name: str) -> None:
     address = urlparse(os.environ["PREFECT_API_URL"])
     if name == "server":
         stop.follow_parent(signal.SIGTERM)
-        words = ["prefect", "server", "start", "--host", address.hostname or "127.0.0.1", "--port", str(address.port or 4200)]
-        os.execv(sys.executable, [sys.executable, "-m", *words])
+        from flows import server
+
+        server.run(address.hostname or "127.0.0.1", address.port or 4200)
+        return
     stop.follow_parent(signal.SIGKILL)  # its runs go on without it; asked nicely it would cancel them
     from prefect import serve
 

@@ -60,7 +60,7 @@ class Serve:
         before = self.said.read_text().count("ready after")
         until(lambda: self.said.read_text().count("ready after") > before or self.process.poll() is not None, what="make serve")
         assert self.process.poll() is None, self.said.read_text()
-        until(lambda: len(self.deployments()) >= 5, what="registering the deployments")
+        until(lambda: len(self.deployments()) == 7, what="registering the deployments")
         return time.monotonic() - began
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
@@ -69,17 +69,14 @@ class Serve:
 
     def part(self, name: str) -> psutil.Process:
         """One of its processes: server, training or cheap."""
-        words = {"server": ["server", "start"]}.get(name, ["flows.serve", name])
-        return until(lambda: next((p for p in psutil.Process(self.process.pid).children() if (p.is_running() and p.cmdline()[-len(words) :] == words)
-                                   or all(word in p.cmdline() for word in words)), None), what=f"finding {name}")  # fmt: skip
+        words = ["flows.serve", name]
+        family = psutil.Process(self.process.pid).children
+        return until(lambda: next((one for one in family() if one.is_running() and one.cmdline()[-2:] == words), None), what=f"finding {name}")
 
     # ---- its API ----
 
     def post(self, path: str, **body: Any) -> Any:
         answer = self.api.post(path, json=body)
-        while answer.status_code == 503:  # SQLite is busy; Prefect's own client tries again, too
-            time.sleep(1)
-            answer = self.api.post(path, json=body)
         assert answer.status_code < 300, answer.text
         return answer.json() if answer.text else None
 

@@ -88,6 +88,15 @@ def open_artifact(page: Page, run: str, name: str) -> None:
     page.locator("a[href*='/artifacts/artifact/']").first.click()
 
 
+def progress(page: Page, run: str) -> int:
+    """The step that the run's page shows."""
+    page.goto(f"/v2/runs/flow-run/{run}")
+    page.get_by_role("tab", name="Artifacts").click()
+    page.wait_for_timeout(1500)
+    said = re.search(r"step ([\d,]+) of", page.get_by_role("tabpanel").inner_text())
+    return int(said[1].replace(",", "")) if said else 0
+
+
 def pictures(page: Page) -> list[tuple[int, int]]:
     """Sizes of the pictures that have been drawn."""
     sizes = [one.evaluate("image => [image.naturalWidth, image.naturalHeight]") for one in page.locator("img[src^='data:image']").all()]
@@ -131,14 +140,8 @@ def test_watching_cancelling_and_going_on(page, serve):
     run = submit(page, serve)
     until(lambda: steps("watched") > 20, what="training")
 
-    page.goto(f"/v2/runs/flow-run/{run}")
-    page.get_by_role("tab", name="Artifacts").click()
-    told = page.get_by_text(re.compile(r"step [\d,]+ of 1,500"))
-    expect(told.first).to_be_visible()
-    first = told.first.inner_text()
-    until(
-        lambda: (page.reload(), page.get_by_role("tab", name="Artifacts").click(), told.first.inner_text())[-1] != first, what="progress that moves"
-    )
+    first = until(lambda: progress(page, run), what="progress")
+    until(lambda: progress(page, run) > first, what="progress that moves")
     shot(page, "run-artifacts")
     until(lambda: {one["key"] for one in serve.artifacts(run)} >= {"test-serve-watched-curves", "test-serve-watched-pictures"}, what="curves")
     for name in ("curves", "pictures"):
@@ -171,8 +174,10 @@ def test_a_schedule_is_switched_on_and_off_and_keeps_what_was_filled_in(page, se
         return serve.deployments()["recurring"]["schedules"][0]["active"]
 
     page.goto(f"/v2/deployments/deployment/{deployment}")
+    switch = page.get_by_role("switch").first
     for wanted in (True, False, True, False):
-        page.get_by_role("switch").first.click()
+        switch.click()
+        expect(switch).to_be_checked(checked=wanted)
         until(lambda: active() == wanted, what="switching")  # noqa: B023
     shot(page, "schedule")
     assert serve.deployments()["recurring"]["parameters"] == mine
