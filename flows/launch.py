@@ -99,6 +99,8 @@ def at_work() -> Iterator[None]:
 
 
 def _stop(grace: float | None) -> None:
+    if _stopping.is_set():
+        return
     _stopping.set()
     with _lock:
         children = list(_running)
@@ -128,7 +130,11 @@ def _follow(what: str, words: list[str], got: Slots, watch: Watch | None, say: C
     last = deque[str](maxlen=LINES)
     ears = threading.Thread(target=_listen, args=[child, watch, say, last], daemon=True)  # goes on while the flow is being cancelled
     ears.start()
-    code = child.wait()
+    try:
+        code = child.wait()
+    except BaseException:  # the flow is being cancelled; what the stage saves now is to be seen
+        _stop(GRACE)
+        raise
     ears.join(GRACE)
     with _lock:
         _running.discard(child)

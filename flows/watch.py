@@ -13,8 +13,10 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from prefect.artifacts import Artifact as Shown
+from prefect.artifacts import MarkdownArtifact, ProgressArtifact, TableArtifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 
@@ -37,7 +39,7 @@ class Watch:
         self.curve = dict[int, dict[str, Any]]()  # what was measured on held-out pictures, by step
         self.events = deque[tuple[float, dict[str, Any]]](maxlen=WINDOW)
         self.rows = Rows(out / "metrics.jsonl")
-        self._shown = dict[str, tuple[Any, Any]]()  # kind -> (id, data)
+        self._shown = dict[str, tuple[UUID, ArtifactUpdate]]()  # by name
         self._ended, self._failing = threading.Event(), False
         self._thread = threading.Thread(target=contextvars.copy_context().run, args=[self._work], daemon=True)  # the run is in the context
         self._thread.start()
@@ -84,37 +86,39 @@ class Watch:
 
     def _progress(self) -> None:
         event = self.events[-1][1]
-        self._show("progress", 100 * event["step"] / event["of"], f"{event['stage']}: {pace(self.events)}  {event['text']}")
+        said = f"{event['stage']}: {pace(self.events)}  {event['text']}"
+        self._show(ProgressArtifact(progress=100 * event["step"] / event["of"], description=said))
 
     def _curves(self) -> None:
         losses = self.rows.read()
         if losses or self.curve:
-            self._show("markdown", _picture(charts.drawn(losses, list(self.curve.values())), "png"), f"{self.stage}: loss and recovery", "curves")
+            drawn = charts.drawn(losses, list(self.curve.values()))
+            self._show(MarkdownArtifact(markdown=_picture(drawn, "png"), description=f"{self.stage}: loss and recovery"), "curves")
 
     def _pictures(self) -> None:
         sheets = sorted((self.out / artifact.PREVIEWS).glob("*.jpg"))
         if sheets and sheets[-1].stat().st_size < LARGEST:
-            self._show(
-                "markdown", _picture(sheets[-1].read_bytes(), "jpeg"), f"{self.stage}: what it draws after step {int(sheets[-1].stem)}", "pictures"
-            )
+            said = f"{self.stage}: what it draws after step {int(sheets[-1].stem)}"
+            self._show(MarkdownArtifact(markdown=_picture(sheets[-1].read_bytes(), "jpeg"), description=said), "pictures")
 
     def _checkpoints(self) -> None:
         found = [(int(name[1]), place) for place in self.out.glob("checkpoint-*") if (name := artifact.CHECKPOINT.fullmatch(place.name))]
         if rows := [_row(step, place) for step, place in sorted(found)]:
-            self._show("table", json.dumps(rows), f"{self.stage}: where it would go on from", "checkpoints")
+            self._show(TableArtifact(table=rows, description=f"{self.stage}: where it would go on from"), "checkpoints")
 
-    def _show(self, kind: str, data: Any, description: str, name: str = "") -> None:
+    def _show(self, what: Shown, name: str = "") -> None:
         """Makes the artifact, or brings it up to date."""
+        content = ArtifactUpdate(data=what.format(), description=what.description)
         known, before = self._shown.get(name, (None, None))
-        if before == (data, description):
+        if before == content:
             return
         if known is None:
-            made = Shown(type=kind, key=f"{self.key}-{name}" if name else None, data=data, description=description).create()
-            known = made.id
+            what.key = f"{self.key}-{name}" if name else None
+            known = what.create().id
         else:
             with get_client(sync_client=True) as client:
-                client.update_artifact(known, ArtifactUpdate(data=data, description=description))
-        self._shown[name] = (known, (data, description))
+                client.update_artifact(known, content)
+        self._shown[name] = (known, content)
 
 
 class Rows:

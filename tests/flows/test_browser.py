@@ -114,6 +114,7 @@ def test_a_pipeline_from_the_form_to_the_verdict(page, serve):
     serve.until_state(run, "Completed", seconds=900)
     page.reload()
     expect(page.get_by_text("Completed").first).to_be_visible()
+    page.wait_for_timeout(6000)  # the timeline takes its time
     shot(page, "run-pipeline")
     open_artifact(page, run, "test-serve-pipeline-evaluate-verdict")
     expect(page.get_by_role("table")).to_contain_text("recovered@1")
@@ -147,6 +148,7 @@ def test_watching_cancelling_and_going_on(page, serve):
     for name in ("curves", "pictures"):
         open_artifact(page, run, f"test-serve-watched-{name}")
         assert until(lambda: pictures(page), what=name)
+        assert not page.get_by_text('"', exact=True).count()
         shot(page, name)
 
     menu(page, run, "Cancel")
@@ -156,6 +158,9 @@ def test_watching_cancelling_and_going_on(page, serve):
     expect(page.get_by_text("Cancelled").first).to_be_visible()
     shot(page, "cancelled")
     saved = checkpoints("watched")[-1]
+    open_artifact(page, run, "test-serve-watched-checkpoints")
+    expect(page.get_by_role("table")).to_contain_text(f"checkpoint-{saved}")
+    shot(page, "checkpoints")
 
     menu(page, run, "Copy to new run")
     expect(page.get_by_label("Steps (Optional)")).to_have_value("1500")
