@@ -168,8 +168,11 @@ def duration(seconds: float) -> str:
 
 def key(out: Path) -> str:
     """How artifacts about a stage's folder begin: its name below runs/, as Prefect allows it."""
-    name = out.relative_to(artifact.ROOT / "runs") if out.is_relative_to(artifact.ROOT / "runs") else out
-    return re.sub("[^a-z0-9]+", "-", str(name).lower()).strip("-")
+    return re.sub("[^a-z0-9]+", "-", _below(artifact.ROOT / "runs", out).lower()).strip("-")
+
+
+def _below(root: Path, path: Path) -> str:
+    return str(path.relative_to(root) if path.is_relative_to(root) else path)
 
 
 def _row(step: int, folder: Path) -> dict[str, Any]:
@@ -177,7 +180,7 @@ def _row(step: int, folder: Path) -> dict[str, Any]:
     told = folder / "checkpoint.json"
     held_out = json.loads(told.read_text()).get("held_out") if told.exists() else None
     size = sum(file.stat().st_size for file in files) / 2**20
-    return {"step": step, "loss on held-out pictures": held_out and round(held_out, 5), "MiB": round(size, 1), "folder": str(folder)}
+    return {"step": step, "loss on held-out pictures": held_out and round(held_out, 5), "MiB": round(size, 1), "folder": _below(artifact.ROOT, folder)}
 
 
 def _picture(content: bytes, kind: str) -> str:
