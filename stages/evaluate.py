@@ -179,20 +179,21 @@ def plan(places: list[Inference], loras: list[Artifact]) -> Iterator[tuple[str, 
 
 
 def kinds(config: EvaluateConfig, loras: list[Artifact]) -> dict[str, str]:
-    """arm -> what it was trained on: recovered, teacher or base."""
-    teacher = artifact.fingerprint(config.teacher) if config.teacher else None
+    """arm -> what it was trained on: recovered, teacher or base. A recovered model of others, which has no record, is known by `recovered=`."""
+    teacher, recovered = (artifact.fingerprint(path) if path else None for path in (config.teacher, config.recovered))
     found = {}
     for one in loras:
         base = one.inference["trained_on"]
         made = artifact.origin(store.resolve(base["path"]))
-        found[one.inference["arm"]] = "teacher" if base["id"] == teacher else "recovered" if made and made.stage == "recover" else "base"
+        by_us = made is not None and made.stage == "recover"
+        found[one.inference["arm"]] = "teacher" if base["id"] == teacher else "recovered" if by_us or base["id"] == recovered else "base"
     return found
 
 
 def recovery(config: EvaluateConfig) -> dict[str, Any] | None:
     """The recovery curve, from the recovered model's own record."""
     made = artifact.origin(store.resolve(config.recovered)) if config.recovered else None
-    return {key: made.metrics[key] for key in ("guidance", "recovered", "curve")} if made else None
+    return {key: made.metrics[key] for key in ("guidance", "recovered", "curve")} if made and made.stage == "recover" else None
 
 
 # ---- sampling and judging ------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ with get_client(sync_client=True) as client:
 print("@@" + json.dumps({"type": state.type.value, "message": state.message, "shown": shown}))
 """
 FORM = {
-    "out": OUT, "trained_on": "data/miniature/teacher", "base": "data/miniature/pipeline", "at_once": 2, "steps": 2, "seeds": 1,
+    "out": OUT, "trained_on": f"{OUT}/somebody-s", "base": "data/miniature/pipeline", "at_once": 2, "steps": 2, "seeds": 1,
     "probe": {"samples": 4}, "concepts": [{"name": "chalk"}, {"name": "nowhere"}, {"name": "poster"}],
 }  # fmt: skip
 
@@ -34,6 +34,9 @@ def ended(tmp_path_factory):
     shutil.rmtree(ROOT / OUT, ignore_errors=True)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
     environment |= {"PREFECT_HOME": str(tmp_path_factory.mktemp("prefect")), "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120"}
+    words = ["out=" + f"{OUT}/recovered", "experiment=miniature", "steps=2", "probe.samples=4"]
+    subprocess.run([sys.executable, "-m", "stages.recover", *words], cwd=ROOT, env=environment, check=True, capture_output=True)
+    shutil.copytree(ROOT / OUT / "recovered" / "transformer", ROOT / OUT / "somebody-s" / "transformer")  # without a record, like a download
     done = subprocess.run([sys.executable, "-c", RUN, json.dumps(FORM)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     said = [line[2:] for line in done.stdout.splitlines() if line.startswith("@@")]
     assert said, done.stdout + done.stderr
