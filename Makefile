@@ -37,7 +37,7 @@ proof: $(READY) ## the longer proofs
 chaos: $(READY) ## kill every stage some hundred and fifty times at random moments: SEED=0
 	SEED=$(SEED) $(PY) -m pytest -m chaos tests/stages/test_chaos.py
 
-operator: $(READY) ## make serve, killed and restarted, and a browser (Debian's chromium): a quarter of an hour; screenshots in runs/screenshots
+operator: $(READY) ## make serve, killed and restarted, a browser, nginx and PostgreSQL (from Debian): half an hour; screenshots in runs/screenshots
 	$(PY) -m pytest -m operator tests/flows
 
 year: $(READY) ## 52 recurring recoveries in accelerated time, with kills, damaged shards and a regression: SEED=0

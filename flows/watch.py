@@ -180,7 +180,12 @@ def _row(step: int, folder: Path) -> dict[str, Any]:
     told = folder / "checkpoint.json"
     held_out = json.loads(told.read_text()).get("held_out") if told.exists() else None
     size = sum(file.stat().st_size for file in files) / 2**20
-    return {"step": step, "loss on held-out pictures": held_out and round(held_out, 5), "MiB": round(size, 1), "folder": _below(artifact.ROOT, folder)}
+    return {
+        "step": step,
+        "loss on held-out pictures": held_out and round(held_out, 5),
+        "MiB": round(size, 1),
+        "folder": _below(artifact.ROOT, folder),
+    }
 
 
 def _picture(content: bytes, kind: str) -> str:

@@ -15,11 +15,15 @@ from pydantic import BaseModel, ValidationError
 from dev2pro.artifact import ROOT
 from flows import forms, plan, single
 from flows.concepts import concepts
-from flows.forms import Concepts, Distill, Evaluate, Lora, Pipeline, Recover, overrides
+from flows.forms import Concepts, Distill, Evaluate, Lora, Pipeline, Recover, Recurring, overrides
 from flows.pipeline import pipeline
+from flows.recurring import recurring
 
 STAGES = {Recover: "recover", Lora: "lora", Evaluate: "evaluate", Distill: "distill"}
-FLOWS = {Pipeline: pipeline, Recover: single.recover, Lora: single.lora, Evaluate: single.evaluate, Distill: single.distill, Concepts: concepts}
+FLOWS = {
+    Pipeline: pipeline, Recover: single.recover, Lora: single.lora, Evaluate: single.evaluate, Distill: single.distill, Concepts: concepts,
+    Recurring: recurring,
+}  # fmt: skip
 GROUPS = ("experiment", "model", "hardware")  # of conf/
 
 

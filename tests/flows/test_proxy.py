@@ -6,13 +6,16 @@ import ssl
 import subprocess
 import sys
 import uuid
+from urllib.parse import urlparse
 
 import httpx
 import pytest
+from playwright.sync_api import sync_playwright
 
 from dev2pro.artifact import ROOT
 from tests.flows.clone import PASSWORD, RECOVER, cloned
 from tests.flows.operator import free_port, until
+from tests.flows.test_browser import CHROMIUM, QUIET
 
 pytestmark = [pytest.mark.operator, pytest.mark.skipif(not shutil.which("nginx", path="/usr/sbin:/usr/bin"), reason="apt-get install nginx-light")]
 LISTENING = "listen 443 ssl http2;"
@@ -196,3 +199,19 @@ def test_the_ui_works_through_it(serve, proxy):
             assert "Something went wrong" not in page.inner_text("body")
         browser.close()
     assert not refused
+
+
+def test_the_ui_asks_nobody_else(proxy, serve):
+    asked, blocked = set(), set()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        page = browser.new_page(ignore_https_errors=True)
+        page.on("request", lambda request: asked.add(urlparse(request.url).hostname))
+        page.on("requestfailed", lambda request: blocked.add(urlparse(request.url).hostname) if "csp" in (request.failure or "").lower() else None)
+        page.goto(f"{proxy['strict']}/v2/login")
+        page.get_by_role("textbox").first.fill(f"admin:{PASSWORD}")
+        page.keyboard.press("Enter")
+        page.get_by_role("link", name="Deployments").click()
+        page.get_by_role("link", name="recover", exact=True).first.wait_for()
+        browser.close()
+    assert asked - blocked == {"localhost"}

@@ -1,14 +1,19 @@
 """`make serve`, with real processes that are cancelled and killed: training is saved or goes on, and the UI tells the truth."""
 
+import shutil
 import socket
 import time
 
 import psutil
 import pytest
 
+from dev2pro import artifact
+from dev2pro.artifact import ROOT
+from flows import promoted
 from tests.flows.operator import OUT, checkpoints, engine, serving, stages, steps, until
 
 pytestmark = pytest.mark.operator
+LINE = "test-serve"
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +40,17 @@ def test_a_cancelled_run_has_saved_and_running_it_again_goes_on(serve):
     assert "asked to stop (SIGTERM)" in serve.told(run)
     again = serve.run("recover", recover=serve.api.get(f"flow_runs/{run}").json()["parameters"]["recover"])
     goes_on(serve, again, "cancelled")
+
+
+def test_every_process_of_a_cancelled_run_ends_and_it_goes_on(serve):
+    run = serve.recover("ranks", processes=2)
+    assert len(stages("ranks")) >= 3  # torchrun and its ranks
+    serve.cancel(run)
+    serve.until_state(run, "Cancelled")
+    until(lambda: not stages("ranks"), what="the end of the ranks")
+    assert checkpoints("ranks")
+    again = serve.run("recover", recover=serve.api.get(f"flow_runs/{run}").json()["parameters"]["recover"])
+    goes_on(serve, again, "ranks")
 
 
 def test_a_save_that_outlasts_prefect_s_patience_is_left_in_peace(serve):
@@ -115,6 +131,20 @@ def test_what_an_operator_has_changed_stays(serve):
     assert [(one["active"], one["schedule"]["cron"], one["slug"]) for one in after["recurring"]["schedules"]] == [(True, "0 2 * * *", "nightly")]
     assert after["lora"]["paused"]
     assert not after["recover"]["paused"]
+
+
+def test_the_recurring_recovery_promotes_a_model_that_loras_begin_on_and_then_waits(serve):
+    line = promoted.folder(LINE)
+    shutil.rmtree(line, ignore_errors=True)
+    form = {"line": LINE, "index": "beside", "epochs": 1, "batch": 64, "probe": {"samples": 4}}
+    first = serve.until_state(serve.run("recurring", recurring=form), "Completed")
+    assert "generation 1" in first["message"]
+    lora = {"out": f"{OUT}/lora", "trained_on": f"{LINE}:latest", "steps": 2, "data": {"name": "chalk"}, "probe": {"samples": 4}}
+    serve.until_state(serve.run("lora", lora=lora), "Completed")
+    assert artifact.read(str(ROOT / OUT / "lora")).inference["trained_on"]["id"] == artifact.read_json(line / "latest.json")["id"]
+    again = serve.until_state(serve.run("recurring", recurring=form), "Completed", "Skipped")
+    assert (again["type"], again["name"]) == ("COMPLETED", "Skipped")
+    shutil.rmtree(line)
 
 
 def test_two_runs_never_work_in_one_folder(serve):

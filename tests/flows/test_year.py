@@ -1,4 +1,4 @@
-"""A line of recovered models outlives its weeks: damaged shards, kills at every moment, a regression. `make year` is the long form."""
+"""A line of recovered models outlives its weeks: damage, kills at every moment, a regression. `make operator` has it short, `make year` long."""
 
 import os
 import signal
@@ -19,6 +19,7 @@ def bounded(table: dict) -> None:
     assert not table["partial"]
 
 
+@pytest.mark.operator
 def test_a_short_year(tmp_path):
     table = year.lived(tmp_path)
     assert set(table["kills"]) == {"notes all", "saves stage"}
