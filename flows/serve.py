@@ -126,6 +126,7 @@ def main() -> int:
                 child.keep()
             quietly(eye.look)
             wait(lambda: asked[0], LOOK)
+        quietly(eye.look)  # who was cancelled a moment ago is not to go on
         ended = stopped(runners)
         quietly(lambda: eye.resume(deployments.names(), ended))
     server.end(signal.SIGINT)

@@ -23,7 +23,7 @@ class Truth:
     """Looks again and again; remembers since when something was odd."""
 
     def __init__(self, client: SyncPrefectClient) -> None:
-        self.client, self._since, self._told = client, dict[UUID, float](), set[UUID]()
+        self.client, self._since, self._told, self._cancelled = client, dict[UUID, float](), set[UUID](), set[UUID]()
 
     def look(self) -> None:
         """At every run that began on this machine: the state of a dead one is put right; a living one that is to be cancelled is told so."""
@@ -33,6 +33,8 @@ class Truth:
                 self.client.set_flow_run_state(run.id, Cancelled(message="It has saved and ended."), force=True)
         for life in alive.begun():
             run = self._run(life.run)
+            if run and run.state and run.state.is_cancelling():
+                self._cancelled.add(run.id)
             if run is None or run.state is None or run.state.is_final():
                 self._settled(life)
             elif life.pid and run.state.type != StateType.CANCELLING:
@@ -59,12 +61,15 @@ class Truth:
         for run in gone:
             self._put(run, Scheduled(name="Resuming", message="dev2pro was stopped while this ran; it goes on from its last checkpoint."))
             alive.forget(run.id)
-        return [run.name for run in gone]
+        return [run.name for run in gone if not self._is_cancelled(run)]
 
     def _put(self, run: FlowRun, state: State) -> None:
-        if run.state and run.state.type == StateType.CANCELLING:
+        if self._is_cancelled(run):
             state = Cancelled(message="Its process is gone.")
         self.client.set_flow_run_state(run.id, state, force=True)
+
+    def _is_cancelled(self, run: FlowRun) -> bool:
+        return run.id in self._cancelled or bool(run.state and run.state.is_cancelling())
 
     def _tell(self, life: alive.Life) -> None:
         """Its runner is not there any more, or was started anew and does not know it."""

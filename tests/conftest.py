@@ -13,6 +13,8 @@ import pytest
 
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # read when torch and transformers are imported
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # started with & by a script, all of its children would ignore it
+
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("house")
 

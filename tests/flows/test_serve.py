@@ -117,6 +117,20 @@ def test_stopping_it_saves_and_starting_it_goes_on(serve):
     goes_on(serve, run, "stopped")
 
 
+def test_a_run_that_is_being_cancelled_when_it_stops_is_cancelled(serve):
+    run = serve.recover("both")
+    stage = stages("both")[0]
+    stage.suspend()
+    serve.cancel(run)
+    time.sleep(1)
+    assert serve.stop() == 0
+    stage.resume()
+    until(lambda: not stages("both"), what="the end of the stage")
+    serve.start()
+    assert serve.state(run)["name"] == "Cancelled"
+    assert checkpoints("both")
+
+
 def test_what_an_operator_has_changed_stays(serve):
     deployment, nightly = serve.deployments()["recurring"], serve.deployments()["recurring"]["schedules"][0]
     assert not nightly["active"]  # until somebody switches it on

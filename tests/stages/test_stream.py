@@ -75,9 +75,9 @@ class Weather:
 
 def test_five_kills_and_a_failing_server_change_nothing(undisturbed, tmp_path):
     folder, weather, dice = shutil.copytree(INK, tmp_path / "served"), Weather(), random.Random(1)
-    out, killed = tmp_path / "out", []
+    out, killed, ends = tmp_path / "out", [], []
     with Server(folder, faults=weather) as server:
-        while True:
+        while ends.count(TryAgainError.exit_code) == len(ends) < 4:  # a picture may be damaged twice: then it is tried again, as it asks for
             child = subprocess.Popen(command(out, server.url), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
             if len(killed) < 5:
                 goal = dice.randint(len(killed) * 5 + 2, len(killed) * 5 + 6)
@@ -89,8 +89,8 @@ def test_five_kills_and_a_failing_server_change_nothing(undisturbed, tmp_path):
                 child.communicate()
                 continue
             said, _ = child.communicate(timeout=300)
-            break
-    assert child.returncode == 0, said.decode()
+            ends.append(child.returncode)
+    assert ends[-1] == 0, said.decode()
     assert sorted(set(killed)) == killed  # every kill came later than the one before: the run went on
     assert killed[-1] < STEPS
     assert b"going on after step" in said
