@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dev2pro.errors import TryAgainError
 from tests.servers import Fault, Server
 
 ROOT = Path(__file__).resolve().parents[2]
