@@ -120,6 +120,7 @@ def main() -> int:
             say(f"failures and regressions are told to the address in {notify.WEBHOOK}")
         for child in runners:
             child.keep()
+        quietly(lambda: wait(lambda: {one.name for one in client.read_deployments()} >= set(deployments.names()), START, lambda: asked[0]))
         say(f"ready after {time.monotonic() - began:.0f} s: http://{address.netloc}/v2/deployments   (Ctrl-C stops; logs are in {LOGS})")
         while not asked[0]:
             for child in (server, *runners):
