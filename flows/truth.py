@@ -31,6 +31,7 @@ class Truth:
             self._told.discard(run.id)
             if run.state and run.state.is_crashed():  # as its process has it, which knows of a signal alone
                 self.client.set_flow_run_state(run.id, Cancelled(message="It has saved and ended."), force=True)
+        self._cancelled.clear()  # one that was cancelled may have been tried again
         for life in alive.begun():
             run = self._run(life.run)
             if run and run.state and run.state.is_cancelling():

@@ -95,6 +95,10 @@ class Serve:
         assert self.state(run)["type"] == "RUNNING", self.told(run)
         return run
 
+    def again(self, run: str) -> str:
+        """Triggers a recovery once more, with the same values: what Copy to new run does."""
+        return self.run("recover", **self.api.get(f"flow_runs/{run}").json()["parameters"])
+
     def state(self, run: str) -> dict[str, Any]:
         return self.api.get(f"flow_runs/{run}").json()["state"]
 

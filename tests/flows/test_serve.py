@@ -38,7 +38,7 @@ def test_a_cancelled_run_has_saved_and_running_it_again_goes_on(serve):
     assert not stages("cancelled")
     assert checkpoints("cancelled")
     assert "asked to stop (SIGTERM)" in serve.told(run)
-    again = serve.run("recover", recover=serve.api.get(f"flow_runs/{run}").json()["parameters"]["recover"])
+    again = serve.again(run)
     goes_on(serve, again, "cancelled")
 
 
@@ -49,7 +49,7 @@ def test_every_process_of_a_cancelled_run_ends_and_it_goes_on(serve):
     serve.until_state(run, "Cancelled")
     until(lambda: not stages("ranks"), what="the end of the ranks")
     assert checkpoints("ranks")
-    again = serve.run("recover", recover=serve.api.get(f"flow_runs/{run}").json()["parameters"]["recover"])
+    again = serve.again(run)
     goes_on(serve, again, "ranks")
 
 
@@ -61,7 +61,7 @@ def test_a_save_that_outlasts_prefect_s_patience_is_left_in_peace(serve):
     serve.cancel(run)
     serve.until_state(run, "Cancelled")
     until(lambda: not flow.is_running(), what="the end of the flow's process")
-    second = serve.run("recover", recover=serve.api.get(f"flow_runs/{run}").json()["parameters"]["recover"])
+    second = serve.again(run)
     until(lambda: "Another process works in" in serve.told(second), what="keeping the second one out")
     assert not checkpoints("slow")
     stage.resume()
@@ -91,7 +91,7 @@ def test_a_killed_runner_is_started_again_and_the_state_is_true(serve):
         serve.until_state(run, "Cancelled")
     until(lambda: not stages("runner"), what="the end of the stage")
     assert checkpoints("runner")
-    again = serve.run("recover", recover=serve.api.get(f"flow_runs/{run}").json()["parameters"]["recover"])
+    again = serve.again(run)
     goes_on(serve, again, "runner")
 
 
@@ -163,13 +163,13 @@ def test_the_recurring_recovery_promotes_a_model_that_loras_begin_on_and_then_wa
 
 def test_two_runs_never_work_in_one_folder(serve):
     first = serve.recover("twice")
-    second = serve.run("recover", recover=serve.api.get(f"flow_runs/{first}").json()["parameters"]["recover"])
+    second = serve.again(first)
     serve.until_state(second, "Running")
     until(lambda: "Another process works in" in serve.told(second), what="refusing")
     until(lambda: len(stages("twice")) == 1, what="the end of the one that was refused")
     before = steps("twice")
     until(lambda: steps("twice") > before + 3, what="training on")
-    assert serve.state(second)["type"] in ("RUNNING", "SCHEDULED")  # it is tried again later
+    assert serve.state(second)["type"] == "RUNNING"  # its stage is tried again later
     for run in (second, first):
         serve.cancel(run)
     serve.until_state(first, "Cancelled")
