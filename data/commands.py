@@ -22,6 +22,7 @@ from rich.text import Text
 from data import places
 from dev2pro import stop
 from dev2pro.errors import INTERRUPTED, DataError, SpaceError, StageError, TryAgainError
+from dev2pro.escape import lines, printable
 
 LINE_EVERY = 15.0  # seconds, where the output is no terminal
 
@@ -62,7 +63,7 @@ def run(name: str, words: argparse.ArgumentParser, work: Callable[[argparse.Name
         )
         sys.exit(SpaceError.exit_code if full else DataError.exit_code)
     except StageError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        print(lines(f"{name}: {error}"), file=sys.stderr)
         sys.exit(error.exit_code)
 
 
@@ -127,11 +128,11 @@ def show(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]], most: i
         return
     title = f"{title}: {len(rows)}" + (f", the first {most}" if len(rows) > most else "")
     if not sys.stdout.isatty():
-        print("\n".join([title, *("\t".join(map(str, row)) for row in rows[:most])]), flush=True)
+        print("\n".join([title, *("\t".join(printable(str(value)) for value in row) for row in rows[:most])]), flush=True)
         return
     table = Table(title=title, title_justify="left")
     for name in head:
         table.add_column(name, overflow="fold")
     for row in rows[:most]:
-        table.add_row(*(Text(str(value)) for value in row))
+        table.add_row(*(Text(printable(str(value))) for value in row))
     Console().print(table)

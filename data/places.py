@@ -11,8 +11,8 @@ import braceexpand
 
 from dev2pro import s3
 from dev2pro.errors import DataError, TryAgainError
+from dev2pro.escape import printable as printable
 from dev2pro.s3 import ADDRESS, shown
-from dev2pro.s3 import printable as printable
 
 REMOTE = ("http", "https", "s3")
 MOST = 1_000_000  # places that braces may name

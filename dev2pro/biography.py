@@ -18,8 +18,9 @@ from rich.tree import Tree
 from dev2pro import artifact, errors, integrity, lineage, store, unneeded
 from dev2pro.artifact import Artifact
 from dev2pro.errors import INTERRUPTED, ConfigError, DataError, SpaceError, StageError
+from dev2pro.escape import printable
 from dev2pro.lineage import Parent
-from dev2pro.s3 import printable, shown
+from dev2pro.s3 import shown
 
 SHORT = 12  # digits of an id that are shown
 STYLES = {

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from dev2pro import draws, kept, stop
 from dev2pro.artifact import digest
 from dev2pro.errors import ConfigError, InterruptedRun, SpaceError, out_of_space
+from dev2pro.escape import printable
 from dev2pro.training import Training
 
 VERSION = 1
@@ -175,7 +176,7 @@ class Checkpoints:
             why = next((why for why in self._gathered(kept.damage(there[step], self._rank, self._ranks)) if why), "")
             if not why:
                 return self._load(there[step])
-            self.training.place.print(f"{there[step]} is damaged ({why}) and is left out", flush=True)
+            self.training.place.print(printable(f"{there[step]} is damaged ({why}) and is left out"), flush=True)
         if there:
             raise ConfigError(f"Every checkpoint in {self.out} is damaged. Look at that disk; to start from the beginning, remove them.")
         return 0, []

@@ -15,6 +15,8 @@ from typing import Any
 import jinja2
 from PIL import Image
 
+from dev2pro.escape import printable
+
 TEMPLATE = pathlib.Path(__file__).with_name("report.html.j2")
 LARGEST, SMALLEST = 160, 56  # pixels of a picture's longer side in the page
 PLOT = {"width": 360, "height": 200, "left": 46, "right": 14, "top": 22, "bottom": 30}  # of the recovery's charts, in SVG units
@@ -54,12 +56,17 @@ METRICS = (  # the template has a sentence on each
 GAINS = METRICS[:3]  # the ones whose gains are drawn
 
 
+def _spelt_out(value: Any) -> Any:
+    """A text in which no character is invisible or turns the direction of writing; other values as they are, and so are spaces of every width."""
+    return "".join(c if c.isspace() else printable(c) for c in value) if type(value) is str and not value.isprintable() else value
+
+
 def write(path: pathlib.Path, metrics: dict[str, Any], grids: list[Grid]) -> None:
     """Writes the report of an evaluation's metrics (the contents of metrics.json) and its pictures as one HTML file.
 
     `gains` are read as signed so that more is better, distances too. Without a teacher or a recovery their parts are left out.
     """
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_spelt_out)
     environment.globals |= {"number": number, "interval": interval, "picture": _picture}
     environment.filters["arm"] = _arm
     matrices = [m for metric in METRICS if (m := _matrix(metrics, metric))["blocks"]]

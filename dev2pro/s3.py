@@ -7,6 +7,8 @@ from typing import Any
 import botocore.exceptions
 import fsspec
 
+from dev2pro.escape import printable
+
 ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 CURE = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; AWS_ENDPOINT_URL for other stores than Amazon's."  # what to check
 
@@ -34,8 +36,3 @@ def shown(place: str) -> str:
             rest = rest.rpartition("@")[2]
         place = f"{scheme}://{rest}"
     return printable(place)
-
-
-def printable(text: str) -> str:
-    """The text with control characters spelt out."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

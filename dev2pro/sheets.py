@@ -6,6 +6,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from dev2pro.escape import printable
+
 PAPER, INK, GREY = "#fbfaf6", "#1f1e1b", "#615e56"
 
 
@@ -23,7 +25,7 @@ def contact_sheet(title: str, headers: Sequence[str], rows: Sequence[tuple[str, 
     top = round((3.6 if title else 1) * size) + line * max(map(len, over))
     sheet = Image.new("RGB", (left + len(over) * (side + gap) + size, top + len(labels) * (tall + gap) + size), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((size, size), title, INK, large)
+    draw.text((size, size), printable(title), INK, large)
     for i, header in enumerate(over):
         draw.multiline_text((left + i * (side + gap), top - gap), "\n".join(header), GREY, small, "ld", spacing=line - size)
     for j, (label, row) in enumerate(zip(labels, shown, strict=True)):
@@ -47,7 +49,7 @@ def below(sheets: Sequence[Image.Image]) -> Image.Image:
 def _wrapped(text: str, font: Any, width: float, most: int) -> list[str]:
     """The text in at most `most` lines, and at least one, no wider than `width`: too long words are broken, too long texts cut short."""
     lines = [""]
-    for word in text.split():
+    for word in map(printable, text.split()):
         joined = f"{lines[-1]} {word}".strip()
         lines = [*lines[:-1], joined] if not lines[-1] or font.getlength(joined) <= width else [*lines, word]
         while font.getlength(lines[-1]) > width and len(lines[-1]) > 1 and len(lines) <= most:

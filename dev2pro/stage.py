@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dev2pro import claim, shelf, stop, store
 from dev2pro.artifact import ROOT, Artifact
 from dev2pro.errors import INTERRUPTED, ConfigError, SpaceError, StageError, out_of_space
+from dev2pro.escape import lines, printable
 
 C = TypeVar("C")
 NO_SPACE = "no space is left where out= writes. Free some, or choose another out=, and run again."
@@ -105,7 +106,7 @@ def published(config: C, run: Callable[[C], Artifact]) -> Artifact:
         shelf.place(where)  # a mistake in it is told before the run
     made = run(config)
     if where and os.environ.get("RANK", "0") == "0":
-        print(f"published as {store.push(made.uri, where)}", flush=True)
+        print(printable(f"published as {store.push(made.uri, where)}"), flush=True)
     return made
 
 
@@ -116,7 +117,7 @@ def _guarded(name: str, work: Callable[[], Artifact]) -> int:
         transformers.utils.logging.disable_progress_bar()
     try:
         made = work()
-        print(f"{name}: done, {made.uri}/artifact.json ({made.kind} {made.id[:12]})", flush=True)
+        print(printable(f"{name}: done, {made.uri}/artifact.json ({made.kind} {made.id[:12]})"), flush=True)
         return 0
     except KeyboardInterrupt:
         return _fail(name, "interrupted. The same command goes on from the last checkpoint, if there is one.", INTERRUPTED)
@@ -127,12 +128,12 @@ def _guarded(name: str, work: Callable[[], Artifact]) -> int:
             return _fail(name, NO_SPACE, SpaceError.exit_code)
         if "closed by peer" in str(error) or "Connection reset by peer" in str(error):  # gloo
             return _fail(name, f"rank {os.environ.get('RANK')}: another rank ended; what went wrong is told there.", 1)
-        traceback.print_exc()
+        print(lines(traceback.format_exc()), file=sys.stderr, end="", flush=True)
         return 1
     finally:
         claim.release()
 
 
 def _fail(name: str, message: str, code: int) -> int:
-    print(f"{name}: {message}", file=sys.stderr, flush=True)
+    print(lines(f"{name}: {message}"), file=sys.stderr, flush=True)
     return code

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from dev2pro.errors import INTERRUPTED
+from dev2pro.escape import lines
 
 ONE = 2.0  # seconds within which several signals are one: a terminal and torchrun both pass theirs on
 PR_SET_PDEATHSIG = 1
@@ -130,7 +131,7 @@ def _end(why: str) -> None:
 def _told(text: str, stream: Any) -> bool:
     """Whether a line went out. A stream that is broken leads to nowhere from then on, so that the next line raises nothing."""
     try:
-        print(text, file=stream, flush=True)
+        print(lines(text), file=stream, flush=True)
     except BrokenPipeError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

@@ -1,7 +1,5 @@
 """One recovered model, many LoRAs: trains and judges every concept of a list, a few at a time; one that fails does not stop the others."""
 
-from pathlib import Path
-
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
@@ -10,10 +8,12 @@ from prefect.states import Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from dev2pro.artifact import ROOT, Artifact
+from dev2pro.escape import markdown
 from flows import promoted
 from flows.forms import Concept, Concepts, overrides
 from flows.launch import TRIES, at_work, launch
 from flows.plan import folder, words
+from flows.secrets import hidden
 from flows.verdict import show
 from flows.watch import key
 
@@ -40,8 +40,8 @@ def one(form: Concepts, concept: Concept, recovered: str) -> Artifact:
 @flow(name="concepts", flow_run_name="{concepts.out}")
 def concepts(concepts: Concepts) -> State:
     """Trains a LoRA for every concept on one recovered model, and judges each as it is finished. The others go on when one fails."""
-    recovered = promoted.resolved(concepts.trained_on)
     with at_work(), ThreadPoolTaskRunner(max_workers=concepts.at_once) as hands:
+        recovered = promoted.resolved(concepts.trained_on)
         asked = {c.name: hands.submit(one, {"form": concepts, "concept": c, "recovered": recovered}) for c in concepts.concepts}
         for future in asked.values():
             future.wait()
@@ -58,7 +58,7 @@ def summary(asked: dict[str, PrefectFuture]) -> str:
     for name, future in asked.items():
         made = future.state.result(raise_on_failure=False)
         if isinstance(made, Artifact):
-            lines.append(f"| {name} | done | {made.metrics['verdict']} | `{Path(made.uri) / 'report.html'}` |")
+            lines.append(f"| {markdown(name)} | done | {markdown(made.metrics['verdict'])} | {markdown(f'{made.uri}/report.html')} |")
         else:
-            lines.append(f"| {name} | **{future.state.name}** | {str(made).replace('|', '/')[:500]} | |")
+            lines.append(f"| {markdown(name)} | **{markdown(future.state.name)}** | {markdown(hidden(str(made)))} | |")
     return "\n".join(lines)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from prefect.artifacts import create_markdown_artifact
 from prefect.logging import get_run_logger
 
+from dev2pro.escape import markdown
 from flows import generations, promoted
 from flows.generations import PROMOTED, Generation
 from flows.promoted import ALIASES
@@ -51,5 +52,5 @@ def _row(one: Generation) -> str:
 
 
 def _plain(text: str) -> str:
-    """Names and messages come from outside: nothing in them is markdown."""
-    return re.sub(r"([\\`*_{}\[\]<>()#+!|~$])", r"\\\1", hidden(" ".join(text.split())))[:500]
+    """Names and messages come from outside."""
+    return markdown(hidden(text))

@@ -18,7 +18,8 @@ from prefect.tasks import Task
 from dev2pro import artifact, claim
 from dev2pro.artifact import ROOT, Artifact
 from dev2pro.errors import INTERRUPTED, TryAgainError
-from flows import alive, slots
+from dev2pro.escape import printable
+from flows import alive, slots, trust
 from flows.secrets import hidden
 from flows.slots import Slots
 from flows.watch import Watch
@@ -88,6 +89,7 @@ def at_work() -> Iterator[None]:
     """
     _stopping.clear()
     with alive.this_run():
+        trust.check()
         try:
             yield
         except Exception:
@@ -148,7 +150,7 @@ def _listen(child: subprocess.Popen, watch: Watch | None, say: Callable[[str], N
     for line in child.stdout:
         if (event := _event(line)) is None:
             if line.strip():
-                last.append(hidden(line.rstrip()))
+                last.append(hidden(printable(line.rstrip())))
                 say(last[-1])
             continue
         if watch:
@@ -158,12 +160,16 @@ def _listen(child: subprocess.Popen, watch: Watch | None, say: Callable[[str], N
         percent = 100 * event["step"] / event["of"]
         if percent >= said + LOG_EVERY or percent < said or event["step"] == event["of"]:
             said = percent
-            say(f"{event['stage']}: {event['step']}/{event['of']}  {event['text']}")
+            say(printable(f"{event['stage']}: {event['step']}/{event['of']}  {event['text']}"))
 
 
 def _event(line: str) -> dict[str, Any] | None:
-    """What a stage tells a flow in a line; None for words, and for a line that another rank has written into."""
+    """What a stage tells a flow in a line; None for words, also for those that only begin like an event: another rank may have written into it."""
     try:
-        return json.loads(line[2:]) if line.startswith("@@") else None
-    except ValueError:
+        told = json.loads(line[2:]) if line.startswith("@@") else {}
+        is_step = isinstance(told["stage"], str) and isinstance(told["text"], str) and 0 <= told["step"] <= told["of"] and told["of"] > 0
+        return told if is_step else None
+    except KeyError:
+        return told if isinstance(told.get("measured"), dict) and isinstance(told["measured"].get("step"), int) else None
+    except (ValueError, TypeError):
         return None

@@ -12,7 +12,8 @@ WEBHOOK = "DEV2PRO_WEBHOOK"  # an address, such as a Slack or Mattermost one; un
 NAME = "dev2pro: failures and regressions"
 EVENTS = {"prefect.flow-run.Failed", "prefect.flow-run.Crashed", "dev2pro.regression"}
 BLOCK = "dev2pro-webhook"
-PAYLOAD = '{"text": "dev2pro: {{ event.resource.name or event.resource.id }}: {{ event.event }}. {{ event.payload.message }}"}'
+TEXT = '"dev2pro: " ~ (event.resource.name or event.resource.id) ~ ": " ~ event.event ~ ". " ~ event.payload.message'
+PAYLOAD = f'{{"text": {{{{ ({TEXT}) | replace("<", "(") | tojson }}}}}}'  # no quote ends the text, and Slack reads no <!channel> in it
 
 
 def arrange(client: SyncPrefectClient) -> bool:

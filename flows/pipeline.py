@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from dev2pro.artifact import Artifact
 from dev2pro.errors import ConfigError
+from dev2pro.escape import printable
 from flows import plan as plans
 from flows import verdict
 from flows.forms import Pipeline, mistakes
@@ -60,12 +61,12 @@ def main(arguments: list[str]) -> int:
         plans.read(asked.plan)  # a mistake in it needs no server to be told
         said = pipeline(asked)
     except ValidationError as error:
-        print("\n".join(f"pipeline: {line}" for line in mistakes(error, Pipeline)), file=sys.stderr)
+        print("\n".join(printable(f"pipeline: {line}") for line in mistakes(error, Pipeline)), file=sys.stderr)
         return ConfigError.exit_code
     except (ConfigError, StageFailed) as error:
-        print(f"pipeline: {error}", file=sys.stderr)
+        print(printable(f"pipeline: {error}"), file=sys.stderr)
         return error.exit_code
-    print(f"\n{said['verdict']}\n\nReport: {said['report']}")
+    print(f"\n{printable(said['verdict'])}\n\nReport: {printable(said['report'])}")
     return 0
 
 

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from dev2pro.artifact import ROOT, Artifact
 from dev2pro.errors import ConfigError, DataError, StageError
+from dev2pro.escape import printable
 from flows import generations, history, promoted
 from flows.forms import BESIDE, Recurring, mistakes, overrides
 from flows.generations import WORSE, Generation
@@ -159,12 +160,12 @@ def main(arguments: list[str]) -> int:
         state = recurring(Recurring.model_validate(nested(arguments)), return_state=True)
         state.result()  # raises what it failed with
     except ValidationError as error:
-        print("\n".join(f"recurring: {line}" for line in mistakes(error, Recurring)), file=sys.stderr)
+        print("\n".join(printable(f"recurring: {line}") for line in mistakes(error, Recurring)), file=sys.stderr)
         return ConfigError.exit_code
     except (StageError, StageFailed) as error:
-        print(f"recurring: {error}", file=sys.stderr)
+        print(printable(f"recurring: {error}"), file=sys.stderr)
         return error.exit_code if error.exit_code > 0 else 128 - error.exit_code  # of a stage that was killed, as a shell tells it
-    print(f"{state.name}: {state.message}")
+    print(printable(f"{state.name}: {state.message}"))
     return 0
 
 

@@ -1,6 +1,7 @@
 """`make serve`: a Prefect server on this machine, two runners for the deployments, and an eye on both, until it is stopped."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,12 +20,17 @@ from dotenv import load_dotenv
 
 from dev2pro import stop
 from dev2pro.artifact import ROOT
+from dev2pro.errors import ConfigError
+from dev2pro.escape import printable
+from flows import password
 
+ORIGINS = "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS"
 LOGS = ROOT / "runs" / ".serve"
 DEFAULTS = {  # where neither the environment nor .env says otherwise
     "PREFECT_HOME": str(ROOT / ".prefect"),
     "PREFECT_API_URL": "http://127.0.0.1:4200/api",
     "PREFECT_UI_API_URL": "/api",  # where the UI itself comes from
+    "PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
@@ -35,7 +41,6 @@ DEFAULTS = {  # where neither the environment nor .env says otherwise
     "PREFECT_CLIENT_MAX_RETRIES": "9",  # with doubling pauses: the server may be gone for eight minutes
     "PREFECT_RUNNER_POLL_FREQUENCY": "5",  # seconds from a click to its start
 }
-EXAMPLE = "choose-a-password"  # as .env.example has it
 START, LOOK, QUICKLY = 120.0, 5.0, 10.0  # seconds: for the server to answer; between two looks; a child that lived no longer than this is not well
 ENGINES = 40.0  # seconds for flows to end once they are asked: they wait 25 for their stages
 
@@ -83,20 +88,21 @@ class Child:
 
 def say(text: str) -> None:
     """A line with the time of day."""
-    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+    print(f"{time.strftime('%H:%M:%S')}  {printable(text)}", flush=True)
 
 
 def main() -> int:
     """Until SIGTERM or SIGINT. Returns the exit code."""
     address = urlparse(os.environ["PREFECT_API_URL"])
-    if EXAMPLE in os.environ.get("PREFECT_SERVER_API_AUTH_STRING", ""):
-        print(
-            "serve: the password in .env is the one of .env.example, which everybody knows. Choose another: `openssl rand -hex 24`.", file=sys.stderr
-        )
-        return 2
     if not free(address.hostname or "", address.port or 80):
         print(f"serve: {address.netloc} is in use, perhaps by another `make serve`. Stop that, or set PREFECT_API_URL in .env.", file=sys.stderr)
         return 2
+    try:
+        who_may = password.settle()
+        check_origins()
+    except ConfigError as error:
+        print(f"serve: {error}", file=sys.stderr)
+        return error.exit_code
     began, asked = time.monotonic(), [False]
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: asked.__setitem__(0, True))
@@ -114,6 +120,8 @@ def main() -> int:
 
     with get_client(sync_client=True) as client:
         eye = truth.Truth(client)
+        for sentence in deployments.put_right(client):
+            say(sentence)
         if resumed := eye.resume(deployments.names()):
             say(f"going on with runs that were cut off: {', '.join(resumed)}")
         if notify.arrange(client):
@@ -122,6 +130,7 @@ def main() -> int:
             child.keep()
         quietly(lambda: wait(lambda: {one.name for one in client.read_deployments()} >= set(deployments.names()), START, lambda: asked[0]))
         say(f"ready after {time.monotonic() - began:.0f} s: http://{address.netloc}/v2/deployments   (Ctrl-C stops; logs are in {LOGS})")
+        print(who_may, flush=True)
         while not asked[0]:
             for child in (server, *runners):
                 child.keep()
@@ -134,11 +143,20 @@ def main() -> int:
     return 0
 
 
+def check_origins() -> None:
+    """Raises ConfigError where the pages that may use the API are not named."""
+    for origin in os.environ[ORIGINS].split(","):
+        if "*" in origin:
+            raise ConfigError(f"{ORIGINS} allows every page there is. Name the addresses that the UI is opened at, with commas between them.")
+        if not re.fullmatch(r"https?://[^/?#@\s]+", origin):
+            raise ConfigError(f"{ORIGINS}: {origin!r} is no address of a page. Write it as the browser has it, such as https://dev2pro.example.com.")
+
+
 def stopped(runners: list[Child]) -> list[UUID]:
     """Ends the runners first, so that nothing new begins, then the flows, which have their stages save. Returns the runs that had begun."""
     from flows import alive
 
-    engines = {engine.pid for child in runners if child.process for engine in psutil.Process(child.process.pid).children()}
+    engines = {engine.pid for child in runners if child.process for engine in psutil.Process(child.process.pid).children() if is_run(engine)}
     for child in runners:
         child.end(signal.SIGKILL)  # asked nicely it would cancel its runs; they are to go on
     living = [life for life in alive.begun() if life.pid]
@@ -149,6 +167,13 @@ def stopped(runners: list[Child]) -> list[UUID]:
             os.kill(pid, signal.SIGTERM)
     wait(lambda: not any(psutil.pid_exists(pid) for pid in engines), ENGINES)
     return [life.run for life in living]
+
+
+def is_run(process: psutil.Process) -> bool:
+    """Whether a runner's child is a flow run; multiprocessing has a helper of its own beside them."""
+    with suppress(psutil.Error):
+        return not any("resource_tracker" in word for word in process.cmdline())
+    return False
 
 
 def quietly(work: Callable[[], object]) -> None:
@@ -198,20 +223,16 @@ def child(name: str) -> None:
         server.run(address.hostname or "127.0.0.1", address.port or 4200)
         return
     stop.follow_parent(signal.SIGKILL)  # its runs go on without it; asked nicely it would cancel them
-    from prefect import serve
+    from flows import deployments
 
-    from flows import deployments, slots
-
-    limit = len(slots.names()) if name == deployments.TRAINING else 10
-    serve(*deployments.as_left(deployments.made(name)), limit=limit, pause_on_shutdown=False)
+    deployments.run(name)
 
 
 if __name__ == "__main__":
     load_dotenv(Path(ROOT, ".env"))
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
-    # else every page that is open in a browser here could change deployments, and with them what is run
-    os.environ.setdefault("PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS", os.environ["PREFECT_API_URL"].removesuffix("/api"))
+    os.environ.setdefault(ORIGINS, os.environ["PREFECT_API_URL"].removesuffix("/api"))
     if sys.argv[1:]:
         child(sys.argv[1])
     else:

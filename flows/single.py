@@ -13,8 +13,10 @@ stage = task(launch, name="stage", task_run_name="{stage}", cache_policy=NO_CACH
 NAMES = {"recover": "recover (dev2pro)"}  # where people meet it
 
 
-def _run(name: str, form: Stage, **own: str) -> State:
+def _run(name: str, form: Stage, *models: str) -> State:
+    """`models`: fields that may hold an alias, such as latest."""
     with at_work():
+        own = {field: promoted.resolved(model) for field in models if (model := getattr(form, field))}
         made = stage.with_options(task_run_name=NAMES.get(name, name))(name, words(overrides(form), own), form.out, form.processes)
     if made.kind == "evaluation":
         verdict.show(made)
@@ -30,16 +32,16 @@ def recover(recover: Recover) -> State:
 @flow(name="lora", flow_run_name="{lora.out}")
 def lora(lora: Lora) -> State:
     """Trains a LoRA on a recovered model. Apply it to the original base at its usual guidance."""
-    return _run("lora", lora, trained_on=promoted.resolved(lora.trained_on))
+    return _run("lora", lora, "trained_on")
 
 
 @flow(name="evaluate", flow_run_name="{evaluate.out}")
 def evaluate(evaluate: Evaluate) -> State:
     """Puts every LoRA on every base, judges the pictures, compares, and writes a report."""
-    return _run("evaluate", evaluate, **({"recovered": promoted.resolved(evaluate.recovered)} if evaluate.recovered else {}))
+    return _run("evaluate", evaluate, "recovered")
 
 
 @flow(name="distill", flow_run_name="{distill.out}")
 def distill(distill: Distill) -> State:
     """Makes a guidance-distilled student from an undistilled teacher, as the article guesses FLUX.1-dev was made."""
-    return _run("distill", distill, teacher=promoted.resolved(distill.teacher))
+    return _run("distill", distill, "teacher")

@@ -8,6 +8,7 @@ from PIL import Image
 from prefect.artifacts import create_markdown_artifact
 
 from dev2pro.artifact import Artifact
+from dev2pro.escape import markdown
 from flows.watch import key
 
 SHEETS = 3  # pictures shown; all of them are in the report
@@ -23,7 +24,9 @@ def page(result: Artifact) -> str:
     """The page in markdown."""
     sheets = sorted(Path(result.uri, "sheets").glob("*.png"))[:SHEETS]
     pictures = "\n\n".join(f"![]({_small(sheet)})" for sheet in sheets)
-    return f"## {result.metrics['verdict']}\n\n{_table(result)}\n\nThe whole report: `{result.uri}/report.html`\n\n{pictures}\n"
+    return (
+        f"## {markdown(result.metrics['verdict'])}\n\n{_table(result)}\n\nThe whole report: {markdown(f'{result.uri}/report.html')}\n\n{pictures}\n"
+    )
 
 
 def _table(result: Artifact) -> str:
@@ -32,7 +35,8 @@ def _table(result: Artifact) -> str:
     rows = []
     for gain in gains:
         mean, low, high = (f"{100 * gain[key]:+.0f}" for key in ("mean", "low", "high"))
-        rows.append(f"| {gain['style'] or '**all**'} | {gain['arm']} | {gain['rival']} | {mean} | {low} to {high} |")
+        style = markdown(gain["style"]) if gain["style"] else "**all**"
+        rows.append(f"| {style} | {markdown(gain['arm'])} | {markdown(gain['rival'])} | {mean} | {low} to {high} |")
     head = ["| style | LoRA | against | obeys the prompt more often, in points | 95% interval |", "|---|---|---|---|---|"]
     return "\n".join([*head, *rows]) if rows else ""
 

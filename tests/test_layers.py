@@ -12,9 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("flows", "stages", "data", "dev2pro", "tests", "bench")
 ARROWS = {
-    "flows": ("flows", "dev2pro.artifact", "dev2pro.claim", "dev2pro.errors", "dev2pro.stop"),
+    "flows": ("flows", "dev2pro.artifact", "dev2pro.claim", "dev2pro.errors", "dev2pro.escape", "dev2pro.stop"),
     "stages": ("data", "dev2pro"),  # and no other stage
-    "data": ("data", "dev2pro.draws", "dev2pro.errors", "dev2pro.s3", "dev2pro.stop", "dev2pro.tries"),
+    "data": ("data", "dev2pro.draws", "dev2pro.errors", "dev2pro.escape", "dev2pro.s3", "dev2pro.stop", "dev2pro.tries"),
     "dev2pro": ("dev2pro",),
 }
 BRING_TORCH = ("torch", "accelerate", "diffusers", "peft", "torchao", "transformers")

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,19 +66,11 @@ class Clone(Serve):
         before = self.said.read_text().count("ready after")
         until(lambda: self.said.read_text().count("ready after") > before or self.process.poll() is not None, what="make serve")
         assert self.process.poll() is None, self.said.read_text()
-        self.log_in()
+        there = dotenv_values(self.folder / ".env")
+        if not there.get("DEV2PRO_NO_PASSWORD"):
+            self.log_in(there.get("PREFECT_SERVER_API_AUTH_STRING") or (self.home / "password").read_text().strip())
         until(lambda: len(self.deployments()) >= 5, what="registering the deployments")
         return time.monotonic() - began
-
-    def log_in(self) -> None:
-        """As the UI does: a password, and a token for what changes something."""
-        there = dotenv_values(self.folder / ".env")
-        if user := there.get("PREFECT_SERVER_API_AUTH_STRING"):
-            self.api.auth = tuple(user.split(":", 1))
-        if there.get("PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED") == "true":
-            client = str(uuid.uuid4())
-            token = self.api.get("csrf-token", params={"client": client}).raise_for_status().json()["token"]
-            self.api.headers.update({"Prefect-Csrf-Client": client, "Prefect-Csrf-Token": token})
 
     def recovered(self, out: str, **more: Any) -> str:
         """Runs a recovery of three steps to its end: the id of the run."""

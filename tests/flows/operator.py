@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,8 +61,16 @@ class Serve:
         before = self.said.read_text().count("ready after")
         until(lambda: self.said.read_text().count("ready after") > before or self.process.poll() is not None, what="make serve")
         assert self.process.poll() is None, self.said.read_text()
+        self.log_in((self.home / "password").read_text().strip())
         until(lambda: len(self.deployments()) == 7, what="registering the deployments")
         return time.monotonic() - began
+
+    def log_in(self, user: str) -> None:
+        """As the UI does: USER:PASSWORD, and a token for what changes something."""
+        self.user, self.api.auth = user, tuple(user.split(":", 1))
+        client = str(uuid.uuid4())
+        token = self.api.get("csrf-token", params={"client": client}).raise_for_status().json()["token"]
+        self.api.headers.update({"Prefect-Csrf-Client": client, "Prefect-Csrf-Token": token})
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         self.process.send_signal(number)

@@ -43,8 +43,17 @@ def page(browser, serve):
     expect.set_options(timeout=PATIENCE)
     page = browser.new_page(viewport={"width": 1280, "height": 900}, base_url=serve.address)
     page.set_default_timeout(PATIENCE)
+    log_in(page, serve.user)
     yield page
     page.close()
+
+
+def log_in(page: Page, user: str) -> None:
+    """Pastes USER:PASSWORD into the UI."""
+    page.goto("/")
+    page.get_by_placeholder("admin:pass").fill(user)
+    page.keyboard.press("Enter")
+    page.wait_for_function("localStorage.getItem('prefect-password')")
 
 
 def shot(page: Page, name: str) -> None:

@@ -39,9 +39,9 @@ def test_a_template_leaves_nothing_to_whoever_starts_a_run(kind):
 
 
 def test_every_flow_has_a_deployment_in_every_pool():
-    from flows import deployments
+    from flows import deployments, trust
 
-    flows = {one.entrypoint for runner in (deployments.TRAINING, deployments.CHEAP) for one in deployments.made(runner)}
+    flows = {trust.own(one.flow)["entrypoint"] for runner in (deployments.TRAINING, deployments.CHEAP) for one in deployments.of(runner)}
     wanted = {(kind, pool, flow) for pool, kind in POOLS.items() for flow in flows}
     there = {(one["name"], one["work_pool"]["name"], one["entrypoint"]) for one in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]}
     assert there == wanted

@@ -15,7 +15,7 @@ from playwright.sync_api import sync_playwright
 from dev2pro.artifact import ROOT
 from tests.flows.clone import PASSWORD, RECOVER, cloned
 from tests.flows.operator import free_port, until
-from tests.flows.test_browser import CHROMIUM, QUIET
+from tests.flows.test_browser import CHROMIUM, QUIET, log_in
 
 pytestmark = [pytest.mark.operator, pytest.mark.skipif(not shutil.which("nginx", path="/usr/sbin:/usr/bin"), reason="apt-get install nginx-light")]
 LISTENING = "listen 443 ssl http2;"
@@ -182,13 +182,10 @@ def test_the_ui_works_through_it(serve, proxy):
     refused = set()
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page(ignore_https_errors=True)
+        page = browser.new_page(ignore_https_errors=True, base_url=proxy["strict"])
         page.set_default_timeout(60_000)
         page.on("response", lambda answer: refused.add((answer.request.method, answer.url.split("/api/")[-1])) if answer.status == 403 else None)
-        page.goto(proxy["strict"])
-        page.get_by_placeholder("admin:pass").fill(f"admin:{PASSWORD}")
-        page.keyboard.press("Enter")
-        page.wait_for_function("localStorage.getItem('prefect-password')")
+        log_in(page, f"admin:{PASSWORD}")
         for where, there in (
             ("deployments", "distill"), (f"deployments/deployment/{deployment}", "Runs"), (f"deployments/deployment/{deployment}/run", "Submit"),
             (f"runs/flow-run/{run}", "Task Runs"), ("runs", "Flow Runs"), ("artifacts", "All Types"),
