@@ -2,7 +2,7 @@
 
 import re
 
-MARKDOWN = re.compile(r"[\\`*_{}\[\]<>()#+!|~$&:@=-]|^\d+(?=\.)")  # the last: a list
+MARKDOWN = re.compile(r"[\\`*_{}\[\]<>()#+!|~$&]|^[=-]|^\d+(?=\.)")  # the last: a list
 LONGEST = 500  # characters in markdown
 
 

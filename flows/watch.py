@@ -21,6 +21,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 
 from dev2pro import artifact
+from dev2pro.escape import markdown
 from flows import charts
 
 EVERY = 5.0  # seconds between two looks; the progress is told then
@@ -86,7 +87,7 @@ class Watch:
 
     def _progress(self) -> None:
         event = self.events[-1][1]
-        said = f"{event['stage']}: {pace(self.events)}  {event['text']}"
+        said = f"{markdown(event['stage'])}: {pace(self.events)}  {markdown(event['text'])}"  # the UI takes descriptions for markdown
         self._show(ProgressArtifact(progress=100 * event["step"] / event["of"], description=said))
 
     def _curves(self) -> None:

@@ -1,6 +1,8 @@
 """What is made safe to show has no character left that a terminal obeys, and in markdown is text and nothing else."""
 
 import re
+import subprocess
+import sys
 import unicodedata
 
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from dev2pro.artifact import ROOT
 from dev2pro.escape import LONGEST, lines, markdown, printable
 
 HOSTILE = [
@@ -59,3 +62,21 @@ def test_markdown_is_text_alone(text):
 def test_markdown_shows_the_text_itself(text):
     shown = "".join(child.content for token in PARSER.parse(f"x{markdown(text)}") for child in token.children or [])
     assert shown == "x" + re.sub(r"\s+$", "", printable(" ".join(text.split()))[:LONGEST])
+
+
+ESCAPES = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e"
+
+
+def test_a_terminal_obeys_nothing_in_an_error(run_stage, tmp_path):
+    code, said = run_stage("lora", "experiment=miniature", f"out={tmp_path}/out", f"trained_on='{tmp_path}/{ESCAPES}'", "arm=x", "data.name=chalk")
+    assert code == 2
+    assert "\\x1b[2J" in said
+    assert said.rstrip("\n").replace("\n", "").isprintable()
+
+
+def test_a_terminal_obeys_nothing_in_a_traceback():
+    code = f"import sys; from dev2pro import stage\ndef work(): raise RuntimeError({ESCAPES!r})\nsys.exit(stage._guarded('x', work))"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert said.returncode == 1
+    assert "RuntimeError: \\x1b]0;owned" in said.stderr
+    assert said.stderr.replace("\n", "").isprintable()

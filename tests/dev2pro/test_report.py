@@ -192,6 +192,14 @@ def test_names_and_prompts_are_escaped(tmp_path):
     assert not [attrs for _, attrs in page.tags if any(name.startswith("on") for name in attrs)]
 
 
+def test_invisible_characters_are_spelt_out_and_others_stay(tmp_path):
+    prompts = [*PROMPTS[:8], "a\x1b[2J\u202eb", "trois\xa0chats 🐈 三"]
+    _, page = written(tmp_path, fake_metrics(["chalk"]), [report.Grid("chalk", 0, prompts, fake_grids(["chalk"])[0].rows)])
+    assert "a\\x1b[2J\\u202eb" in page.text
+    assert "trois chats 🐈 三" in page.text
+    assert not {"\x1b", "\u202e"} & set(page.text)
+
+
 @pytest.mark.parametrize("recovery", [True, False])
 def test_without_a_teacher(tmp_path, recovery):
     grids = [report.Grid(g.style, g.seed, g.prompts, [r for r in g.rows if "teacher" not in r[0]]) for g in fake_grids(["chalk"])]

@@ -52,3 +52,9 @@ def test_long_words_and_other_shapes(side):
     picture = Image.new("L", (100, 50), 128)
     rows = [("an arm with a long name " * 9, [picture, picture]), ("", [picture, picture])]
     assert sheets.contact_sheet("a style", ["x" * 300, "word " * 90], rows, side).width < 2 * side + 4 * side + 100
+
+
+def test_characters_that_cannot_be_drawn_are_spelt_out():
+    row = [("a", [Image.new("RGB", (32, 32))])]
+    spelt = sheets.contact_sheet("t\\x1b[2J", ["h\\u202e"], row, 64)
+    assert sheets.contact_sheet("t\x1b[2J", ["h\u202e"], row, 64).tobytes() == spelt.tobytes()

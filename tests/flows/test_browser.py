@@ -48,9 +48,9 @@ def page(browser, serve):
     page.close()
 
 
-def log_in(page: Page, user: str) -> None:
+def log_in(page: Page, user: str, address: str = "") -> None:
     """Pastes USER:PASSWORD into the UI."""
-    page.goto("/")
+    page.goto(f"{address}/")
     page.get_by_placeholder("admin:pass").fill(user)
     page.keyboard.press("Enter")
     page.wait_for_function("localStorage.getItem('prefect-password')")
