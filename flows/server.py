@@ -11,7 +11,6 @@ from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
 import uvicorn
-from fastapi import FastAPI
 from prefect.server.api.server import create_app
 from prefect.server.database.configurations import AioSqliteConfiguration
 from prefect.server.database.dependencies import provide_database_interface, temporary_database_config
@@ -33,13 +32,14 @@ class InTurn(AioSqliteConfiguration):
             yield transaction
 
 
-def closed() -> FastAPI:
-    """Prefect's server and UI. A request for another host name than ours gets 400, before anything else: the name of a page may lead here."""
-    app = create_app(final=True)
+def closed() -> TrustedHostMiddleware:
+    """Prefect's server and UI. A request for another host name than ours gets 400, before anything else: the name of a page may lead here.
+
+    Around the app, not in it: the server's own services call that directly, as the host prefect-in-memory.
+    """
     origins = os.environ["PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS"].split(",")
-    app.add_middleware(SameOrigin, origins=origins)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts([*origins, os.environ["PREFECT_API_URL"]]), www_redirect=False)
-    return app
+    ours = hosts([*origins, os.environ["PREFECT_API_URL"]])
+    return TrustedHostMiddleware(SameOrigin(create_app(final=True), origins), ours, www_redirect=False)
 
 
 def hosts(addresses: Iterable[str]) -> list[str]:
