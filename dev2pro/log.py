@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from dev2pro import stop
+from dev2pro.escape import printable
 
 EVENTS = "DEV2PRO_EVENTS"  # set by a flow: progress comes as lines "@@{json}" that it can read
 EVENT_EVERY = 1.0  # seconds
@@ -21,7 +22,7 @@ class Progress:
     """`with Progress(name, total) as progress: ... progress.step(n, loss=...)`. Silent on every rank but the first."""
 
     def __init__(self, name: str, total: int, main: bool = True) -> None:
-        self.name, self.total, self.main = name, total, main
+        self.name, self.total, self.main = printable(name), total, main
         self.events = bool(os.environ.get(EVENTS))
         self._said = 0.0
         self._bar: Bar | None = None
@@ -29,7 +30,11 @@ class Progress:
     def __enter__(self) -> Self:
         if self.main and sys.stdout.isatty() and not self.events:
             self._bar = Bar(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}")
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}"),
             )
             self._task = self._bar.add_task(self.name, total=self.total, text="")
             self._bar.start()

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from dev2pro.log import EVENTS, Log
+from dev2pro.log import EVENTS, Log, Progress
 
 
 def rows(folder) -> list[dict]:
@@ -83,3 +83,13 @@ def test_a_run_that_goes_on_drops_what_came_after_its_checkpoint(tmp_path):
     with Log(str(tmp_path), "recover", 4, first=2) as log:
         log.write(3, loss=30.0)
     assert rows(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 30.0}]
+
+
+def test_a_bar_on_a_terminal_obeys_no_name(monkeypatch, capsys):
+    monkeypatch.delenv(EVENTS, raising=False)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    with Progress("lora [bold]x[/bold]\x1b]0;owned\x07", 3) as bar:
+        bar.step(3)
+    said = capsys.readouterr().out
+    assert "\x1b]0" not in said
+    assert "[bold]x[/bold]\\x1b]0;owned\\x07" in said.replace("\n", "")
