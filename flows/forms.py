@@ -32,6 +32,9 @@ def within_roots(place: str) -> str:
     else:
         inside = (ROOT / re.split(r"[*?\[{]", place)[0]).resolve()  # the part before a pattern; links are followed
         allowed = any(inside.is_relative_to(root) for root in [ROOT, *(Path(root).resolve() for root in roots if "://" not in root)])
+    below = next((place.removeprefix(root) for root in (*roots, str(ROOT)) if place.startswith(root)), place)
+    if any(part.startswith(".") and part != "." for part in below.split("/")):
+        raise ValueError("hidden files and folders hold settings and secrets, and are not read. Choose another")
     if not allowed:
         raise ValueError(
             f"it is outside of the places that this machine offers ({', '.join([str(ROOT), *roots])}). Choose one inside, or add to {ROOTS}"

@@ -52,8 +52,9 @@ def _make(path: Path) -> str:
 
 
 def _read(path: Path) -> str:
-    """What the file says. One that others could read, or that holds no password, is refused."""
-    if path.stat().st_mode & 0o077:
+    """What the file says. One that others could read or have written, or that holds no password, is refused."""
+    known_to = path.stat()
+    if known_to.st_mode & 0o077 or known_to.st_uid != os.getuid():
         raise ConfigError(f"{path} can be read by other users, so its password is no secret. Remove the file; the next start makes another.")
     known = path.read_text().strip()
     if not all(known.partition(":")) or len(known.split()) != 1:

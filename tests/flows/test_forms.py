@@ -220,3 +220,17 @@ def test_roots_can_be_added(tmp_path, monkeypatch):
 def test_aliases_need_no_root():
     for alias in ("latest", "best", "other:latest"):
         assert Lora(trained_on=alias).trained_on == alias
+
+
+@pytest.mark.parametrize(
+    "place", [".env", "./.prefect/password", "runs/../.env", "*/.git/*", "runs/{a,.b}/../.x", f"{ROOT}/.env", "s3://ours/shards/.x"]
+)
+def test_hidden_files_hold_secrets_and_are_not_read(place, monkeypatch):
+    monkeypatch.setenv(forms.ROOTS, "s3://ours/shards")
+    with pytest.raises(ValidationError, match=r"hidden|should match pattern"):
+        Evaluate(prompts=place)
+
+
+def test_a_project_in_a_hidden_folder_is_not_hidden(tmp_path, monkeypatch):
+    monkeypatch.setenv(forms.ROOTS, f"{tmp_path}/.mine")
+    assert Evaluate(prompts=f"{tmp_path}/.mine/prompts.txt").prompts

@@ -79,6 +79,17 @@ def test_what_cannot_be_meant_is_refused(monkeypatch, settings, error):
         password.settle()
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+def test_a_file_of_somebody_else_is_refused(tmp_path):
+    file = tmp_path / "home" / password.FILE
+    file.parent.mkdir()
+    file.write_text("admin:known to them")
+    file.chmod(0o600)
+    os.chown(file, 12345, 12345)
+    with pytest.raises(ConfigError, match="other users"):
+        password.settle()
+
+
 @pytest.mark.parametrize(
     ("content", "mode", "error"), [("admin:x", 0o640, "other users"), ("", 0o600, "no USER:PASSWORD"), ("a:b\nc:d", 0o600, "no USER")]
 )
