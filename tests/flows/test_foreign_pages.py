@@ -1,7 +1,7 @@
 """A page of another origin, in a real browser, tries all that browsers send without asking; the gate alone is between it and the API.
 
-The server of these tests has neither password nor CSRF protection, so that nothing else can refuse. At 62143d3 every test here fails (runs begin, websockets open, the UI is shown in a frame) but
-for the page of no origin, which Chromium itself keeps from loopback.
+The server of these tests has neither password nor CSRF protection, so that nothing else can refuse. At 62143d3 every test here fails (runs begin,
+websockets open, the UI is shown in a frame) but for the page of no origin, which Chromium itself keeps from loopback.
 """
 
 import json
