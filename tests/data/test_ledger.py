@@ -1,10 +1,12 @@
 import json
-import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from data import ledger
+from dev2pro.artifact import ROOT
 from tests.shards import refusal
 
 
@@ -30,19 +32,21 @@ def test_a_run_is_noted_once(tmp_path):
     assert book.read_bytes() == before
 
 
-def _record_many(book: str, first: int) -> None:
-    for number in range(first, first + 12):
-        ledger.record(book, f"run {number}", "snap", [f"shard {number}"], 1)
+RECORD_MANY = """
+import sys
+from data import ledger
+from dev2pro.artifact import ROOT
+for number in range(int(sys.argv[2]), int(sys.argv[2]) + 12):
+    ledger.record(sys.argv[1], f"run {number}", "snap", [f"shard {number}"], 1)
+"""
 
 
 def test_processes_that_write_at_one_time_lose_nothing(tmp_path):
     book = str(tmp_path / "ledger.jsonl")
-    several = [multiprocessing.get_context("fork").Process(target=_record_many, args=(book, first)) for first in (0, 6, 12)]
+    several = [subprocess.Popen([sys.executable, "-c", RECORD_MANY, book, str(first)], cwd=ROOT, stderr=subprocess.PIPE) for first in (0, 6, 12)]
     for one in several:
-        one.start()
-    for one in several:
-        one.join()
-        assert one.exitcode == 0
+        said = one.communicate()[1]
+        assert one.returncode == 0, said.decode()
     lines = [json.loads(line) for line in Path(book).read_text().splitlines()]
     assert sorted(line["run"] for line in lines) == sorted(f"run {number}" for number in range(24))
     assert ledger.consumed(book) == {f"shard {number}" for number in range(24)}

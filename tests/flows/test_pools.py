@@ -142,8 +142,8 @@ def test_a_worker_s_run_that_is_cancelled_has_saved(serve, deployed, worker):
 
 
 @pytest.mark.operator
-def test_make_serve_s_own_runs_do_not_look_at_job_variables(serve):
+def test_make_serve_s_own_runs_refuse_job_variables(serve):
     run = serve.run("recover", recover={**RECOVER, "out": "runs/serve"})
     serve.api.patch(f"flow_runs/{run}", json={"job_variables": {"command": f"touch {serve.folder}/pwned"}})
-    ends(serve, run)
+    assert "Nothing was done: this run was given job variables (command)" in serve.until_state(run, "Failed")["message"]
     assert not list(serve.folder.rglob("pwned"))
