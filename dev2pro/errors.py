@@ -2,15 +2,9 @@
 
 
 class StageError(Exception):
-    """Names the thing, the place and the cure in one paragraph. `exit_code` is what the process ends with.
-
-    Its text is safe to show wherever it comes out: it quotes names, captions and what libraries and servers say.
-    """
+    """Names the thing, the place and the cure in one paragraph. `exit_code` is what the process ends with."""
 
     exit_code = 1
-
-    def __str__(self) -> str:
-        return lines(super().__str__())
 
 
 class ConfigError(StageError):
