@@ -17,6 +17,7 @@ from dev2pro import stop
 from dev2pro.errors import INTERRUPTED
 
 GRACE = "checkpoint.grace="
+KILLED = 137  # by SIGKILL, often for want of memory; the other ranks were then asked to stop, and say that they were interrupted
 MARGIN = 15.0  # seconds: ranks that were asked to stop end by themselves with their grace, unless they hang; then they are killed
 _since = 0.0  # when the first signal came
 
@@ -53,7 +54,7 @@ def _code(ended: list[int]) -> int:
     """Of ranks that failed together: the others only know that one was lost."""
     codes = [code if code > 0 else 128 - code for code in ended]  # as a shell has it for a rank that a signal ended
     known = [code for code in codes if code not in (1, INTERRUPTED) and code < 128]
-    return known[0] if known else INTERRUPTED if INTERRUPTED in codes else codes[0]
+    return known[0] if known else next((code for code in (KILLED, INTERRUPTED) if code in codes), codes[0])
 
 
 if __name__ == "__main__":

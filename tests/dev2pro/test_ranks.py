@@ -53,7 +53,19 @@ def test_ranks_have_their_grace_before_they_are_killed(said, seconds):
 
 @pytest.mark.parametrize(
     ("ended", "code"),
-    [([1, 3], 3), ([75, 1], 75), ([130, 4], 4), ([130, 130], 130), ([1, 130], 130), ([1, 1], 1), ([-9, 1], 137), ([-9, 5], 5), ([1, -15], 1)],
+    [
+        ([1, 3], 3),
+        ([75, 1], 75),
+        ([130, 4], 4),
+        ([130, 130], 130),
+        ([1, 130], 130),
+        ([1, 1], 1),
+        ([-9, 1], 137),
+        ([1, -9], 137),
+        ([130, -9], 137),
+        ([-9, 5], 5),
+        ([1, -15], 1),
+    ],
 )
 def test_who_knows_is_asked_first(ended, code):
     assert ranks._code(ended) == code
