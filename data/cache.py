@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from data.transport import write_local
+from dev2pro.escape import printable
 
 ROOM = 0.9  # of the limit that is left in use once it was exceeded
 COUNTED = 0.01  # of the limit that is written before looking what other processes wrote
@@ -65,7 +66,8 @@ class DiskCache:
             self._written += size
         except OSError as error:
             if not self._full:
-                print(f"cache: {self.folder} keeps nothing more ({error.strerror}); reading goes on without it.", file=sys.stderr, flush=True)
+                where = printable(str(self.folder))
+                print(f"cache: {where} keeps nothing more ({error.strerror}); reading goes on without it.", file=sys.stderr, flush=True)
             self._full = True
 
     def _files(self) -> list[tuple[float, int, Path]]:

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -58,13 +59,16 @@ def run(name: str, words: argparse.ArgumentParser, work: Callable[[argparse.Name
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         cure = "Make room" if full else "Mend that, or choose another place"
         print(
-            f"{name}: {places.shown(str(error.filename or 'a file'))}: {error.strerror or error}. {cure} and run the same command again.",
+            lines(f"{name}: {places.shown(str(error.filename or 'a file'))}: {error.strerror or error}. {cure} and run the same command again."),
             file=sys.stderr,
         )
         sys.exit(SpaceError.exit_code if full else DataError.exit_code)
     except StageError as error:
         print(lines(f"{name}: {error}"), file=sys.stderr)
         sys.exit(error.exit_code)
+    except Exception:
+        print(lines(traceback.format_exc()), file=sys.stderr, end="")
+        sys.exit(1)
 
 
 def _interrupt(*_: Any) -> None:
@@ -117,7 +121,7 @@ def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
     if not sys.stdout.isatty():
         yield line
         return
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+    with Progress(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
         task = bar.add_task(what, total=total)
         yield lambda: bar.advance(task)
 

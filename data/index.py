@@ -101,11 +101,12 @@ def _tell(outcomes: list[Outcome]) -> int:
     rows = [(places.shown(one.place), bad["offset"], bad["key"], bad["reason"]) for one in outcomes for bad in one.rejected]
     commands.show("rejected samples", ("shard", "at byte", "key", "reason"), rows, SHOWN)
     if ignored := sum((Counter(one.ignored) for one in outcomes), Counter[str]()):
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in ignored.most_common(SHOWN))
+        kinds = ", ".join(f"{count:,} {places.printable(kind)}" for kind, count in ignored.most_common(SHOWN))
         print(f"index: {ignored.total():,} members are of no use here: {kinds}")
     for one in outcomes:
         if one.partial:
-            print(f"index: {places.shown(one.place)} is used only up to its damage at byte {one.partial['offset']}: {one.partial['reason']}")
+            why = places.printable(f"{one.partial['offset']}: {one.partial['reason']}")
+            print(f"index: {places.shown(one.place)} is used only up to its damage at byte {why}")
     for one in failed:
         print(f"index: {one.error}", file=sys.stderr)
     fine = [one for one in outcomes if not one.exit_code]

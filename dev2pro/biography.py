@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+import traceback
 from collections import deque
 from typing import Any, NoReturn
 
@@ -18,11 +19,12 @@ from rich.tree import Tree
 from dev2pro import artifact, errors, integrity, lineage, store, unneeded
 from dev2pro.artifact import Artifact
 from dev2pro.errors import INTERRUPTED, ConfigError, DataError, SpaceError, StageError
-from dev2pro.escape import printable
+from dev2pro.escape import lines, printable
 from dev2pro.lineage import Parent
 from dev2pro.s3 import shown
 
 SHORT = 12  # digits of an id that are shown
+DEEPEST = 20_000  # calls: a recurring recovery has a generation every day; with 100,000 a deeply nested record of others ends the process
 STYLES = {
     lineage.THERE: "green", lineage.PRUNED: "dim", lineage.CHANGED: "yellow", lineage.GONE: "red", lineage.AWAY: "red", lineage.NAMED: "dim",
 }  # fmt: skip
@@ -47,6 +49,9 @@ def main() -> NoReturn:
         cure = "Make room" if full else "Mend that, or choose another place"
         where = shown(str(error.filename or "a file"))
         code = _fail(f"{where}: {error.strerror or error}. {cure}, and run the same command again.", (SpaceError if full else ConfigError).exit_code)
+    except Exception:
+        print(lines(traceback.format_exc()), file=sys.stderr, end="", flush=True)
+        code = 1
     sys.exit(code)
 
 
@@ -55,7 +60,7 @@ def _interrupt(*_: Any) -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"artifact: {message}", file=sys.stderr, flush=True)
+    print(lines(f"artifact: {message}"), file=sys.stderr, flush=True)
     return code
 
 
@@ -205,10 +210,14 @@ def _size(bytes_: int) -> str:
 
 def tree(options: argparse.Namespace) -> int:
     """Drawn with rich; without colours where nobody looks."""
-    sys.setrecursionlimit(100_000)  # a recurring recovery has a generation every day
     made = _opened(options.path)
     root = Tree(_label((f"{made.kind} {made.id[:SHORT]}", "bold"), (f"  {shown(made.uri)}", "")))
-    _grow(root, made, {made.id})
+    usual = sys.getrecursionlimit()
+    sys.setrecursionlimit(DEEPEST)
+    try:
+        _grow(root, made, {made.id})
+    finally:
+        sys.setrecursionlimit(usual)
     drawn = io.StringIO()
     terminal = sys.stdout.isatty()
     Console(file=drawn, force_terminal=terminal, width=None if terminal else 10_000, highlight=False).print(root, soft_wrap=True)

@@ -10,6 +10,7 @@ from typing import Any
 from dev2pro import artifact, integrity
 from dev2pro.artifact import Artifact
 from dev2pro.errors import ConfigError, TryAgainError
+from dev2pro.escape import printable
 
 # what a run has written before it made anything
 STARTED = {artifact.CONFIG, artifact.PREVIEWS, "metrics.jsonl", "train.snapshot", "heldout.snapshot"}
@@ -80,7 +81,11 @@ def lock(folder: Path) -> int | None:
         os.close(handle)
         return None
     except OSError as error:
-        print(f"{folder} cannot be locked ({error.strerror}): see to it yourself that no two processes work in it.", file=sys.stderr, flush=True)
+        print(
+            f"{printable(str(folder))} cannot be locked ({error.strerror}): see to it yourself that no two processes work in it.",
+            file=sys.stderr,
+            flush=True,
+        )
     return handle
 
 

@@ -1,10 +1,18 @@
 """The ways a stage can fail that are not bugs, each with the exit code that a shell, a scheduler or a flow can act on."""
 
+from dev2pro.escape import lines
+
 
 class StageError(Exception):
-    """Names the thing, the place and the cure in one paragraph. `exit_code` is what the process ends with."""
+    """Names the thing, the place and the cure in one paragraph. `exit_code` is what the process ends with.
+
+    Its text is safe to show wherever it comes out: it quotes names, captions, and what libraries and servers say.
+    """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return lines(super().__str__())
 
 
 class ConfigError(StageError):

@@ -57,8 +57,8 @@ GAINS = METRICS[:3]  # the ones whose gains are drawn
 
 
 def _spelt_out(value: Any) -> Any:
-    """A text in which no character is invisible or turns the direction of writing; other values as they are, and so are spaces of every width."""
-    return "".join(c if c.isspace() else printable(c) for c in value) if type(value) is str and not value.isprintable() else value
+    """A text whose control characters are spelt out (see `printable`), but for tabs and line breaks; other values as they are."""
+    return "".join(c if c in "\t\n" else printable(c) for c in value) if type(value) is str and not value.isprintable() else value
 
 
 def write(path: pathlib.Path, metrics: dict[str, Any], grids: list[Grid]) -> None:

@@ -53,7 +53,8 @@ def _wrapped(text: str, font: Any, width: float, most: int) -> list[str]:
         joined = f"{lines[-1]} {word}".strip()
         lines = [*lines[:-1], joined] if not lines[-1] or font.getlength(joined) <= width else [*lines, word]
         while font.getlength(lines[-1]) > width and len(lines[-1]) > 1 and len(lines) <= most:
-            fits = next(n for n in range(len(lines[-1]) - 1, 0, -1) if n == 1 or font.getlength(lines[-1][:n]) <= width)
+            longest = min(len(lines[-1]) - 1, math.ceil(width))  # a letter has a pixel or more, and a caption may be one word of 64 kB
+            fits = next(n for n in range(longest, 0, -1) if n == 1 or font.getlength(lines[-1][:n]) <= width)
             lines = [*lines[:-1], lines[-1][:fits], lines[-1][fits:]]
     kept = lines[: max(most, 1)]
     return [*kept[:-1], kept[-1][: max(len(kept[-1]) - 1, 0)] + "…"] if len(kept) < len(lines) else kept

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import logging
 import math
 import os
 import re
@@ -21,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dev2pro import claim, shelf, stop, store
 from dev2pro.artifact import ROOT, Artifact
 from dev2pro.errors import INTERRUPTED, ConfigError, SpaceError, StageError, out_of_space
-from dev2pro.escape import lines, printable
+from dev2pro.escape import Record, lines, printable
 
 C = TypeVar("C")
 NO_SPACE = "no space is left where out= writes. Free some, or choose another out=, and run again."
@@ -112,6 +113,7 @@ def published(config: C, run: Callable[[C], Artifact]) -> Artifact:
 
 def _guarded(name: str, work: Callable[[], Artifact]) -> int:
     stop.listen()
+    logging.setLogRecordFactory(Record)
     if not sys.stderr.isatty():  # a bar that redraws itself is a hundred lines in a log
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()

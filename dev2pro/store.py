@@ -227,7 +227,7 @@ def _alone(path: str) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            print(f"waiting for another process that works on {path}", file=sys.stderr, flush=True)
+            print(f"waiting for another process that works on {shown(str(path))}", file=sys.stderr, flush=True)
             lock.acquire()
     try:
         yield

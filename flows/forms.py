@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from dev2pro.artifact import ROOT
-from flows.plan import Name
+from flows import plan
 from flows.promoted import ALIAS, LINE, NAME
 
 ROOTS = "DEV2PRO_ROOTS"  # folders and addresses, separated by commas, that pictures, models and stores may be in
-SAFE = r"^(?!.*(\$\{|_target_|(^|/)\.\.(/|$)))[^\x00-\x1f\x7f~]+$"  # no interpolation, no way up, no characters that a terminal obeys
+END = r"(?!\n)"  # after $, which in Python, unlike in a browser, leaves room for a line break
+OBEYED = r"\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069"  # characters that a terminal obeys, or that turn the direction of writing
+SAFE = rf"^(?!.*(\$\{{|_target_|(^|/)\.\.(/|$)))[^{OBEYED}~]+${END}"  # no interpolation, no way up, none of those
 
 
 def found(group: str) -> tuple[str, ...]:
@@ -42,11 +44,12 @@ def within_roots(place: str) -> str:
     return place
 
 
-RunFolder = Annotated[str, StringConstraints(pattern=r"^runs(/[A-Za-z0-9][A-Za-z0-9_.@+-]{0,63})+$"), AfterValidator(within_roots)]
+Name = Annotated[str, StringConstraints(pattern=plan.NAME + END)]
+RunFolder = Annotated[str, StringConstraints(pattern=r"^runs(/[A-Za-z0-9][A-Za-z0-9_.@+-]{0,63})+$" + END), AfterValidator(within_roots)]
 Text = Annotated[str, StringConstraints(pattern=SAFE, min_length=1, max_length=500)]
 Place = Annotated[Text, AfterValidator(within_roots)]
 Base = Annotated[Text, AfterValidator(lambda place: place if ALIAS.fullmatch(place) else within_roots(place))]
-Line = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
+Line = Annotated[str, StringConstraints(pattern=f"^{NAME}${END}")]
 Seed = Annotated[int, Field(0, ge=0, lt=2**63, title="Seed", description="The same seed and values give the same result, bit for bit.")]
 GOES = "Where the result goes, below runs/. The same values into the same folder go on, or return at once what is finished."
 if TYPE_CHECKING:  # which names there are, only conf/ knows

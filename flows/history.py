@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from prefect.artifacts import create_markdown_artifact
 from prefect.logging import get_run_logger
 
-from dev2pro.escape import markdown
+from dev2pro.escape import markdown, printable
 from flows import generations, promoted
 from flows.generations import PROMOTED, Generation
 from flows.promoted import ALIASES
@@ -29,13 +29,13 @@ def show(line: str, unusable: Sequence[dict[str, str]]) -> None:
     try:
         create_markdown_artifact(key=f"{key}-history", markdown=page(line, unusable), description=f"The recovered models of {line}")
     except Exception as error:
-        get_run_logger().warning(f"the history of {line} cannot be shown at the moment ({type(error).__name__}: {error})")
+        get_run_logger().warning(printable(f"the history of {line} cannot be shown at the moment ({type(error).__name__}: {error})"))
 
 
 def page(line: str, unusable: Sequence[dict[str, str]]) -> str:
     """The page in markdown."""
     every = generations.known(line)
-    lines = [f"- **{alias}** is `{promoted.known(line, alias) or 'nothing yet'}`" for alias in ALIASES]
+    lines = [f"- **{alias}** is {_code(promoted.known(line, alias) or 'nothing yet')}" for alias in ALIASES]
     lines += ["", "| generation | begun | new samples | held-out loss before | after | verdict | id |", "|---|---|---|---|---|---|---|"]
     lines += [_row(one) for one in every[: -ROWS - 1 : -1]]
     lines += ["", f"{len(every) - ROWS:,} older ones are not shown."] if len(every) > ROWS else []
@@ -48,7 +48,13 @@ def page(line: str, unusable: Sequence[dict[str, str]]) -> str:
 def _row(one: Generation) -> str:
     losses = [f"{loss:.5f}" if loss is not None else "" for loss in (one.before, one.after)]
     verdict = _plain(f"{one.verdict or 'under way'}{f': {one.why}' if one.why else ''}")
-    return f"| {one.number} | {one.begun[:16].replace('T', ' ')} UTC | {one.samples:,} | {losses[0]} | {losses[1]} | {verdict} | `{one.id[:SHORT]}` |"
+    begun = _plain(one.begun[:16].replace("T", " "))
+    return f"| {one.number} | {begun} UTC | {one.samples:,} | {losses[0]} | {losses[1]} | {verdict} | {_code(one.id[:SHORT])} |"
+
+
+def _code(text: str) -> str:
+    """Between backticks, where nothing can be escaped: what would end that, or the cell around it, is taken out."""
+    return f"`{re.sub('[`|]', '', printable(text))}`"
 
 
 def _plain(text: str) -> str:

@@ -29,6 +29,7 @@ SAVING = "checkpoint.grace=600"  # a stage may take longer to save: it outlives 
 SAVES = ("recover", "lora", "distill")
 LINES = 20  # of a stage's last words in an error
 LOG_EVERY = 10  # percent between two lines of progress in the log
+MOST = 1 << 53  # steps; with more, a number is no number of steps
 _running: set[subprocess.Popen] = set()
 _lock = threading.Lock()
 _stopping = threading.Event()
@@ -65,7 +66,7 @@ def launch(stage: str, words: list[str], out: str, processes: int = 1) -> Artifa
     with slots.held(processes, f"{stage} {out}", _stopping.is_set, log.info) as got:
         if got is None:
             raise StageFailed(f"{stage} was stopped before it began", INTERRUPTED)
-        log.info(hidden(f"python -m stages.{stage} {' '.join(words)}"))
+        log.info(hidden(printable(f"python -m stages.{stage} {' '.join(words)}")))
         watch = Watch(f"{stage} {out}", place, log.warning)
         try:
             _follow(stage, [*starter, "-m", f"stages.{stage}", *words], got, watch, log.info)
@@ -77,7 +78,7 @@ def launch(stage: str, words: list[str], out: str, processes: int = 1) -> Artifa
 def command(module: str, words: list[str], handles: tuple[int, ...] = ()) -> None:
     """Runs `python -m <module> <words>`, a cheap one that needs no slot; the handles are open until it has ended. Raises StageFailed."""
     log = get_run_logger()
-    log.info(hidden(f"python -m {module} {' '.join(words)}"))
+    log.info(hidden(printable(f"python -m {module} {' '.join(words)}")))
     _follow(module, ["-m", module, *words], Slots(handles, {}), None, log.info)
 
 
@@ -167,9 +168,9 @@ def _event(line: str) -> dict[str, Any] | None:
     """What a stage tells a flow in a line; None for words, also for those that only begin like an event: another rank may have written into it."""
     try:
         told = json.loads(line[2:]) if line.startswith("@@") else {}
-        is_step = isinstance(told["stage"], str) and isinstance(told["text"], str) and 0 <= told["step"] <= told["of"] and told["of"] > 0
+        is_step = isinstance(told["stage"], str) and isinstance(told["text"], str) and 0 <= told["step"] <= told["of"] and 0 < told["of"] < MOST
         return told if is_step else None
     except KeyError:
         return told if isinstance(told.get("measured"), dict) and isinstance(told["measured"].get("step"), int) else None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None

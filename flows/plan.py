@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from dev2pro.artifact import ROOT
 from dev2pro.errors import ConfigError
 
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.@+-]{0,63}$")]  # no slash, so no way out of a folder
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.@+-]{0,63}$"  # no slash, so no way out of a folder
+Name = Annotated[str, StringConstraints(pattern=NAME)]
 CONSTANTS = ("null", "true", "false", "nan", "inf")  # what Hydra reads as no string
 Overrides = dict[str, str | int | float | bool | list[str] | None]
 

@@ -21,7 +21,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 
 from dev2pro import artifact
-from dev2pro.escape import markdown
+from dev2pro.escape import markdown, printable
 from flows import charts
 
 EVERY = 5.0  # seconds between two looks; the progress is told then
@@ -36,6 +36,7 @@ class Watch:
 
     def __init__(self, stage: str, out: Path, warn: Callable[[str], None]) -> None:
         self.stage, self.out, self.warn = stage, out, warn
+        self.title = markdown(stage)  # the UI takes descriptions for markdown, with HTML in it
         self.key = key(out)
         self.curve = dict[int, dict[str, Any]]()  # what was measured on held-out pictures, by step
         self.events = deque[tuple[float, dict[str, Any]]](maxlen=WINDOW)
@@ -80,32 +81,32 @@ class Watch:
 
     def _complain(self, error: Exception) -> None:
         if not self._failing:
-            self.warn(f"{self.stage}: cannot be shown at the moment ({type(error).__name__}: {error}); it goes on")
+            self.warn(printable(f"{self.stage}: cannot be shown at the moment ({type(error).__name__}: {error}); it goes on"))
         self._failing = True
 
     # ---- what is shown ----
 
     def _progress(self) -> None:
         event = self.events[-1][1]
-        said = f"{markdown(event['stage'])}: {pace(self.events)}  {markdown(event['text'])}"  # the UI takes descriptions for markdown
+        said = f"{markdown(event['stage'])}: {pace(self.events)}  {markdown(event['text'])}"
         self._show(ProgressArtifact(progress=100 * event["step"] / event["of"], description=said))
 
     def _curves(self) -> None:
         losses = self.rows.read()
         if losses or self.curve:
             drawn = charts.drawn(losses, list(self.curve.values()))
-            self._show(MarkdownArtifact(markdown=_picture(drawn, "png"), description=f"{self.stage}: loss and recovery"), "curves")
+            self._show(MarkdownArtifact(markdown=_picture(drawn, "png"), description=f"{self.title}: loss and recovery"), "curves")
 
     def _pictures(self) -> None:
         sheets = sorted((self.out / artifact.PREVIEWS).glob("*.jpg"))
         if sheets and sheets[-1].stat().st_size < LARGEST:
-            said = f"{self.stage}: what it draws after step {int(sheets[-1].stem)}"
+            said = f"{self.title}: what it draws after step {int(sheets[-1].stem)}"
             self._show(MarkdownArtifact(markdown=_picture(sheets[-1].read_bytes(), "jpeg"), description=said), "pictures")
 
     def _checkpoints(self) -> None:
         found = [(int(name[1]), place) for place in self.out.glob("checkpoint-*") if (name := artifact.CHECKPOINT.fullmatch(place.name))]
         if rows := [_row(step, place) for step, place in sorted(found)]:
-            self._show(TableArtifact(table=rows, description=f"{self.stage}: where it would go on from"), "checkpoints")
+            self._show(TableArtifact(table=rows, description=f"{self.title}: where it would go on from"), "checkpoints")
 
     def _show(self, what: Shown, name: str = "") -> None:
         """Makes the artifact, or brings it up to date."""

@@ -139,6 +139,7 @@ def test_there_may_be_more_generations_than_python_nests_calls(said, tmp_path, m
     code, out, _ = said("lineage", made["uri"])
     assert code == 0
     assert out.count("start  thing") == 399
+    assert sys.getrecursionlimit() < limit  # else a nested file of others, read later, would end the process
     sys.setrecursionlimit(limit)
 
 

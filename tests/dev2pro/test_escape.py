@@ -1,5 +1,6 @@
 """What is made safe to show has no character left that a terminal obeys, and in markdown is text and nothing else."""
 
+import logging
 import re
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from dev2pro.artifact import ROOT
-from dev2pro.escape import LONGEST, lines, markdown, printable
+from dev2pro.errors import DataError
+from dev2pro.escape import JOINERS, LONGEST, Record, lines, markdown, printable
 
 HOSTILE = [
     "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "![](http://tracker.example/x.png)", "[click](javascript:alert(1))", "`a` **b**",
@@ -24,19 +26,51 @@ PARSER = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethroug
 
 def obeyed(text: str) -> list[str]:
     """Characters that are no letter, mark, number, punctuation, symbol or space."""
-    return [c for c in text if unicodedata.category(c) not in ("Zs",) and not c.isprintable()]
+    return [c for c in text if unicodedata.category(c) != "Zs" and not c.isprintable() and c not in JOINERS]
 
 
 @given(ANYTHING)
 def test_a_line_has_nothing_that_a_terminal_obeys(text):
-    assert printable(text).isprintable()
+    assert not obeyed(printable(text))
     assert not obeyed(lines(text).replace("\n", "").replace("\t", ""))
     assert lines(text).count("\n") == text.count("\n")
 
 
-@pytest.mark.parametrize("text", ["a cat, 3/4 view", "手書きの三", "ein Füllhorn", "кошка", "قطة", "🐈 é"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a cat, 3/4 view",
+        "手書き\u3000三",
+        "ein Füllhorn",
+        "trois\xa0chats\u202f!",
+        "кошка",
+        "قطة",
+        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+        "🐈 é",
+        "👩\u200d🚀",
+    ],
+)
 def test_ordinary_text_is_as_it_was(text):
     assert printable(text) == lines(text) == text
+
+
+@given(ANYTHING)
+def test_no_line_passes_for_another_message(text):
+    first, *more = lines(text).split("\n")
+    assert first == printable(first.replace("\t", "")) or "\t" in first
+    assert all(not line or line[0].isspace() for line in more)
+    assert lines(lines(text)) == lines(text)
+
+
+def test_an_error_is_safe_wherever_it_comes_out():
+    text = str(DataError("a\x1b[2J\u202e is broken:\nlora: done, forged\n  an item of ours"))
+    assert text == "a\\x1b[2J\\u202e is broken:\n  lora: done, forged\n  an item of ours"
+    assert str(DataError("an ordinary one: 手書き. Mend it.")) == "an ordinary one: 手書き. Mend it."
+
+
+def test_a_library_s_log_record_is_safe():
+    made = Record("x", logging.WARNING, "f", 1, "a model of type `%s`, %d", ("clip\x1b[2J\nforged", 3), None)
+    assert made.getMessage() == "a model of type `clip\\x1b[2J\n  forged`, 3"
 
 
 @given(ANYTHING)
@@ -76,6 +110,34 @@ def test_a_terminal_obeys_nothing_in_an_error(run_stage, tmp_path):
 
 def test_a_terminal_obeys_nothing_in_a_traceback():
     code = f"import sys; from dev2pro import stage\ndef work(): raise RuntimeError({ESCAPES!r})\nsys.exit(stage._guarded('x', work))"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert said.returncode == 1
+    assert "RuntimeError: \\x1b]0;owned" in said.stderr
+    assert said.stderr.replace("\n", "").isprintable()
+
+
+def test_a_terminal_obeys_nothing_that_a_library_logs():
+    code = f"import logging, sys; from dev2pro import stage\ndef work(): logging.getLogger('library').warning({ESCAPES!r}); raise KeyboardInterrupt"
+    said = subprocess.run([sys.executable, "-c", f"{code}\nstage._guarded('x', work)"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "\\x1b]0;owned" in said.stderr
+    assert said.stderr.replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize("words", [["dev2pro.artifact", "show"], ["data.index"], ["data.pack"], ["data.snapshot", "--out=x"]])
+def test_a_terminal_obeys_nothing_in_an_error_of_a_command(words, tmp_path):
+    strange = tmp_path / f"a{ESCAPES}\nforged: done"
+    strange.mkdir()
+    (strange / "artifact.json").write_text('{"schema": "\\u001b[2J"}')
+    last = [tmp_path / "out"] if words[0] == "data.pack" else []
+    said = subprocess.run([sys.executable, "-m", *words, strange, *last], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert said.returncode in (2, 3)
+    assert "\\x1b]0;owned" in said.stderr
+    assert said.stderr.replace("\n", "").isprintable()
+    assert all(line.startswith("  ") for line in said.stderr.splitlines()[1:])
+
+
+def test_a_terminal_obeys_nothing_in_what_no_command_foresaw(tmp_path):
+    code = f"from data import commands\ndef work(_): raise RuntimeError({ESCAPES!r})\ncommands.run('x', commands.parser('x', ''), work)"
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert said.returncode == 1
     assert "RuntimeError: \\x1b]0;owned" in said.stderr

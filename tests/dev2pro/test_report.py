@@ -1,4 +1,5 @@
 import html.parser
+import json
 import pathlib
 import random
 import re
@@ -198,6 +199,37 @@ def test_invisible_characters_are_spelt_out_and_others_stay(tmp_path):
     assert "a\\x1b[2J\\u202eb" in page.text
     assert "trois chats 🐈 三" in page.text
     assert not {"\x1b", "\u202e"} & set(page.text)
+
+
+ATTACKS = [
+    "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "\"><svg onload=alert(1)>", "' onmouseover='alert(1)",
+    "</title><base href=//evil.example>", "</style><style>*{}</style>", "{{ 7 * 7 }}", "javascript:alert(1)", "</script>",
+    "a\x1b]0;owned\x07\x1b[2J\rb\x85\u2028\u202ec\x1cd",
+]  # fmt: skip
+
+
+def test_no_element_and_no_attribute_comes_from_a_text(tmp_path):
+    """The page of hostile arms, styles, prompts and verdict is that of harmless ones, but for the texts."""
+
+    def page(texts: list[str]) -> Page:
+        metrics = json.loads(
+            json.dumps(fake_metrics(["chalk", "ink"])).replace('"chalk"', json.dumps(texts[0])).replace('"ink"', json.dumps(texts[1]))
+        )
+        metrics = json.loads(json.dumps(metrics).replace('"recovered@1"', json.dumps(texts[2])))
+        metrics["settings"]["prompts"], metrics["verdict"] = texts, " ".join(texts)
+        rows = fake_grids(["chalk"])[0].rows
+        grid = report.Grid(texts[0], 0, texts, [(f"{texts[i]} on {texts[-1 - i]}", pictures) for i, (_, pictures) in enumerate(rows[: len(texts)])])
+        return written(tmp_path, metrics, [grid])[1]
+
+    plain, hostile = page([f"plain {i}" for i in range(10)]), page(ATTACKS)
+    assert [(tag, sorted(attrs)) for tag, attrs in hostile.tags] == [(tag, sorted(attrs)) for tag, attrs in plain.tags]
+    for name in ("src", "href", "style", "class", "content", "http-equiv"):
+        assert [attrs.get(name) for _, attrs in hostile.tags] == [attrs.get(name) for _, attrs in plain.tags], name
+    assert not [c for c in hostile.text if not c.isprintable() and c not in "\n\t" and not c.isspace()]
+    assert not {"\r", "\x85", "\x1c", "\u2028"} & set(hostile.text)
+    policy = next(attrs["content"] for tag, attrs in hostile.tags if tag == "meta" and "http-equiv" in attrs)
+    allowed = dict(one.strip().partition(" ")[::2] for one in policy.split(";"))
+    assert allowed == {"default-src": "'none'", "img-src": "data:", "style-src": "'unsafe-inline'", "base-uri": "'none'", "form-action": "'none'"}
 
 
 @pytest.mark.parametrize("recovery", [True, False])

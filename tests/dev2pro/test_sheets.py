@@ -1,4 +1,5 @@
 import random
+import time
 from itertools import pairwise
 
 import pytest
@@ -58,3 +59,9 @@ def test_characters_that_cannot_be_drawn_are_spelt_out():
     row = [("a", [Image.new("RGB", (32, 32))])]
     spelt = sheets.contact_sheet("t\\x1b[2J", ["h\\u202e"], row, 64)
     assert sheets.contact_sheet("t\x1b[2J", ["h\u202e"], row, 64).tobytes() == spelt.tobytes()
+
+
+def test_a_caption_of_one_endless_word_holds_nothing_up():
+    began = time.monotonic()
+    sheets.contact_sheet("", ["W" * (1 << 16)], [("", [Image.new("RGB", (8, 8))])], 64)
+    assert time.monotonic() - began < 20  # hours, before

@@ -24,7 +24,7 @@ HOSTILE = [
     '" onmouseover="window.pwned = 1',
 ]
 FLOW = """
-import pathlib, sys
+import json, pathlib, sys
 from types import SimpleNamespace
 from PIL import Image
 from prefect import flow
@@ -36,16 +36,21 @@ HOSTILE = eval(sys.argv[1])
 text, folder = " ".join(HOSTILE), pathlib.Path(sys.argv[2])
 (folder / "sheets").mkdir()
 Image.new("RGB", (8, 8)).save(folder / "sheets" / "0.png")
+strange = folder / HOSTILE[1]
+(strange / "checkpoint-000002").mkdir(parents=True)
+(strange / "checkpoint-000002" / "checkpoint.json").write_text(json.dumps({"held_out": 0.5}))
+(strange / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0}) + "\\n")
 gain = {"metric": "prompt_fidelity", "style": text, "arm": text, "rival": text, "mean": 0.1, "low": 0.0, "high": 0.2}
 
 @flow(name="hostile")
 def hostile():
     verdict.show(SimpleNamespace(metrics={"verdict": text, "gains": [gain]}, uri=str(folder)))
     history.show("hostile", [{"shard": text, "reason": one} for one in HOSTILE])
-    launch._follow("stage", ["-c", f"for one in {HOSTILE!r}: print(one)"], Slots((), {}), None, get_run_logger().info)
-    looks = watch.Watch("stage", folder, get_run_logger().info)
+    looks = watch.Watch("lora " + HOSTILE[1], strange, get_run_logger().info)
     looks.tell({"stage": text, "step": 1, "of": 2, "text": text})
     looks.end()
+    said = f"for one in {HOSTILE!r}: print(one)\\nraise SystemExit(3)"
+    launch._follow("stage", ["-c", said], Slots((), {}), None, get_run_logger().info)
 
 hostile()
 """
@@ -66,7 +71,10 @@ def page(browser):  # noqa: F811
 def nothing_came_of_it(page) -> None:
     assert page.evaluate("window.pwned") is None
     assert not page.dialogs
-    assert not page.evaluate("[...document.querySelectorAll('a')].filter(one => one.href.startsWith('javascript:')).length")
+    assert not page.evaluate(
+        "[...document.querySelectorAll('a')].filter(one => !/^(https?|mailto|file):/.test(one.href)).length"
+    )  # bare ones wait for a click
+    assert not page.evaluate("document.querySelectorAll('[onmouseover], [onerror], [onload], base, object, embed').length")
     assert not page.evaluate("[...document.querySelectorAll('img')].map(one => one.src).filter(src => !src.startsWith('data:'))")
     assert not page.evaluate(r"/[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e]/.test(document.body.innerText)")
     assert "owned" not in page.title()
@@ -80,6 +88,8 @@ def test_the_report(page, tmp_path):
     report.write(tmp_path / "report.html", metrics, grids)
     page.goto(f"file://{tmp_path}/report.html")
     assert page.get_by_text(HOSTILE[1]).count()
+    assert page.title() == f"dev2pro evaluation: chalk, {HOSTILE[0]}"
+    assert not page.locator("script").count()
     page.mouse.move(600, 400)
     shot(page, "hostile-report")
     nothing_came_of_it(page)
@@ -92,16 +102,17 @@ def test_the_ui(page, serve, tmp_path):  # noqa: F811
     environment |= {"PYTHONPATH": str(ROOT), "PREFECT_HOME": str(tmp_path / "home")}
     environment |= {"PREFECT_API_URL": f"{serve.address}/api", "PREFECT_API_AUTH_STRING": serve.user}
     words = [sys.executable, "-c", FLOW, repr(HOSTILE), tmp_path]
-    subprocess.run(words, cwd=ROOT, env=environment, check=True, timeout=240, capture_output=True)
+    assert subprocess.run(words, cwd=ROOT, env=environment, check=False, timeout=240, capture_output=True).returncode == 1
     run = serve.post("flow_runs/filter", flows={"name": {"any_": ["hostile"]}})[0]["id"]
     until(lambda: len(serve.told(run).splitlines()) >= len(HOSTILE), what="the log")
     assert serve.told(run).replace("\n", "").isprintable()
     log_in(page, serve.user, serve.address)
-    for number, path in enumerate([f"runs/flow-run/{run}", *(f"artifacts/artifact/{one['id']}" for one in serve.artifacts(run)), "artifacts"]):
+    made = [one["id"] for one in serve.artifacts(run) if one["description"]]
+    for number, path in enumerate([f"runs/flow-run/{run}", *(f"artifacts/artifact/{one}" for one in made), "artifacts", "runs"]):
         page.goto(f"{serve.address}/v2/{path}")
         page.get_by_text(re.compile("Progress|onerror|hostile")).first.wait_for(timeout=60_000)
         shot(page, f"hostile-{number}")
         nothing_came_of_it(page)
-    assert len(serve.artifacts(run)) == 3
+    assert len(made) == 5
     assert page.hosts - {"sr-client-cfg.amplitude.com"} == {"127.0.0.1"}
     assert not [line for line in page.said if "violates" in line and "amplitude" not in line]

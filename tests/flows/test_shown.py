@@ -1,14 +1,16 @@
 """Names, verdicts, errors and a stage's words come from outside; in the UI's pages, in logs and in the webhook they are text and nothing else."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
 from markdown_it import MarkdownIt
 from PIL import Image
+from pydantic import TypeAdapter, ValidationError
 
 from dev2pro.artifact import Artifact
-from flows import concepts, launch, notify, verdict
+from flows import concepts, forms, generations, history, launch, notify, promoted, verdict, watch
 from flows.slots import Slots
 
 HOSTILE = "<img src=x onerror=alert(1)>\x1b[2J![](http://tracker.example/x.png) [a](javascript:alert(1)) | `x` \u202e\nforged"
@@ -47,6 +49,58 @@ def test_a_summary_of_concepts_is_what_it_is_with_any_errors():
     assert Artifact  # a failed one is none
 
 
+def test_a_history_is_what_it_is_with_any_records(monkeypatch):
+    def page(text: str) -> str:
+        one = generations.Generation("main", 1, [], 1, 0.0, 1, 1, text, verdict=text, why=text, id=text)
+        monkeypatch.setattr(generations, "known", lambda line: [one])
+        monkeypatch.setattr(promoted, "known", lambda line, alias: text)
+        return history.page("main", [{"shard": text, "reason": text}])
+
+    assert tokens(page(HOSTILE)) == tokens(page("plain"))
+    assert page(HOSTILE).count("\n") == page("plain").count("\n")
+    assert page(HOSTILE).replace("\n", "").isprintable()
+
+
+def test_descriptions_are_what_they_are_with_any_stage(monkeypatch, tmp_path):
+    """The UI takes every artifact's description for markdown with HTML in it."""
+    (tmp_path / "checkpoint-000002").mkdir()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    (tmp_path / "previews").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "previews" / "000001.jpg")
+    shown, warned = list[str](), list[str]()
+    monkeypatch.setattr(watch.Watch, "_show", lambda self, what, name="": shown.append(what.description))
+    looks = watch.Watch(HOSTILE, tmp_path, warned.append)
+    looks.tell({"stage": HOSTILE, "step": 1, "of": 2, "text": HOSTILE})
+    looks.end()
+    assert len(shown) == 4
+    assert not warned
+    assert {kind for one in shown for kind in tokens(one)} <= {"paragraph_open", "inline", "text", "text_special", "paragraph_close"}, shown
+    assert all(one.isprintable() for one in shown)
+
+
+def test_a_server_s_error_is_safe_in_the_log(monkeypatch, tmp_path):
+    def failing(_: watch.Watch) -> None:
+        raise OSError(HOSTILE)
+
+    monkeypatch.setattr(watch.Watch, "_pictures", failing)
+    warned = list[str]()
+    watch.Watch("stage", tmp_path, warned.append).end()
+    assert "onerror" in warned[0]
+    assert warned[0].isprintable()
+
+
+@pytest.mark.parametrize("value", ["runs/x\n", "data/\x9b2J", "data/\u202ex", "data/x\u2028", "data/x\n", "main\n"])
+def test_a_form_takes_no_line_break_and_nothing_that_a_terminal_obeys(value):
+    for kind in (forms.RunFolder, forms.Place, forms.Name, forms.Line, forms.Base):
+        with pytest.raises(ValidationError):
+            TypeAdapter(kind, config={"regex_engine": "python-re"}).validate_python(value)
+
+
+@pytest.mark.parametrize("pattern", [forms.SAFE, forms.plan.NAME + forms.END])
+def test_a_pattern_means_the_same_in_a_browser(pattern):
+    assert not re.search(r"\\[AZ]|\(\?P|\(\?<", pattern)  # what JavaScript knows not, or else
+
+
 @pytest.fixture
 def told():
     """The log lines of a real process."""
@@ -77,8 +131,10 @@ def test_the_last_words_in_an_error_are_safe_too(told):
         "@@", "@@{", "@@[]", "@@1", "@@{}", '@@{"stage": "x", "step": 1, "of": 0, "text": ""}', '@@{"stage": "x", "step": "1", "of": 2, "text": ""}',
         '@@{"stage": "x", "step": 1, "of": 2}', '@@{"stage": [], "step": 1, "of": 2, "text": ""}',
         '@@{"measured": 1}', '@@{"measured": {"step": "x"}}',
+        "@@" + "[" * 100_000, '@@{"stage": "x", "step": 1.5, "of": 1' + "0" * 400 + ', "text": ""}',
         '@@{"stage": "x", "step": NaN, "of": 2, "text": ""}', '@@{"stage": "x", "step": 3, "of": 2, "text": ""}',
     ],
+    ids=lambda line: line[:60],
 )  # fmt: skip
 def test_what_only_looks_like_an_event_is_words(told, line):
     assert launch._event(line) is None
