@@ -53,7 +53,7 @@ format: $(READY) ## put imports and layout in order
 	$(PY) -m ruff format .
 
 bench: $(READY) ## measure the training step, checkpoints and the stream
-	@set -e; for file in bench/training.py bench/checkpoint.py bench/data.py bench/watching.py; do echo "== $$file"; PYTHONPATH=. $(PY) $$file; done
+	@set -e; for name in dev2pro.training.step dev2pro.training.checkpoint data.loading.stream data.loading.order data.index flows.ui.progress; do echo "== $$name"; $(PY) -m bench.$$name; done
 
 miniature: $(READY) ## build data/miniature again from nothing
 	$(PY) -m flows.miniature

@@ -20,8 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from data import places
-from dev2pro import stop
+from data.storage import urls
+from dev2pro import signals
 from dev2pro.errors import INTERRUPTED, DataError, SpaceError, StageError, TryAgainError
 from dev2pro.escape import lines, printable
 
@@ -49,7 +49,7 @@ def run(name: str, words: argparse.ArgumentParser, work: Callable[[argparse.Name
     """Does the work and ends with its exit code; what went wrong is told in one paragraph."""
     options = words.parse_args()
     signal.signal(signal.SIGTERM, _interrupt)
-    stop.follow()  # a flow that started it
+    signals.follow()  # a flow that started it
     try:
         sys.exit(work(options))
     except KeyboardInterrupt:
@@ -59,7 +59,7 @@ def run(name: str, words: argparse.ArgumentParser, work: Callable[[argparse.Name
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         cure = "Make room" if full else "Mend that, or choose another place"
         print(
-            lines(f"{name}: {places.shown(str(error.filename or 'a file'))}: {error.strerror or error}. {cure} and run the same command again."),
+            lines(f"{name}: {urls.shown(str(error.filename or 'a file'))}: {error.strerror or error}. {cure} and run the same command again."),
             file=sys.stderr,
         )
         sys.exit(SpaceError.exit_code if full else DataError.exit_code)

@@ -17,7 +17,7 @@ import webdataset
 from PIL import Image
 
 from data import index
-from data.transport import ReadConfig, Transport
+from data.storage.transport import ReadConfig, Transport
 
 SIDE = 32  # pixels
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -9,10 +9,12 @@ from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 from typing import Any
 
-from data import commands, places, sidecar
-from data.scan import scan
-from data.sidecar import Sidecar
-from data.transport import ReadConfig, Transport, write_local
+from data import commands
+from data.shards import sidecar
+from data.shards.scan import scan
+from data.shards.sidecar import Sidecar
+from data.storage import urls
+from data.storage.transport import ReadConfig, Transport, write_local
 from dev2pro.errors import ConfigError, DataError, StageError
 
 SHOWN = 30  # lines of the table of rejections
@@ -66,14 +68,14 @@ def _index(place: str, folder: str | None, policy: dict[str, bool]) -> Outcome:
 
 def work(options: argparse.Namespace) -> int:
     """Indexes in parallel. The exit code is 0, or that of the first shard that could not be indexed."""
-    shards = list(dict.fromkeys(place for pattern in options.shards for place in places.expand(pattern, "SHARDS")))
-    if folders := [places.shown(place) for place in shards if os.path.isdir(place)]:
+    shards = list(dict.fromkeys(place for pattern in options.shards for place in urls.expand(pattern, "SHARDS")))
+    if folders := [urls.shown(place) for place in shards if os.path.isdir(place)]:
         tars, packing = f"{folders[0]}/*.tar", f"python -m data.pack {folders[0]} OUT"
         raise ConfigError(f"{folders[0]} is a folder. Name the tars in it, as in '{tars}', or make some of its pictures: `{packing}`.")
-    served = [place for place in shards if places.remote(place) and not place.startswith("s3://")]
+    served = [place for place in shards if urls.remote(place) and not place.startswith("s3://")]
     if served and not options.to:
         raise ConfigError(
-            f"{places.shown(served[0])}: nothing can be written beside it, for http is for reading. Give the indexes a folder: --to FOLDER."
+            f"{urls.shown(served[0])}: nothing can be written beside it, for http is for reading. Give the indexes a folder: --to FOLDER."
         )
     policy = {"empty_captions": options.captions == "empty", "allow_partial": options.allow_partial}
     outcomes: dict[str, Outcome] = {}
@@ -91,22 +93,22 @@ def work(options: argparse.Namespace) -> int:
 
 def _report(outcomes: list[Outcome]) -> dict[str, Any]:
     """The same as is told, for programs."""
-    rejected = [{"shard": places.shown(one.place), **bad} for one in outcomes for bad in one.rejected]
-    unusable = [{"shard": places.shown(one.place), "reason": one.error} for one in outcomes if one.exit_code]
+    rejected = [{"shard": urls.shown(one.place), **bad} for one in outcomes for bad in one.rejected]
+    unusable = [{"shard": urls.shown(one.place), "reason": one.error} for one in outcomes if one.exit_code]
     return {"shards": len(outcomes), "samples": sum(one.samples for one in outcomes), "rejected": rejected, "unusable": unusable}
 
 
 def _tell(outcomes: list[Outcome]) -> int:
     failed = [one for one in outcomes if one.exit_code]
-    rows = [(places.shown(one.place), bad["offset"], bad["key"], bad["reason"]) for one in outcomes for bad in one.rejected]
+    rows = [(urls.shown(one.place), bad["offset"], bad["key"], bad["reason"]) for one in outcomes for bad in one.rejected]
     commands.show("rejected samples", ("shard", "at byte", "key", "reason"), rows, SHOWN)
     if ignored := sum((Counter(one.ignored) for one in outcomes), Counter[str]()):
-        kinds = ", ".join(f"{count:,} {places.printable(kind)}" for kind, count in ignored.most_common(SHOWN))
+        kinds = ", ".join(f"{count:,} {urls.printable(kind)}" for kind, count in ignored.most_common(SHOWN))
         print(f"index: {ignored.total():,} members are of no use here: {kinds}")
     for one in outcomes:
         if one.partial:
-            why = places.printable(f"{one.partial['offset']}: {one.partial['reason']}")
-            print(f"index: {places.shown(one.place)} is used only up to its damage at byte {why}")
+            why = urls.printable(f"{one.partial['offset']}: {one.partial['reason']}")
+            print(f"index: {urls.shown(one.place)} is used only up to its damage at byte {why}")
     for one in failed:
         print(f"index: {one.error}", file=sys.stderr)
     fine = [one for one in outcomes if not one.exit_code]

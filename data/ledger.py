@@ -8,8 +8,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from data import places
-from data.transport import write_local
+from data.storage import urls
+from data.storage.transport import write_local
 from dev2pro.errors import DataError
 
 
@@ -59,10 +59,10 @@ def _read(path: str, fits: Callable[[Any], bool]) -> list[dict[str, Any]]:
                     raise ValueError("not what a run writes")
                 found.append(line)
     except OSError as error:
-        raise DataError(f"{places.shown(path)} cannot be read: {error.strerror}. Correct the path.") from error
+        raise DataError(f"{urls.shown(path)} cannot be read: {error.strerror}. Correct the path.") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        why = places.printable(f"{type(error).__name__}: {error}")
+        why = urls.printable(f"{type(error).__name__}: {error}")
         raise DataError(
-            f"{places.shown(path)} is damaged in line {len(found) + 1} ({why}). Correct the path, or take the line out, which forgets what it says."
+            f"{urls.shown(path)} is damaged in line {len(found) + 1} ({why}). Correct the path, or take the line out, which forgets what it says."
         ) from error
     return found

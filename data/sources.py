@@ -8,13 +8,16 @@ from typing import Any
 
 from filelock import FileLock
 
-from data import commands, encoded, order, pack, places, snapshot, table
-from data.order import Order
-from data.quarantine import Quarantine
-from data.snapshot import Snapshot
-from data.stream import Augment, Batch, Stream
-from data.transport import ReadConfig, Transport
-from data.web import ChangedError
+from data import commands, pack
+from data.loading import order
+from data.loading.order import Order
+from data.loading.quarantine import Quarantine
+from data.loading.stream import Augment, Batch, Stream
+from data.shards import encoded, snapshot, table
+from data.shards.snapshot import Snapshot
+from data.storage import urls
+from data.storage.http import ChangedError
+from data.storage.transport import ReadConfig, Transport
 from dev2pro.errors import ConfigError, DataError
 
 TOGETHER = 16  # pictures a batch, where they are read once
@@ -65,7 +68,7 @@ class Pinned:
         self.train, self.heldout = (self._pin(role, begun or not first) for role in self._sources)
         judges = {shard.sha256 for shard in self.heldout.shards}
         if both := next((shard.place for shard in self.train.shards if shard.sha256 in judges), None):
-            raise DataError(f"{places.shown(both)} is in data.train and in data.heldout. What is trained on cannot judge: take it out of one.")
+            raise DataError(f"{urls.shown(both)} is in data.train and in data.heldout. What is trained on cannot judge: take it out of one.")
         if lacking := [part for part in config.stored if part not in self.train.encodings]:
             raise DataError(f"data.stored={config.stored}, but the shards of data.train hold no {lacking[0]}. Encode them with stages.encode first.")
 
@@ -92,7 +95,7 @@ class Pinned:
         """What lies on this machine and may be changed under a finished run: shards, or the folders that were packed."""
         both, packed = (self.train, self.heldout), os.path.abspath(self.config.read.cache)
         folders = [folder for one in both for folder in one.head["folders"]]
-        shards = [shard.place for one in both for shard in one.shards if not places.remote(shard.place) and not shard.place.startswith(packed)]
+        shards = [shard.place for one in both for shard in one.shards if not urls.remote(shard.place) and not shard.place.startswith(packed)]
         return [os.path.relpath(place) for place in dict.fromkeys(folders + shards)]
 
     def settle(self) -> None:
@@ -130,7 +133,7 @@ def opened(sources: Sequence[str], what: str, transport: Transport) -> Snapshot:
 def gather(sources: Sequence[str], what: str, transport: Transport) -> Snapshot:
     """A snapshot of folders and indexed tars."""
     shards, folders = list[str](), dict[str, str]()
-    for place in (place for source in sources for place in places.expand(source, what)):
+    for place in (place for source in sources for place in urls.expand(source, what)):
         if os.path.isdir(place):
             folders[place] = _listing(place)
             shards += _packed(place, folders[place], transport.config.cache, what)

@@ -10,7 +10,7 @@ from typing import Any, Self
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from dev2pro import stop
+from dev2pro import signals
 from dev2pro.escape import printable
 
 EVENTS = "DEV2PRO_EVENTS"  # set by a flow: progress comes as lines "@@{json}" that it can read
@@ -58,9 +58,9 @@ class Progress:
             return
         self._said = now
         if self.events:
-            stop.say("@@" + json.dumps({"stage": self.name, "step": done, "of": self.total, "text": text}))
+            signals.say("@@" + json.dumps({"stage": self.name, "step": done, "of": self.total, "text": text}))
         else:
-            stop.say(f"{self.name}: {done}/{self.total}  {text}")
+            signals.say(f"{self.name}: {done}/{self.total}  {text}")
 
 
 class Log(Progress):
@@ -94,7 +94,7 @@ class Log(Progress):
     def measured(self, *points: dict[str, Any]) -> None:
         """What was measured on held-out pictures, for a flow that draws curves of it."""
         for point in points if self.main and self.events else ():
-            stop.say("@@" + json.dumps({"stage": self.name, "measured": point}))
+            signals.say("@@" + json.dumps({"stage": self.name, "measured": point}))
 
 
 def _lines(path: Path) -> list[str]:

@@ -13,7 +13,7 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from dev2pro import stop
+from dev2pro import signals
 from dev2pro.errors import INTERRUPTED
 
 GRACE = "checkpoint.grace="
@@ -24,15 +24,15 @@ _since = 0.0  # when the first signal came
 
 def _on(number: int, _frame: Any) -> None:
     global _since
-    if not _since or (time.monotonic() - _since > stop.ONE and not stop.bereaved()):  # a second wish takes this process out of its waiting
+    if not _since or (time.monotonic() - _since > signals.ONE and not signals.bereaved()):  # a second wish takes this process out of its waiting
         _since = _since or time.monotonic()
         raise SignalException(f"got {number}", signal.Signals(number))
 
 
 def main(words: list[str]) -> int:
     """Runs the ranks to their end. Returns the exit code of the rank that knows what went wrong, or that of an interruption."""
-    stop.follow()
-    os.environ[stop.PARENT] = str(os.getpid())
+    signals.follow()
+    os.environ[signals.PARENT] = str(os.getpid())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _on)
     try:

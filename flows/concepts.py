@@ -7,15 +7,15 @@ from prefect.futures import PrefectFuture
 from prefect.states import Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from dev2pro.artifact import ROOT, Artifact
+from dev2pro.artifacts.record import ROOT, Artifact
 from dev2pro.escape import markdown
-from flows import promoted
 from flows.forms import Concept, Concepts, overrides
-from flows.launch import TRIES, at_work, launch
+from flows.generations import aliases
 from flows.plan import folder, words
-from flows.secrets import hidden
-from flows.verdict import show
-from flows.watch import key
+from flows.processes.launch import TRIES, at_work, launch
+from flows.ui.progress import key
+from flows.ui.redact import hidden
+from flows.ui.verdict import show
 
 stage = task(launch, name="stage", task_run_name="{stage} {out}", cache_policy=NO_CACHE, **TRIES)
 FOR_LORA = ("experiment", "model", "hardware", "seed", "steps", "batch", "data", "optim", "adapter", "checkpoint", "probe", "publish")
@@ -41,7 +41,7 @@ def one(form: Concepts, concept: Concept, recovered: str) -> Artifact:
 def concepts(concepts: Concepts) -> State:
     """Trains a LoRA for every concept on one recovered model, and judges each as it is finished. The others go on when one fails."""
     with at_work(), ThreadPoolTaskRunner(max_workers=concepts.at_once) as hands:
-        recovered = promoted.resolved(concepts.trained_on)
+        recovered = aliases.resolved(concepts.trained_on)
         asked = {c.name: hands.submit(one, {"form": concepts, "concept": c, "recovered": recovered}) for c in concepts.concepts}
         for future in asked.values():
             future.wait()

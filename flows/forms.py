@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
-from dev2pro.artifact import ROOT
+from dev2pro.artifacts.record import ROOT
 from flows import plan
-from flows.promoted import ALIAS, LINE, NAME
+from flows.generations.aliases import ALIAS, LINE, NAME
 
 ROOTS = "DEV2PRO_ROOTS"  # folders and addresses, separated by commas, that pictures, models and stores may be in
 END = r"(?!\n)"  # after $, which in Python, unlike in a browser, leaves room for a line break

@@ -5,9 +5,9 @@ import shutil
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
-from dev2pro.artifact import ROOT
-from flows.launch import at_work, launch
+from dev2pro.artifacts.record import ROOT
 from flows.plan import folder, words
+from flows.processes.launch import at_work, launch
 
 BUNDLE = ROOT / "data" / "miniature"
 stage = task(launch, name="stage", task_run_name="{stage}", cache_policy=NO_CACHE)

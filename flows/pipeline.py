@@ -8,14 +8,14 @@ from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import ValidationError
 
-from dev2pro.artifact import Artifact
+from dev2pro.artifacts.record import Artifact
 from dev2pro.errors import ConfigError
 from dev2pro.escape import printable
 from flows import plan as plans
-from flows import verdict
 from flows.forms import Pipeline, mistakes
-from flows.launch import TRIES, StageFailed, at_work, launch
 from flows.plan import Plan, folder, words
+from flows.processes.launch import TRIES, StageFailed, at_work, launch
+from flows.ui import verdict
 
 
 @task(task_run_name="recover (dev2pro)", cache_policy=NO_CACHE, **TRIES)

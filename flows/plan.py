@@ -9,7 +9,7 @@ import yaml
 from hydra.core.override_parser.types import Quote, QuotedString
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from dev2pro.artifact import ROOT
+from dev2pro.artifacts.record import ROOT
 from dev2pro.errors import ConfigError
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.@+-]{0,63}$"  # no slash, so no way out of a folder

@@ -18,14 +18,14 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed, State
 from pydantic import ValidationError
 
-from dev2pro.artifact import ROOT, Artifact
+from dev2pro.artifacts.record import ROOT, Artifact
 from dev2pro.errors import ConfigError, DataError, StageError
 from dev2pro.escape import printable
-from flows import generations, history, promoted
 from flows.forms import BESIDE, Recurring, mistakes, overrides
-from flows.generations import WORSE, Generation
-from flows.launch import TRIES, StageFailed, at_work, command, launch
+from flows.generations import aliases, history, lifecycle
+from flows.generations.lifecycle import WORSE, Generation
 from flows.plan import words
+from flows.processes.launch import TRIES, StageFailed, at_work, command, launch
 
 SKIPPED, NOT_PROMOTED = "Skipped", "Not promoted"  # names of states in which a run has completed
 REGRESSION = "dev2pro.regression"  # an event, for automations
@@ -46,12 +46,12 @@ class Found:
 @task(task_run_name="look for what is new", cache_policy=NO_CACHE, **TRIES)
 def look(form: Recurring, number: int, handle: int) -> Found:
     """Indexes the shards, and pins those that the line has not consumed in the folder of the next generation."""
-    place = generations.out(form.line, number)
+    place = lifecycle.out(form.line, number)
     shutil.rmtree(ROOT / place, ignore_errors=True)  # of a run that was killed before it began this generation
     to, index = ([], []) if form.index == BESIDE else ([f"--to={form.index}"], [f"--index={form.index}"])
     indexed = _reported("data.index", [*to, "--", *form.shards], form.line, handle)
-    own = [*index, "--out", f"{place}/train.snapshot", "--ledger", generations.ledger(form.line), "--only-new", "--skip-unusable"]
-    own += ["--without", *spoilt] if (spoilt := generations.quarantines(form.line)) else []
+    own = [*index, "--out", f"{place}/train.snapshot", "--ledger", lifecycle.ledger(form.line), "--only-new", "--skip-unusable"]
+    own += ["--without", *spoilt] if (spoilt := lifecycle.quarantines(form.line)) else []
     pinned = _reported("data.snapshot", [*own, "--", *form.shards], form.line, handle)
     reasons = {one["shard"]: one["reason"] for one in (*pinned["unusable"], *indexed["unusable"])}  # the index knows best
     if reasons and len(pinned["unusable"]) == pinned["shards"]:
@@ -61,7 +61,7 @@ def look(form: Recurring, number: int, handle: int) -> Found:
 
 def _reported(module: str, own: list[str], line: str, handle: int) -> dict[str, Any]:
     """What a command of the data room reports. That some data is bad is no failure where it came so far."""
-    report = promoted.folder(line) / f"{module}.json"
+    report = aliases.folder(line) / f"{module}.json"
     report.unlink(missing_ok=True)
     try:
         command(module, ["--report", str(report.relative_to(ROOT)), *own], (handle,))
@@ -80,7 +80,7 @@ def recover(one: Generation) -> Artifact:
 @flow(name="recurring recovery", flow_run_name="{recurring.line}")
 def recurring(recurring: Recurring) -> State:
     """Trains on what is new since the last time, on top of the last promoted model, and promotes the result if its held-out loss is no worse."""
-    with generations.alone(recurring.line) as handle:
+    with lifecycle.alone(recurring.line) as handle:
         if handle is None:
             return Completed(name=SKIPPED, message=f"Another run works on the line {recurring.line}. What is new waits for the next run.")
         with at_work():
@@ -91,14 +91,14 @@ def _work(form: Recurring, handle: int) -> State:
     """First what was interrupted, then what is new."""
     done, found = list[Generation](), None
     try:
-        before = generations.known(form.line)
+        before = lifecycle.known(form.line)
         done += [_finished(one) for one in before if not one.verdict]
         found = look(form, number := before[-1].number + 1 if before else 1, handle)
         if found.samples >= form.least:
             done.append(_finished(_begun(form, number, found)))
-        generations.tidied(form.line)
-        if heavy := generations.heavy(form.line, form.keep):
-            command("dev2pro.artifact", ["prune", *heavy, "--runs", "runs"])
+        lifecycle.tidied(form.line)
+        if heavy := lifecycle.heavy(form.line, form.keep):
+            command("dev2pro.artifacts", ["prune", *heavy, "--runs", "runs"])
     except Exception:
         history.show(form.line, found.unusable if found else [])
         raise
@@ -108,17 +108,17 @@ def _work(form: Recurring, handle: int) -> State:
 
 def _begun(form: Recurring, number: int, found: Found) -> Generation:
     """The next generation, written down with all that it will be made with."""
-    place, start = generations.out(form.line, number), promoted.known(form.line, "latest")
+    place, start = lifecycle.out(form.line, number), aliases.known(form.line, "latest")
     own: dict[str, Any] = {
-        "out": place, "steps": math.ceil(form.epochs * found.samples / form.batch), "ledger": generations.ledger(form.line),
+        "out": place, "steps": math.ceil(form.epochs * found.samples / form.batch), "ledger": lifecycle.ledger(form.line),
         "data.train": [f"{place}/train.snapshot"], "data.heldout": form.heldout,
     }  # fmt: skip
     own |= {"start": start} if start else {}
     own |= {"data.resolution": form.resolution} if form.resolution else {}
     get_run_logger().info(f"generation {number} begins on {start or 'the base'}: {found.samples:,} new samples in {found.shards:,} shards")
     said = words(overrides(form, FOR_RECOVER), own)
-    return generations.write(
-        Generation(form.line, number, said, form.processes, form.tolerance, found.samples, found.shards, generations.now())
+    return lifecycle.write(
+        Generation(form.line, number, said, form.processes, form.tolerance, found.samples, found.shards, lifecycle.now())
     )  # fmt: skip
 
 
@@ -127,18 +127,18 @@ def _finished(one: Generation) -> Generation:
     try:
         made = recover(one)
     except StageFailed as error:
-        if generations.failed(one, error).verdict:
+        if lifecycle.failed(one, error).verdict:
             get_run_logger().warning(f"generation {one.number} is given up; the next one begins anew on what it had")
-            generations.tidied(one.line)
+            lifecycle.tidied(one.line)
         raise
-    told = generations.judged(one, made)
+    told = lifecycle.judged(one, made)
     get_run_logger().info(history.sentence(told))
     if told.verdict == WORSE:
         emit_event(
             REGRESSION, {"prefect.resource.id": f"dev2pro.line.{one.line}", "prefect.resource.name": f"recurring recovery {one.line}"},
             payload={"message": history.sentence(told), "generation": told.number, "before": told.before, "after": told.after, "id": told.id},
         )  # fmt: skip
-    generations.settled(told, made)
+    lifecycle.settled(told, made)
     return told
 
 

@@ -4,10 +4,11 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, State
 
-from flows import promoted, verdict
 from flows.forms import Distill, Evaluate, Lora, Recover, Stage, overrides
-from flows.launch import TRIES, at_work, launch
+from flows.generations import aliases
 from flows.plan import words
+from flows.processes.launch import TRIES, at_work, launch
+from flows.ui import verdict
 
 stage = task(launch, name="stage", task_run_name="{stage}", cache_policy=NO_CACHE, **TRIES)
 NAMES = {"recover": "recover (dev2pro)"}  # where people meet it
@@ -16,7 +17,7 @@ NAMES = {"recover": "recover (dev2pro)"}  # where people meet it
 def _run(name: str, form: Stage, *models: str) -> State:
     """`models`: fields that may hold an alias, such as latest."""
     with at_work():
-        own = {field: promoted.resolved(model) for field in models if (model := getattr(form, field))}
+        own = {field: aliases.resolved(model) for field in models if (model := getattr(form, field))}
         made = stage.with_options(task_run_name=NAMES.get(name, name))(name, words(overrides(form), own), form.out, form.processes)
     if made.kind == "evaluation":
         verdict.show(made)

@@ -13,18 +13,22 @@ from torch.nn.functional import mse_loss
 
 from data import sources
 from data.sources import DataConfig, Pinned
-from dev2pro import artifact, claim, distributed, draws, encodings, feed, flow, flux, kept, optim, stage
-from dev2pro.artifact import Artifact
-from dev2pro.checkpoint import CheckpointConfig, Checkpoints
-from dev2pro.distributed import HardwareConfig
+from dev2pro import draws
+from dev2pro.artifacts import record, run_folder
+from dev2pro.artifacts.record import Artifact
 from dev2pro.errors import ConfigError
-from dev2pro.flux import ModelConfig
-from dev2pro.guard import GuardConfig
 from dev2pro.log import Log
-from dev2pro.optim import OptimConfig
-from dev2pro.preview import Preview, PreviewConfig
-from dev2pro.probe import Probe, ProbeConfig
-from dev2pro.training import Training
+from dev2pro.models import encodings, flow_matching, flux1
+from dev2pro.models.flux1 import ModelConfig
+from dev2pro.training import checkpoint_files, distributed, feed, optim
+from dev2pro.training.checkpoint import CheckpointConfig, Checkpoints
+from dev2pro.training.distributed import HardwareConfig
+from dev2pro.training.divergence_guard import GuardConfig
+from dev2pro.training.heldout_probe import Probe, ProbeConfig
+from dev2pro.training.optim import OptimConfig
+from dev2pro.training.preview import Preview, PreviewConfig
+from dev2pro.training.step import Training
+from stages import frame
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,35 +63,35 @@ def run(config: DistillConfig) -> Artifact:
     place = distributed.accelerator(config.hardware)
     distributed.own_slots(config.batch, config.hardware.micro_batch, place)
     with place.main_process_first():
-        pinned = Pinned(config.data, config.out, begun=claim.begun(config.out), first=place.is_main_process)
-        parents: artifact.Parents = {"teacher": config.teacher, **pinned.parents()}
-        finished = claim.begin(config.out, "distill", config, parents)
+        pinned = Pinned(config.data, config.out, begun=run_folder.begun(config.out), first=place.is_main_process)
+        parents: record.Parents = {"teacher": config.teacher, **pinned.parents()}
+        finished = run_folder.begin(config.out, "distill", config, parents)
         if finished:
             return finished
         pinned.settle()
 
-    dtype, scheduler = distributed.DTYPES[config.hardware.dtype], flux.scheduler_settings(config.model.path)
-    kept.check_start(config.out, flux.parameters(config.teacher), config.optim, dtype, config.ema)
+    dtype, scheduler = distributed.DTYPES[config.hardware.dtype], flux1.scheduler_settings(config.model.path)
+    checkpoint_files.check_start(config.out, flux1.parameters(config.teacher), config.optim, dtype, config.ema)
     stream = pinned.stream(config.seed, config.batch, place.process_index)
     place.print(sources.told(stream))
     reference = pinned.reference(config.probe.samples)
     samples, texts, held_out = feed.prepare(config.model, stream, reference, config.hardware, place)
-    teacher = flux.load_transformer(config.teacher, dtype, config.model.variant).to(place.device).eval().requires_grad_(False)
-    student = flux.load_transformer(config.teacher, dtype, config.model.variant)
+    teacher = flux1.load_transformer(config.teacher, dtype, config.model.variant).to(place.device).eval().requires_grad_(False)
+    student = flux1.load_transformer(config.teacher, dtype, config.model.variant)
     training = Training(place, student, config.optim, config.hardware, steps=config.steps, batch=config.batch, ema=config.ema, guard=config.guard)
     probe = Probe(held_out, config.probe, scheduler=scheduler, seed=config.seed, batch=config.hardware.micro_batch)
     preview = Preview(config.preview, config.model, config.hardware, held_out, texts, scheduler, place, seed=config.seed, out=config.out)
     probe.know_teacher(teacher)
 
-    def draw(step: int, slots: range) -> tuple[encodings.Noised, flux.Conditioning, torch.Tensor]:
+    def draw(step: int, slots: range) -> tuple[encodings.Noised, flux1.Conditioning, torch.Tensor]:
         taken = samples.take(step, slots)
         batch = encodings.noised(taken, texts.empty, scheduler, config.caption_dropout, config.seed, step, slots)
         guidance = low + (high - low) * draws.uniform(config.seed, "guidance", step, slots)
-        return batch, flux.condition(*texts.encode([""] * len(slots)), taken.grid), guidance.to(batch.x_t)
+        return batch, flux1.condition(*texts.encode([""] * len(slots)), taken.grid), guidance.to(batch.x_t)
 
-    def loss_of(drawn: tuple[encodings.Noised, flux.Conditioning, torch.Tensor]) -> torch.Tensor:
+    def loss_of(drawn: tuple[encodings.Noised, flux1.Conditioning, torch.Tensor]) -> torch.Tensor:
         batch, nothing, guidance = drawn
-        predicted = flux.predict(training.model, batch.x_t, batch.t, batch.said, guidance).float()
+        predicted = flux1.predict(training.model, batch.x_t, batch.t, batch.said, guidance).float()
         target = guided(teacher, batch, nothing, guidance).float()
         return mse_loss(predicted, target) + config.flow_weight * mse_loss(predicted, batch.velocity.float())
 
@@ -111,12 +115,10 @@ def run(config: DistillConfig) -> Artifact:
             checkpoints.after(step + 1, curve)
             log.step(step + 1, loss=loss, guidance_gap=curve[-1]["guidance_gap"])
 
-    artifact.retract(config.out)
+    record.retract(config.out)
     training.save(config.out, distributed.DTYPES[config.save_dtype])
     metrics = {**checkpoints.metrics(), "guidance": config.guidance, "curve": curve, "data": sources.described(stream)}
-    return artifact.publish(
-        place, config.out, "distill", "transformer", config, parents, step=config.steps, metrics=metrics, watched=pinned.watched()
-    )
+    return record.publish(place, config.out, "distill", "transformer", config, parents, step=config.steps, metrics=metrics, watched=pinned.watched())
 
 
 def check(config: DistillConfig) -> None:
@@ -124,18 +126,18 @@ def check(config: DistillConfig) -> None:
     low, high = config.guidance
     if not 0 < low <= high:
         raise ConfigError(f"guidance={config.guidance} is no range. Give the lowest and the highest guidance to train at, such as [2,6].")
-    flux.check_transformer(config.teacher)
+    flux1.check_transformer(config.teacher)
     optim.check(config.optim, shard=config.hardware.shard)
     distributed.check_dtype("save_dtype", config.save_dtype)
 
 
 @torch.no_grad()
-def guided(teacher: torch.nn.Module, batch: encodings.Noised, nothing: flux.Conditioning, cfg_scale: torch.Tensor) -> torch.Tensor:
+def guided(teacher: torch.nn.Module, batch: encodings.Noised, nothing: flux1.Conditioning, cfg_scale: torch.Tensor) -> torch.Tensor:
     """The teacher's velocity (B, S, C) under true CFG of strength `cfg_scale` (B,), its own guidance input at 1."""
-    conditional = flux.predict(teacher, batch.x_t, batch.t, batch.said, 1.0)
-    unconditional = flux.predict(teacher, batch.x_t, batch.t, nothing, 1.0)
-    return flow.guide(unconditional, conditional, cfg_scale)
+    conditional = flux1.predict(teacher, batch.x_t, batch.t, batch.said, 1.0)
+    unconditional = flux1.predict(teacher, batch.x_t, batch.t, nothing, 1.0)
+    return flow_matching.guide(unconditional, conditional, cfg_scale)
 
 
 if __name__ == "__main__":
-    stage.main("distill", DistillConfig, run)
+    frame.main("distill", DistillConfig, run)

@@ -7,19 +7,24 @@ from typing import Any
 
 import webdataset
 
-from data import encoded, index, order, pictures, places, sidecar, snapshot, sources
-from data.order import Order
-from data.quarantine import Quarantine
-from data.snapshot import Snapshot
-from data.stream import Augment, Batch, Stream
-from data.transport import ReadConfig, Transport
-from dev2pro import artifact, claim, distributed, feed, stage
-from dev2pro.artifact import Artifact
-from dev2pro.distributed import HardwareConfig
-from dev2pro.encodings import Texts
+from data import index, sources
+from data.loading import order
+from data.loading.order import Order
+from data.loading.quarantine import Quarantine
+from data.loading.stream import Augment, Batch, Stream
+from data.shards import encoded, pictures, sidecar, snapshot
+from data.shards.snapshot import Snapshot
+from data.storage import urls
+from data.storage.transport import ReadConfig, Transport
+from dev2pro.artifacts import record, run_folder
+from dev2pro.artifacts.record import Artifact
 from dev2pro.errors import ConfigError, DataError
-from dev2pro.flux import Encoders, ModelConfig
 from dev2pro.log import Progress
+from dev2pro.models.encodings import Texts
+from dev2pro.models.flux1 import Encoders, ModelConfig
+from dev2pro.training import distributed, feed
+from dev2pro.training.distributed import HardwareConfig
+from stages import frame
 
 
 @dataclass(slots=True, kw_only=True)
@@ -46,11 +51,11 @@ def run(config: EncodeConfig) -> Artifact:
     if not config.parts or set(config.parts) - set(feed.MADE):
         raise ConfigError(f"parts={config.parts} cannot be encoded. Choose among {', '.join(feed.MADE)}.")
     place = distributed.accelerator(config.hardware)
-    transport, target = Transport(config.read), places.check(config.to)
+    transport, target = Transport(config.read), urls.check(config.to)
     with place.main_process_first():
         source = sources.opened(config.shards, "shards", transport)
-        parents: artifact.Parents = {"data.shards": (", ".join(config.shards), source.id), "model": config.model.path}
-        finished = claim.begin(config.out, "encode", config, parents)
+        parents: record.Parents = {"data.shards": (", ".join(config.shards), source.id), "model": config.model.path}
+        finished = run_folder.begin(config.out, "encode", config, parents)
     if finished:
         return finished
 
@@ -86,7 +91,7 @@ def run(config: EncodeConfig) -> Artifact:
     if place.is_main_process:
         pinned = snapshot.build([name for name, _ in shards], transport, sources=[config.to])
         pinned.write(f"{config.out}/encoded{snapshot.ENDING}")
-    return artifact.publish(place, config.out, "encode", "encodings", config, parents, step=len(shards), metrics={"samples": len(source)})
+    return record.publish(place, config.out, "encode", "encodings", config, parents, step=len(shards), metrics={"samples": len(source)})
 
 
 def _stands(name: str, made: dict[str, Any], transport: Transport) -> bool:
@@ -96,7 +101,7 @@ def _stands(name: str, made: dict[str, Any], transport: Transport) -> bool:
     except DataError:
         return False
     if len(there) and there.head["encodings"] != made:
-        raise ConfigError(f"{places.shown(name)} was encoded in another way. Choose another to=, or remove it.")
+        raise ConfigError(f"{urls.shown(name)} was encoded in another way. Choose another to=, or remove it.")
     return not there.stamp.differs(transport.stamp(name))
 
 
@@ -119,8 +124,8 @@ def _write(samples: Iterator[dict[str, Any]], name: str, partial: str, transport
     transport.move(partial, name)
     outcome = index.index(name, transport, empty_captions=True, allow_partial=False)
     if outcome.error or outcome.rejected:
-        raise DataError(f"The encoded shard {places.shown(name)} cannot be read back: {outcome.error or outcome.rejected[0]['reason']}")
+        raise DataError(f"The encoded shard {urls.shown(name)} cannot be read back: {outcome.error or outcome.rejected[0]['reason']}")
 
 
 if __name__ == "__main__":
-    stage.main("encode", EncodeConfig, run)
+    frame.main("encode", EncodeConfig, run)

@@ -15,15 +15,20 @@ from PIL import Image
 from torch import Tensor
 
 from data import sources
-from dev2pro import artifact, claim, comparison, distributed, encodings, feed, flow, flux, lora, metrics, report, sampling, sheets, stage, store
-from dev2pro.artifact import Artifact
-from dev2pro.comparison import Cell
-from dev2pro.distributed import HardwareConfig
+from dev2pro import contact_sheet
+from dev2pro.artifacts import record, run_folder, store
+from dev2pro.artifacts.record import Artifact
 from dev2pro.errors import ConfigError
-from dev2pro.flux import ModelConfig
-from dev2pro.judge import Judge
+from dev2pro.judging import comparison, metrics, report
+from dev2pro.judging.comparison import Cell
+from dev2pro.judging.judge import Judge
 from dev2pro.log import Log
-from dev2pro.sampling import SamplingConfig
+from dev2pro.models import encodings, flow_matching, flux1, lora, sampling
+from dev2pro.models.flux1 import ModelConfig
+from dev2pro.models.sampling import SamplingConfig
+from dev2pro.training import distributed, feed
+from dev2pro.training.distributed import HardwareConfig
+from stages import frame
 
 SHOWN_SEEDS = 2  # picture grids per style in the report
 
@@ -65,7 +70,7 @@ def run(config: EvaluateConfig) -> Artifact:
     loras = find_loras(config)
     places = inferences(config)
     for place in places:
-        flux.check_transformer(place.path)
+        flux1.check_transformer(place.path)
     references = {
         style: list(sources.squares(arms[0].config["data"]["heldout"], f"the held-out pictures of {style}", config.resolution))
         for style, arms in by_style(loras).items()
@@ -74,7 +79,7 @@ def run(config: EvaluateConfig) -> Artifact:
     parents |= {f"{style}/{one.inference['arm']}": one.uri for style, arms in by_style(loras).items() for one in arms}
     hands = distributed.accelerator(config.hardware)
     with hands.main_process_first():
-        finished = claim.begin(config.out, "evaluate", config, parents)
+        finished = run_folder.begin(config.out, "evaluate", config, parents)
     if finished:
         return finished
 
@@ -103,7 +108,7 @@ def run(config: EvaluateConfig) -> Artifact:
         (Path(config.out) / "metrics.json").write_text(json.dumps(result, indent=1) + "\n")
         write_report(Path(config.out), result, cells, [group[0] for group in groups])
     summary = {"verdict": found["verdict"], "gains": found["gains"]}
-    return artifact.publish(hands, config.out, "evaluate", "evaluation", config, parents, step=len(cells), metrics=summary)
+    return record.publish(hands, config.out, "evaluate", "evaluation", config, parents, step=len(cells), metrics=summary)
 
 
 # ---- what to compare ---------------------------------------------------------------------------------------------------------
@@ -130,8 +135,8 @@ def find_loras(config: EvaluateConfig) -> list[Artifact]:
     folders = [f for one in config.loras for f in ([store.resolve(one)] if "://" in one else sorted(glob.glob(one)))]
     if not folders:
         raise ConfigError(f"loras={config.loras} matches no folder. Give the output folders of stages.lora, such as loras=[runs/demo/lora/*/*].")
-    found = [artifact.read(f) for f in folders]
-    base = artifact.fingerprint(config.model.path)
+    found = [record.read(f) for f in folders]
+    base = record.fingerprint(config.model.path)
     for one in found:
         if one.kind != "lora":
             raise ConfigError(f"{one.uri} is a {one.kind}, not a LoRA. Leave it out of loras=.")
@@ -172,7 +177,7 @@ def plan(places: list[Inference], loras: list[Artifact]) -> Iterator[tuple[str, 
     for place in places:
         for style, arms in by_style(loras).items():
             if place.name == "teacher":
-                yield from ((style, "ideal", a.uri) for a in arms if a.inference["trained_on"]["id"] == artifact.fingerprint(place.path))
+                yield from ((style, "ideal", a.uri) for a in arms if a.inference["trained_on"]["id"] == record.fingerprint(place.path))
             else:
                 yield style, "none", None
                 yield from ((style, a.inference["arm"], a.uri) for a in arms)
@@ -180,11 +185,11 @@ def plan(places: list[Inference], loras: list[Artifact]) -> Iterator[tuple[str, 
 
 def kinds(config: EvaluateConfig, loras: list[Artifact]) -> dict[str, str]:
     """arm -> what it was trained on: recovered, teacher or base. A recovered model of others, which has no record, is known by `recovered=`."""
-    teacher, recovered = (artifact.fingerprint(path) if path else None for path in (config.teacher, config.recovered))
+    teacher, recovered = (record.fingerprint(path) if path else None for path in (config.teacher, config.recovered))
     found = {}
     for one in loras:
         base = one.inference["trained_on"]
-        made = artifact.origin(store.resolve(base["path"]))
+        made = record.origin(store.resolve(base["path"]))
         by_us = made is not None and made.stage == "recover"
         found[one.inference["arm"]] = "teacher" if base["id"] == teacher else "recovered" if by_us or base["id"] == recovered else "base"
     return found
@@ -192,7 +197,7 @@ def kinds(config: EvaluateConfig, loras: list[Artifact]) -> dict[str, str]:
 
 def recovery(config: EvaluateConfig) -> dict[str, Any] | None:
     """The recovery curve, from the recovered model's own record."""
-    made = artifact.origin(store.resolve(config.recovered)) if config.recovered else None
+    made = record.origin(store.resolve(config.recovered)) if config.recovered else None
     return {key: made.metrics[key] for key in ("guidance", "recovered", "curve")} if made and made.stage == "recover" else None
 
 
@@ -208,12 +213,12 @@ class Studio:
         prompts = [prompt for group in groups for prompt in group]
         self.meaning = torch.tensor([number for number, group in enumerate(groups) for _ in group])
         self.dtype = distributed.DTYPES[config.hardware.dtype]
-        self.encoders = flux.Encoders(config.model, self.dtype, self.place.device)
+        self.encoders = flux1.Encoders(config.model, self.dtype, self.place.device)
         self.grid, shape = self.encoders.grid((config.resolution,) * 2), self.encoders.token_shape((config.resolution,) * 2)
         self.prompts, self.texts = prompts, encodings.Texts(config.model, self.encoders, config.hardware.encodings_gb * 1e9)
         self.judge = Judge(config.judge, self.place.device)
         self.asked = self.judge.prompts(prompts)
-        self.mu = flow.shift_mu(shape[0], flux.scheduler_settings(config.model.path))
+        self.mu = flow_matching.shift_mu(shape[0], flux1.scheduler_settings(config.model.path))
         pairs = [(p, r) for p in range(len(prompts)) for r in range(config.seeds)]
         self.rows = torch.tensor([p for p, _ in pairs])
         self.noise = torch.stack([sampling.start(config.seed, r, p, shape) for p, r in pairs])
@@ -235,8 +240,8 @@ class Studio:
         return shown
 
     def _batch(self, transformer: FluxTransformer2DModel, place: Inference, rows: Tensor) -> Tensor:
-        said = flux.condition(*self.texts.encode([self.prompts[i] for i in self.rows[rows]]), self.grid)
-        nothing = flux.condition(*self.texts.encode([""] * len(rows)), self.grid)
+        said = flux1.condition(*self.texts.encode([self.prompts[i] for i in self.rows[rows]]), self.grid)
+        nothing = flux1.condition(*self.texts.encode([""] * len(rows)), self.grid)
         noise = self.noise[rows].to(self.place.device)
         latents = sampling.sample(
             transformer, noise, said, nothing, guidance=place.guidance, cfg_scale=place.cfg_scale, steps=self.config.sampling.steps, mu=self.mu
@@ -247,7 +252,7 @@ class Studio:
 def loaded(places: list[Inference], config: EvaluateConfig, hands: Accelerator) -> Iterator[tuple[Inference, FluxTransformer2DModel]]:
     """Each inference base with its transformer, one in memory at a time."""
     for one in places:
-        yield one, flux.load_transformer(one.path, distributed.DTYPES[config.hardware.dtype], config.model.variant).to(hands.device).eval()
+        yield one, flux1.load_transformer(one.path, distributed.DTYPES[config.hardware.dtype], config.model.variant).to(hands.device).eval()
 
 
 def measure(studio: Studio, shown: Tensor, style: Tensor, ideal: Tensor | None) -> tuple[dict[str, Tensor], float]:
@@ -285,8 +290,8 @@ def write_report(out: Path, result: dict[str, Any], cells: list[Cell], prompts: 
     report.write(out / "report.html", result, grids)
     (out / "sheets").mkdir(exist_ok=True)
     for number, grid in enumerate(grids):
-        sheets.contact_sheet(f"{grid.style}, seed {grid.seed}", grid.prompts, grid.rows, 64).save(out / "sheets" / f"{number:02d}.png")
+        contact_sheet.contact_sheet(f"{grid.style}, seed {grid.seed}", grid.prompts, grid.rows, 64).save(out / "sheets" / f"{number:02d}.png")
 
 
 if __name__ == "__main__":
-    stage.main("evaluate", EvaluateConfig, run)
+    frame.main("evaluate", EvaluateConfig, run)

@@ -7,19 +7,22 @@ import torch
 
 from data import sources
 from data.sources import DataConfig, Pinned
-from dev2pro import artifact, claim, distributed, encodings, feed, flux, lora, optim, stage, store
-from dev2pro.artifact import Artifact
-from dev2pro.checkpoint import CheckpointConfig, Checkpoints
-from dev2pro.distributed import HardwareConfig
+from dev2pro.artifacts import record, run_folder, store
+from dev2pro.artifacts.record import Artifact
 from dev2pro.errors import ConfigError
-from dev2pro.flux import ModelConfig
-from dev2pro.guard import GuardConfig
 from dev2pro.log import Log
-from dev2pro.lora import AdapterConfig
-from dev2pro.optim import OptimConfig
-from dev2pro.preview import Preview, PreviewConfig
-from dev2pro.probe import Probe, ProbeConfig
-from dev2pro.training import Training
+from dev2pro.models import encodings, flux1, lora
+from dev2pro.models.flux1 import ModelConfig
+from dev2pro.models.lora import AdapterConfig
+from dev2pro.training import distributed, feed, optim
+from dev2pro.training.checkpoint import CheckpointConfig, Checkpoints
+from dev2pro.training.distributed import HardwareConfig
+from dev2pro.training.divergence_guard import GuardConfig
+from dev2pro.training.heldout_probe import Probe, ProbeConfig
+from dev2pro.training.optim import OptimConfig
+from dev2pro.training.preview import Preview, PreviewConfig
+from dev2pro.training.step import Training
+from stages import frame
 
 
 @dataclass(slots=True, kw_only=True)
@@ -52,19 +55,19 @@ def run(config: LoraConfig) -> Artifact:
     place = distributed.accelerator(config.hardware)
     distributed.own_slots(config.batch, config.hardware.micro_batch, place)
     with place.main_process_first():
-        pinned = Pinned(config.data, config.out, begun=claim.begun(config.out), first=place.is_main_process)
-        parents: artifact.Parents = {"trained_on": config.trained_on, "apply_to": config.model.path, **pinned.parents()}
-        finished = claim.begin(config.out, "lora", config, parents)
+        pinned = Pinned(config.data, config.out, begun=run_folder.begun(config.out), first=place.is_main_process)
+        parents: record.Parents = {"trained_on": config.trained_on, "apply_to": config.model.path, **pinned.parents()}
+        finished = run_folder.begin(config.out, "lora", config, parents)
         if finished:
             return finished
         pinned.settle()
 
-    dtype, scheduler = distributed.DTYPES[config.hardware.dtype], flux.scheduler_settings(config.model.path)
+    dtype, scheduler = distributed.DTYPES[config.hardware.dtype], flux1.scheduler_settings(config.model.path)
     stream = pinned.stream(config.seed, config.batch, place.process_index)
     place.print(sources.told(stream))
     reference = pinned.reference(config.probe.samples)
     samples, texts, held_out = feed.prepare(config.model, stream, reference, config.hardware, place)
-    transformer = flux.load_transformer(config.trained_on, dtype, config.model.variant)
+    transformer = flux1.load_transformer(config.trained_on, dtype, config.model.variant)
     if config.hardware.int8_base:
         lora.to_int8(transformer, place.device)
     lora.inject(transformer, config.adapter, config.seed)
@@ -76,7 +79,7 @@ def run(config: LoraConfig) -> Artifact:
         return encodings.noised(samples.take(step, slots), texts.empty, scheduler, config.caption_dropout, config.seed, step, slots)
 
     def loss_of(batch: encodings.Noised) -> torch.Tensor:
-        predicted = flux.predict(training.model, batch.x_t, batch.t, batch.said, config.guidance)
+        predicted = flux1.predict(training.model, batch.x_t, batch.t, batch.said, config.guidance)
         return torch.nn.functional.mse_loss(predicted.float(), batch.velocity.float())
 
     def measured(done: int) -> dict[str, Any]:
@@ -101,17 +104,17 @@ def run(config: LoraConfig) -> Artifact:
 
     contract = {
         "arm": config.arm,
-        "trained_on": {"path": config.trained_on, "id": artifact.fingerprint(config.trained_on)},
-        "apply_to": {"path": config.model.path, "id": artifact.fingerprint(config.model.path)},
+        "trained_on": {"path": config.trained_on, "id": record.fingerprint(config.trained_on)},
+        "apply_to": {"path": config.model.path, "id": record.fingerprint(config.model.path)},
         "training_guidance": config.guidance,
         "suggested_guidance": config.model.usual_guidance,
         "suggested_strength": 1.0,
     }
-    artifact.retract(config.out)
+    record.retract(config.out)
     if place.is_main_process:
-        lora.save(place.unwrap_model(training.model), config.adapter, config.out, {**contract, "config": artifact.identity(config)})
+        lora.save(place.unwrap_model(training.model), config.adapter, config.out, {**contract, "config": record.identity(config)})
     metrics = {**checkpoints.metrics(), "guidance": config.guidance, "curve": curve, "data": sources.described(stream)}
-    return artifact.publish(
+    return record.publish(
         place, config.out, "lora", "lora", config, parents, step=config.steps, metrics=metrics, inference=contract, watched=pinned.watched()
     )
 
@@ -125,14 +128,14 @@ def check(config: LoraConfig) -> None:
         raise ConfigError(
             "hardware.shard=true is for recover: a LoRA's weights are small, every process keeps the base whole. Set hardware.shard=false."
         )
-    flux.check_transformer(config.trained_on)
+    flux1.check_transformer(config.trained_on)
     check_guidance(config.trained_on, config.guidance)
     optim.check(config.optim)
 
 
 def check_guidance(base: str, guidance: float) -> None:
     """Raises ConfigError where a recovered model would be trained on at a guidance it was not recovered at: its input is dead there."""
-    made = artifact.origin(store.resolve(base))
+    made = record.origin(store.resolve(base))
     if made and made.stage == "recover" and made.metrics["guidance"] != guidance:
         raise ConfigError(
             f"guidance={guidance}, but {base} was recovered at guidance {made.metrics['guidance']} and knows no other. Set "
@@ -141,4 +144,4 @@ def check_guidance(base: str, guidance: float) -> None:
 
 
 if __name__ == "__main__":
-    stage.main("lora", LoraConfig, run)
+    frame.main("lora", LoraConfig, run)

@@ -27,10 +27,11 @@ from transformers import (
 )
 
 from data import digits
-from dev2pro import artifact, claim, stage
-from dev2pro.artifact import Artifact
+from dev2pro.artifacts import record, run_folder
+from dev2pro.artifacts.record import Artifact
 from dev2pro.errors import ConfigError
 from dev2pro.log import Log
+from stages import frame
 
 WIDTH = 64  # of the text encoders and the judge
 TOKENS = 32  # longest prompt: the judge's, with its style words
@@ -56,11 +57,11 @@ def run(config: MiniatureConfig) -> Artifact:
     """Writes the shards, the prompts and `pipeline/`, or `judge/`, into `config.out`."""
     if config.part not in PARTS:
         raise ConfigError(f"part={config.part} is not made here. Choose one of {', '.join(PARTS)}.")
-    if finished := claim.begin(config.out, "miniature", config, {}):
+    if finished := run_folder.begin(config.out, "miniature", config, {}):
         return finished
     torch.set_num_threads(1)  # the two parts run side by side, a core each
     steps, metrics = PARTS[config.part](config, Path(config.out), *digits.load())
-    return artifact.write(config.out, "miniature", config.part, config, {}, step=steps, metrics=metrics)
+    return record.write(config.out, "miniature", config.part, config, {}, step=steps, metrics=metrics)
 
 
 def make_pipeline(config: MiniatureConfig, out: Path, train: list[digits.Digit], held_out: list[digits.Digit]) -> tuple[int, dict[str, Any]]:
@@ -286,4 +287,4 @@ def _pixels(image: object) -> Tensor:
 
 
 if __name__ == "__main__":
-    stage.main("miniature", MiniatureConfig, run)
+    frame.main("miniature", MiniatureConfig, run)

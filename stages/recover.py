@@ -12,18 +12,21 @@ import torch
 
 from data import ledger, sources
 from data.sources import DataConfig, Pinned
-from dev2pro import artifact, claim, distributed, encodings, feed, flux, kept, optim, stage
-from dev2pro.artifact import Artifact
-from dev2pro.checkpoint import CheckpointConfig, Checkpoints
-from dev2pro.distributed import HardwareConfig
+from dev2pro.artifacts import record, run_folder
+from dev2pro.artifacts.record import Artifact
 from dev2pro.errors import ConfigError
-from dev2pro.flux import ModelConfig
-from dev2pro.guard import GuardConfig
 from dev2pro.log import Log
-from dev2pro.optim import OptimConfig
-from dev2pro.preview import Preview, PreviewConfig
-from dev2pro.probe import Probe, ProbeConfig
-from dev2pro.training import Training
+from dev2pro.models import encodings, flux1
+from dev2pro.models.flux1 import ModelConfig
+from dev2pro.training import checkpoint_files, distributed, feed, optim
+from dev2pro.training.checkpoint import CheckpointConfig, Checkpoints
+from dev2pro.training.distributed import HardwareConfig
+from dev2pro.training.divergence_guard import GuardConfig
+from dev2pro.training.heldout_probe import Probe, ProbeConfig
+from dev2pro.training.optim import OptimConfig
+from dev2pro.training.preview import Preview, PreviewConfig
+from dev2pro.training.step import Training
+from stages import frame
 
 
 @dataclass(slots=True, kw_only=True)
@@ -55,38 +58,38 @@ class RecoverConfig:
 def run(config: RecoverConfig) -> Artifact:
     """Recovers the base and writes `transformer/` in diffusers layout, metrics.jsonl and artifact.json into `config.out`."""
     check(config)
-    parents: artifact.Parents = {
+    parents: record.Parents = {
         role: path for role, path in (("base", config.model.path), ("start", config.start), ("teacher", config.teacher)) if path
     }
     place = distributed.accelerator(config.hardware)
     distributed.own_slots(config.batch, config.hardware.micro_batch, place)
     with place.main_process_first():
-        pinned = Pinned(config.data, config.out, begun=claim.begun(config.out), first=place.is_main_process)
+        pinned = Pinned(config.data, config.out, begun=run_folder.begun(config.out), first=place.is_main_process)
         parents = {**parents, **pinned.parents()}
-        finished = claim.begin(config.out, "recover", config, parents)
+        finished = run_folder.begin(config.out, "recover", config, parents)
         if finished:
             return noted(config, pinned, finished)
         pinned.settle()
 
-    dtype, scheduler = distributed.DTYPES[config.hardware.dtype], flux.scheduler_settings(config.model.path)
-    kept.check_start(config.out, flux.parameters(config.model.path), config.optim, dtype, config.ema)
+    dtype, scheduler = distributed.DTYPES[config.hardware.dtype], flux1.scheduler_settings(config.model.path)
+    checkpoint_files.check_start(config.out, flux1.parameters(config.model.path), config.optim, dtype, config.ema)
     stream = pinned.stream(config.seed, config.batch, place.process_index)
     place.print(sources.told(stream))
     reference = pinned.reference(config.probe.samples)
     samples, texts, held_out = feed.prepare(config.model, stream, reference, config.hardware, place)
     origin, variant = (config.start, None) if config.start else (config.model.path, config.model.variant)
-    transformer = flux.load_transformer(origin, dtype, variant)
+    transformer = flux1.load_transformer(origin, dtype, variant)
     training = Training(place, transformer, config.optim, config.hardware, steps=config.steps, batch=config.batch, ema=config.ema, guard=config.guard)
     probe = Probe(held_out, config.probe, scheduler=scheduler, seed=config.seed, batch=config.hardware.micro_batch)
     preview = Preview(config.preview, config.model, config.hardware, held_out, texts, scheduler, place, seed=config.seed, out=config.out)
     if config.teacher:
-        probe.know_teacher(flux.load_transformer(config.teacher, dtype, config.model.variant).to(place.device))
+        probe.know_teacher(flux1.load_transformer(config.teacher, dtype, config.model.variant).to(place.device))
 
     def draw(step: int, slots: range) -> encodings.Noised:
         return encodings.noised(samples.take(step, slots), texts.empty, scheduler, config.caption_dropout, config.seed, step, slots)
 
     def loss_of(batch: encodings.Noised) -> torch.Tensor:
-        predicted = flux.predict(training.model, batch.x_t, batch.t, batch.said, config.guidance)
+        predicted = flux1.predict(training.model, batch.x_t, batch.t, batch.said, config.guidance)
         return torch.nn.functional.mse_loss(predicted.float(), batch.velocity.float())
 
     def measured(done: int) -> dict[str, Any]:
@@ -109,25 +112,23 @@ def run(config: RecoverConfig) -> Artifact:
             checkpoints.after(step + 1, curve)
             log.step(step + 1, loss=loss, held_out=curve[-1]["loss"])
 
-    artifact.retract(config.out)
+    record.retract(config.out)
     training.save(config.out, distributed.DTYPES[config.save_dtype])
     metrics = {
         **checkpoints.metrics(), "guidance": config.guidance, "curve": curve, "recovered": None if config.start else _recovered(curve),
         "data": sources.described(stream),
     }  # fmt: skip
-    made = artifact.publish(
-        place, config.out, "recover", "transformer", config, parents, step=config.steps, metrics=metrics, watched=pinned.watched()
-    )
+    made = record.publish(place, config.out, "recover", "transformer", config, parents, step=config.steps, metrics=metrics, watched=pinned.watched())
     return noted(config, pinned, made)
 
 
 def check(config: RecoverConfig) -> None:
     """Raises ConfigError for values that cannot work, DataError for a damaged ledger, before anything is begun."""
-    base = flux.check_transformer(config.model.path)
+    base = flux1.check_transformer(config.model.path)
     if config.teacher:
-        flux.check_transformer(config.teacher)
+        flux1.check_transformer(config.teacher)
     if config.start:
-        start = flux.check_transformer(config.start)  # which another diffusers may have written, with more keys
+        start = flux1.check_transformer(config.start)  # which another diffusers may have written, with more keys
         if others := [key for key in start if not key.startswith("_") and base.get(key, start[key]) != start[key]]:
             raise ConfigError(
                 f"start={config.start} has another shape than the base, model.path={config.model.path} ({others[0]}). "
@@ -155,4 +156,4 @@ def _recovered(curve: list[dict[str, Any]]) -> float | None:
 
 
 if __name__ == "__main__":
-    stage.main("recover", RecoverConfig, run)
+    frame.main("recover", RecoverConfig, run)

@@ -31,7 +31,7 @@ def _same_numbers_in_any_order() -> None:
 @pytest.fixture
 def run_stage(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Iterator[Callable[..., tuple[int, str]]]:
     """Runs `python -m stages.<name> words...` in this process, which spares the seconds of a new one: (exit code, what it said)."""
-    from dev2pro import stage
+    from stages import frame
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
@@ -41,7 +41,7 @@ def run_stage(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> 
         monkeypatch.chdir(ROOT)
         capfd.readouterr()
         with pytest.raises(SystemExit) as end:
-            stage.main(name, getattr(module, f"{name.title()}Config"), module.run)
+            frame.main(name, getattr(module, f"{name.title()}Config"), module.run)
         return end.value.code, capfd.readouterr().err
 
     yield started
@@ -122,7 +122,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from PIL import Image
 
     from data.index import index
-    from data.transport import ReadConfig, Transport
+    from data.storage.transport import ReadConfig, Transport
 
     place = tmp_path_factory.mktemp("tiny_data")
     (place / "folder").mkdir()

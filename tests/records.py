@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dev2pro import artifact, claim
+from dev2pro.artifacts import record, run_folder
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Config:
     optim: Optim = Optim()
 
 
-def make(config: Config, parents: artifact.Parents, **what: Any) -> artifact.Artifact:
+def make(config: Config, parents: record.Parents, **what: Any) -> record.Artifact:
     """What a stage does: claim, make files, record."""
-    assert claim.begin(config.out, "test", config, parents) is None
+    assert run_folder.begin(config.out, "test", config, parents) is None
     (Path(config.out) / "transformer").mkdir(exist_ok=True)
     (Path(config.out) / "transformer" / "weights.bin").write_bytes(b"weights")
     (Path(config.out) / "metrics.jsonl").write_text(what.pop("rows", '{"step": 1}\n'))
-    return artifact.write(config.out, "test", "thing", config, parents, **{"step": 3, "metrics": {"loss": 0.5}, **what})
+    return record.write(config.out, "test", "thing", config, parents, **{"step": 3, "metrics": {"loss": 0.5}, **what})

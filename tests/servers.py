@@ -24,7 +24,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from data.transport import ReadConfig
+from data.storage.transport import ReadConfig
 
 DRIP = 0.05  # seconds between two bytes, and between two of the twenty pieces of a slow answer
 SECRET = "verySecretKeyOfTheTests"

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import index, scan
-from data.sidecar import Sidecar
-from data.transport import ReadConfig, Transport
+from data import index
+from data.shards import scan
+from data.shards.sidecar import Sidecar
+from data.storage.transport import ReadConfig, Transport
 from dev2pro.errors import DataError, StageError
 
 ROOT = Path(__file__).resolve().parent.parent

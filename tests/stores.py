@@ -9,7 +9,7 @@ from typing import Any
 import boto3
 import pytest
 
-from dev2pro import shelf
+from dev2pro.artifacts import backends
 from dev2pro.errors import StageError
 from tests.servers import SECRET
 
@@ -40,7 +40,7 @@ def overwrite(address: str, name: str, content: bytes) -> None:
 
 
 def remove(address: str, name: str) -> None:
-    shelf.at(address).drop(name)
+    backends.at(address).drop(name)
 
 
 def _client() -> Any:
@@ -48,6 +48,6 @@ def _client() -> Any:
 
 
 def forge(address: str, change: Callable[[dict], Any]) -> None:
-    values = json.loads(shelf.at(address).text("artifact.json") or b"")
+    values = json.loads(backends.at(address).text("artifact.json") or b"")
     change(values)
     overwrite(address, "artifact.json", json.dumps(values).encode())

@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data import index, order, snapshot
-from data.order import Order
-from data.quarantine import Quarantine
-from data.snapshot import Snapshot
-from data.stream import Augment, Stream
-from data.transport import ReadConfig, Transport
+from data import index
+from data.loading import order
+from data.loading.order import Order
+from data.loading.quarantine import Quarantine
+from data.loading.stream import Augment, Stream
+from data.shards import snapshot
+from data.shards.snapshot import Snapshot
+from data.storage.transport import ReadConfig, Transport
 from tests.shards import tar
 
 READ = ReadConfig(workers=0, threads=3, retries=0)

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data.sidecar import COLUMNS
-from data.snapshot import Snapshot, _id
-from data.table import columns_sum
+from data.shards.sidecar import COLUMNS
+from data.shards.snapshot import Snapshot, _id
+from data.shards.table import columns_sum
 
 
 def snapshot(shards: Sequence[int], sides: Sequence[tuple[int, int]] = ((64, 64),), repeats: Sequence[int] = ()) -> Snapshot:

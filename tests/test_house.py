@@ -29,7 +29,7 @@ def tree(text: str) -> dict[str, str]:
 
 def test_a_tree_is_read() -> None:
     text = "words\n```text\n├── data/       pictures\n│   ├── mini/\n│   │   └── a.py  # one thing\n│   └── order.py  the order\n\nflows/b.py\n```\n"
-    assert tree(text) == {"data/mini/a.py": "one thing", "data/order.py": "the order", "flows/b.py": ""}
+    assert tree(text) == {"data/mini/a.py": "one thing", "data/loading/order.py": "the order", "flows/b.py": ""}
 
 
 def test_readme_names_every_file() -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from data.snapshot import Snapshot
-from data.web import Web
+from data.shards.snapshot import Snapshot
+from data.storage.http import Web
 from tests.servers import Server, impatient
 from tests.streams import BAD, pinned
 
@@ -58,8 +58,9 @@ def write_shard() -> Callable[..., dict[str, bytes]]:
 @pytest.fixture
 def pin(tmp_path: Path):
     """A snapshot of shards, indexed just now."""
-    from data import index, snapshot
-    from data.transport import Transport
+    from data import index
+    from data.shards import snapshot
+    from data.storage.transport import Transport
 
     def make(*places: str, **policy: bool) -> snapshot.Snapshot:
         transport, folder = Transport(impatient()), str(tmp_path / "sidecars")

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from data import commands, index, sidecar
-from data.transport import ReadConfig, Transport
+from data import commands, index
+from data.shards import sidecar
+from data.storage.transport import ReadConfig, Transport
 from dev2pro.errors import ConfigError, TryAgainError
 from tests.servers import Server
 from tests.shards import DAMAGES, FORMS, ROOT, called, command, indexed, jpeg, pairs, refusal, tar

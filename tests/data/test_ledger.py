@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from data import ledger
-from dev2pro.artifact import ROOT
+from dev2pro.artifacts.record import ROOT
 from tests.shards import refusal
 
 
@@ -35,7 +35,7 @@ def test_a_run_is_noted_once(tmp_path):
 RECORD_MANY = """
 import sys
 from data import ledger
-from dev2pro.artifact import ROOT
+from dev2pro.artifacts.record import ROOT
 for number in range(int(sys.argv[2]), int(sys.argv[2]) + 12):
     ledger.record(sys.argv[1], f"run {number}", "snap", [f"shard {number}"], 1)
 """

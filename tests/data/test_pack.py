@@ -13,8 +13,9 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data import pack, sidecar
-from data.transport import ReadConfig, Transport
+from data import pack
+from data.shards import sidecar
+from data.storage.transport import ReadConfig, Transport
 from dev2pro.errors import DataError
 from tests.shards import ROOT, called, encoded, jpeg, noise
 

@@ -6,8 +6,9 @@ import shutil
 from pathlib import Path
 
 from data import ledger, snapshot
-from data.sidecar import key_number
-from data.transport import ReadConfig, Transport
+from data.shards.sidecar import key_number
+from data.shards.snapshot import read
+from data.storage.transport import ReadConfig, Transport
 from tests.shards import called, command, indexed, jpeg, pairs, tar
 
 SAMPLES = [("small", 16, 16), ("high", 30, 90), ("wide", 90, 30), ("good", 64, 48)]
@@ -30,7 +31,7 @@ def test_recurring_runs_take_what_is_new(tmp_path):
     shards, book, out = numbered(tmp_path, 2), str(tmp_path / "ledger.jsonl"), tmp_path / "january.snapshot"
     first = command("data.snapshot", f"{tmp_path}/*.tar", "--out", out, "--min-side", "8")
     assert (first.returncode, first.stderr) == (0, "")
-    january = snapshot.read(str(out))
+    january = read(str(out))
     assert first.stdout == f"snapshot: {out} pins 3 samples in 2 shards ({january.id[:12]})\n"
     ledger.record(book, "run 1", january.id, [one.sha256 for one in january.shards], 1.0)
     code, _, told = called(snapshot.main, f"{tmp_path}/*.tar", "--out", tmp_path / "b", "--ledger", book, "--only-new")
@@ -42,7 +43,7 @@ def test_recurring_runs_take_what_is_new(tmp_path):
     assert re.search(r"pins 3 samples in 1 shards, 1 of them new \(", new.stdout), new
     _, said, _ = called(snapshot.main, *shards, "--out", tmp_path / "weighed", "--ledger", book, "--new-weight", "3")
     assert "pins 6 samples in 3 shards, 1 of them new" in said
-    assert [one.repeat for one in snapshot.read(str(tmp_path / "weighed")).shards] == [1, 1, 3]
+    assert [one.repeat for one in read(str(tmp_path / "weighed")).shards] == [1, 1, 3]
 
 
 def test_what_the_command_refuses(tmp_path):
@@ -70,7 +71,7 @@ def test_quarantine_files_are_left_out(tmp_path):
     (tmp_path / "quarantine.jsonl").write_text(json.dumps(line) + "\n")
     _, said, _ = called(snapshot.main, place, "--out", tmp_path / "a.snapshot", "--without", tmp_path / "quarantine.jsonl")
     assert "pins 3 samples" in said
-    assert key_number("high") not in snapshot.read(str(tmp_path / "a.snapshot")).columns["key"].tolist()
+    assert key_number("high") not in read(str(tmp_path / "a.snapshot")).columns["key"].tolist()
 
 
 def test_what_cannot_be_used_is_left_out_and_reported(tmp_path):
@@ -90,7 +91,7 @@ def test_what_cannot_be_used_is_left_out_and_reported(tmp_path):
     assert left.keys() == why.keys()
     assert all(why[name] in reason for name, reason in left.items()), left
     assert {key: report[key] for key in ("shards", "pinned", "samples")} == {"shards": 5, "pinned": 1, "samples": 2}
-    assert [Path(one.place).name for one in snapshot.read(str(tmp_path / "a.snapshot")).shards] == ["1.tar"]
+    assert [Path(one.place).name for one in read(str(tmp_path / "a.snapshot")).shards] == ["1.tar"]
 
 
 def test_a_shard_that_is_mended_is_there_again(tmp_path):

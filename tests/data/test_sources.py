@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from data import index, snapshot, sources
+from data import index, sources
+from data.shards import snapshot
 from data.sources import DataConfig, Pinned
-from data.transport import ReadConfig, Transport
-from data.web import ChangedError
+from data.storage.http import ChangedError
+from data.storage.transport import ReadConfig, Transport
 from dev2pro.errors import ConfigError, DataError
 from tests.shards import jpeg, pairs, tar
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from dev2pro import artifact
-from dev2pro.artifact import Artifact
+from dev2pro.artifacts import record
+from dev2pro.artifacts.record import Artifact
 from tests.proxies import Proxy
 from tests.records import Config, make
 from tests.servers import Bucket, environment, moto, s3_environment
@@ -33,7 +33,7 @@ def proxy(moto_store: Bucket, monkeypatch, tmp_path) -> Iterator[Proxy]:
     for one in moto_store.client.list_objects_v2(Bucket="store").get("Contents", []):
         moto_store.client.delete_object(Bucket="store", Key=one["Key"])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("dev2pro.tries.LONGEST_PAUSE", 0.02)
+    monkeypatch.setattr("dev2pro.retry.LONGEST_PAUSE", 0.02)
     with Proxy(moto_store.client.meta.endpoint_url) as between, environment(**s3_environment(between.url), AWS_MAX_ATTEMPTS="1"):
         yield between
 
@@ -47,7 +47,7 @@ def made(tmp_path, parents) -> Artifact:
     (tmp_path / "out/empty").touch()
     (tmp_path / "out/sheets").mkdir()
     (tmp_path / "out/sheets/a b+%41 &=é.png").write_bytes(b"picture")
-    return artifact.write(config.out, "test", "thing", config, parents, step=3, metrics={"loss": 0.5})
+    return record.write(config.out, "test", "thing", config, parents, step=3, metrics={"loss": 0.5})
 
 
 @pytest.fixture(params=["s3", "folder"])

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from dev2pro.artifact import ROOT
+from dev2pro.artifacts.record import ROOT
 from dev2pro.errors import DataError
 from dev2pro.escape import JOINERS, LONGEST, Record, lines, markdown, printable
 
@@ -123,7 +123,7 @@ def test_a_terminal_obeys_nothing_that_a_library_logs():
     assert said.stderr.replace("\n", "").isprintable()
 
 
-@pytest.mark.parametrize("words", [["dev2pro.artifact", "show"], ["data.index"], ["data.pack"], ["data.snapshot", "--out=x"]])
+@pytest.mark.parametrize("words", [["dev2pro.artifacts", "show"], ["data.index"], ["data.pack"], ["data.snapshot", "--out=x"]])
 def test_a_terminal_obeys_nothing_in_an_error_of_a_command(words, tmp_path):
     strange = tmp_path / f"a{ESCAPES}\nforged: done"
     strange.mkdir()

@@ -19,10 +19,15 @@ MOMENTS = {  # module, event, what is removed or renamed to, which time: the pro
     "notes": ("stages.recover", "os.rename", "ledger.jsonl", 1),
     "promotes": ("flows.recurring", "os.rename", "latest.json", 1),
     "judges": ("flows.recurring", "os.rename", "<n>.json", 2),
-    "prunes": ("dev2pro.artifact", "os.remove", "diffusion_pytorch_model.safetensors", 1),
+    "prunes": ("dev2pro.artifacts", "os.remove", "diffusion_pytorch_model.safetensors", 1),
 }
 ANY = "any"  # a moment
-HIT = {"stages.recover": ["stage", "flow", "all"], "flows.recurring": ["flow"], "data.snapshot": ["flow", "all"], "dev2pro.artifact": ["flow", "all"]}
+HIT = {
+    "stages.recover": ["stage", "flow", "all"],
+    "flows.recurring": ["flow"],
+    "data.snapshot": ["flow", "all"],
+    "dev2pro.artifacts": ["flow", "all"],
+}
 
 
 @dataclass

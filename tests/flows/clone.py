@@ -15,7 +15,7 @@ import httpx
 import psutil
 from dotenv import dotenv_values
 
-from dev2pro.artifact import ROOT
+from dev2pro.artifacts.record import ROOT
 from tests.flows.operator import PATIENCE, Serve, free_port, until
 
 PASSWORD = "s3cret $horse #battery"  # what a person may choose

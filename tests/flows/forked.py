@@ -30,7 +30,7 @@ def imported() -> None:
     """Loads what flows, stages and commands load. Files that are to be run themselves are left to the child."""
     warnings.filterwarnings("ignore", module="runpy")  # that what is to be run was imported
     warm.imported()
-    for name in ("data.index", "data.snapshot", "dev2pro.biography", "flows.recurring", "prefect.server.utilities.encryption"):
+    for name in ("data.index", "data.snapshot", "dev2pro.artifacts", "flows.recurring", "prefect.server.utilities.encryption"):
         importlib.import_module(name)
     for name in ("data.index", "flows.recurring"):
         package, _, module = name.partition(".")

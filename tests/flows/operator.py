@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import psutil
 
-from dev2pro.artifact import ROOT
+from dev2pro.artifacts.record import ROOT
 
 OUT = "runs/test-serve"
 PATIENCE = 240.0  # seconds, on a busy machine

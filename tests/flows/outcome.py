@@ -9,8 +9,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from data import snapshot
-from dev2pro import artifact
+from data.shards import snapshot
+from dev2pro.artifacts import record
 from tests.flows.arrivals import Shards
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,14 +77,14 @@ class Outcome:
 
     def lineage(self) -> None:
         """From the latest back to the base, through every promoted one, by what records say; and as the command says it."""
-        made, chain = artifact.read(str(ROOT / self.alias("latest")["uri"])), list[str]()
+        made, chain = record.read(str(ROOT / self.alias("latest")["uri"])), list[str]()
         while True:
             chain.append(made.id)
             above = {parent["role"]: parent for parent in made.parents}
-            assert above["base"]["id"] == artifact.fingerprint(str(ROOT / BASE))
+            assert above["base"]["id"] == record.fingerprint(str(ROOT / BASE))
             if "start" not in above:
                 break
-            made = artifact.read(str(ROOT / above["start"]["uri"]))
+            made = record.read(str(ROOT / above["start"]["uri"]))
             assert made.id == above["start"]["id"]
         assert chain[::-1] == [one["id"] for one in self.promoted]
         told = {word: self.command(word, str(self.place / self.alias("latest")["uri"].rpartition("/")[2])) for word in ("verify", "lineage")}
@@ -95,7 +95,7 @@ class Outcome:
         assert "  gone  " not in told["lineage"].stdout
 
     def command(self, *words: str) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, "-m", "dev2pro.artifact", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+        return subprocess.run([sys.executable, "-m", "dev2pro.artifacts", *words], cwd=ROOT, capture_output=True, text=True, check=False)
 
     def verdicts(self) -> None:
         """Aliases name what the records say; noise was trained on and not promoted."""

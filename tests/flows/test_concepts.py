@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from dev2pro import artifact
-from dev2pro.artifact import ROOT
+from dev2pro.artifacts import record
+from dev2pro.artifacts.record import ROOT
 
 pytestmark = pytest.mark.operator
 OUT = "runs/test-concepts"
@@ -48,7 +48,7 @@ def test_one_that_fails_does_not_stop_the_others(ended):
     assert ended["type"] == "FAILED"
     assert ended["message"].startswith("1 of 3 concepts failed: nowhere.")
     for concept in ("chalk", "poster"):
-        made = artifact.read(str(ROOT / OUT / concept / "evaluate"))
+        made = record.read(str(ROOT / OUT / concept / "evaluate"))
         assert {gain["rival"] for gain in made.metrics["gains"]} == {"base@1"}
     assert not (ROOT / OUT / "nowhere" / "evaluate").exists()
 

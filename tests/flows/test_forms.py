@@ -12,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 from prefect.utilities.callables import parameter_schema
 from pydantic import BaseModel, ValidationError
 
-from dev2pro.artifact import ROOT
+from dev2pro.artifacts.record import ROOT
 from flows import forms, plan, single
 from flows.concepts import concepts
 from flows.forms import Concepts, Distill, Evaluate, Lora, Pipeline, Recover, Recurring, overrides
@@ -101,14 +101,14 @@ FILLED: dict[type, dict[str, Any]] = {
 
 @pytest.mark.parametrize("form", FILLED)
 def test_what_was_filled_in_reaches_the_stage(form):
-    from dev2pro import stage
+    from stages import frame
 
     name = STAGES[form]
     schema = getattr(importlib.import_module(f"stages.{name}"), f"{name.title()}Config")
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     said = overrides(form(**FILLED[form]))
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        config = stage.typed(schema, compose(name, overrides=plan.words(said)))
+        config = frame.typed(schema, compose(name, overrides=plan.words(said)))
     for key, value in said.items():
         if key not in GROUPS:
             found: Any = config

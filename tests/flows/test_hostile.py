@@ -7,12 +7,12 @@ import sys
 from urllib.parse import urlsplit
 
 import pytest
-
-from dev2pro import report
-from dev2pro.artifact import ROOT
 from tests.dev2pro.test_report import PROMPTS, fake_grids, fake_metrics
-from tests.flows.operator import until
 from tests.flows.test_browser import browser, log_in, serve, shot  # noqa: F401 (fixtures)
+
+from dev2pro.artifacts.record import ROOT
+from dev2pro.judging import report
+from tests.flows.operator import until
 
 pytestmark = pytest.mark.operator
 HOSTILE = [

@@ -14,8 +14,9 @@ import torch
 from accelerate import Accelerator
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
-from dev2pro import artifact, draws
-from dev2pro.artifact import ROOT
+from dev2pro import draws
+from dev2pro.artifacts import record
+from dev2pro.artifacts.record import ROOT
 
 BASE = str(ROOT / "data/miniature/pipeline")
 OUT = "runs/test-pipeline"
@@ -60,7 +61,7 @@ def test_it_ends_well_and_leaves_every_artifact(first):
     assert first.returncode == 0, first.stdout + first.stderr
     assert "Report: " in first.stdout
     for place in ("recover", *(f"lora/chalk/{arm}" for arm in ARMS), "evaluate"):
-        made = artifact.read(str(ROOT / OUT / place))
+        made = record.read(str(ROOT / OUT / place))
         assert made.stage == place.split("/")[0]
         assert made.parents
 
@@ -74,7 +75,7 @@ def test_progress_is_shown(first):
 
 
 def test_recovery_reports_the_way_to_the_teacher(first):
-    metrics = artifact.read(str(ROOT / OUT / "recover")).metrics
+    metrics = record.read(str(ROOT / OUT / "recover")).metrics
     assert metrics["guidance"] == 1.0
     assert [row["step"] for row in metrics["curve"]] == [0, 3, 6]
     assert metrics["curve"][0]["teacher_distance"] > metrics["curve"][-1]["teacher_distance"]
@@ -141,9 +142,9 @@ def test_stock_diffusers_loads_what_was_written_and_draws_the_same(first):
 
 
 def evaluate_config():
-    from dev2pro.distributed import HardwareConfig
-    from dev2pro.flux import ModelConfig
-    from dev2pro.sampling import SamplingConfig
+    from dev2pro.models.flux1 import ModelConfig
+    from dev2pro.models.sampling import SamplingConfig
+    from dev2pro.training.distributed import HardwareConfig
     from stages.evaluate import EvaluateConfig
 
     return EvaluateConfig(

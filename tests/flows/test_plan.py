@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from pydantic import TypeAdapter, ValidationError
 
-from dev2pro.artifact import ROOT
+from dev2pro.artifacts.record import ROOT
 from dev2pro.errors import ConfigError
 from flows import plan
 from flows.plan import Arm, Name, Plan

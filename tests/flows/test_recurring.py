@@ -17,10 +17,11 @@ from prefect.testing.utilities import prefect_test_harness
 from prefect.utilities.callables import parameter_schema
 from pydantic import ValidationError
 
-from dev2pro import artifact, claim
-from dev2pro.artifact import ROOT
-from flows import generations, promoted, recurring
+from dev2pro.artifacts import record, run_folder
+from dev2pro.artifacts.record import ROOT
+from flows import recurring
 from flows.forms import ROOTS, Recurring
+from flows.generations import aliases, lifecycle
 from tests.shards import jpeg, pairs, tar
 
 LINE = "test-recurring"
@@ -83,7 +84,7 @@ def test_bad_input_is_refused_when_the_run_starts(values, key):
 
 
 def test_it_can_be_triggered_as_it_is():
-    assert Recurring().line == promoted.LINE
+    assert Recurring().line == aliases.LINE
     assert [path for pattern in (*Recurring().shards, *Recurring().heldout) for path in ROOT.glob(pattern)]
 
 
@@ -148,9 +149,9 @@ def form(shards, monkeypatch):
 
 @pytest.fixture(scope="module", autouse=True)
 def _clean():
-    shutil.rmtree(promoted.folder(LINE), ignore_errors=True)
+    shutil.rmtree(aliases.folder(LINE), ignore_errors=True)
     yield
-    shutil.rmtree(promoted.folder(LINE), ignore_errors=True)
+    shutil.rmtree(aliases.folder(LINE), ignore_errors=True)
 
 
 def run(form: Recurring) -> Any:
@@ -170,13 +171,13 @@ def test_a_year_in_small(server, shards, form):
     # the first is made from the base; a damaged shard is told
     state = run(form())
     assert state.name == "Completed", state
-    first = generations.known(LINE)[0]
+    first = lifecycle.known(LINE)[0]
     assert (first.verdict, first.samples, first.shards) == ("promoted", 12, 1)
     assert "1 shards cannot be used" in state.message
-    record = artifact.read(str(ROOT / first.out))
-    assert [parent["role"] for parent in record.parents] == ["base", "teacher", "data.train", "data.heldout"]
-    assert record.step == 3
-    assert promoted.resolved(f"{LINE}:latest") == first.out
+    last = record.read(str(ROOT / first.out))
+    assert [parent["role"] for parent in last.parents] == ["base", "teacher", "data.train", "data.heldout"]
+    assert last.step == 3
+    assert aliases.resolved(f"{LINE}:latest") == first.out
     page = history()
     assert r"b\_\|\_\`x\`.tar is rejected at byte" in page.replace(str(shards).replace("_", r"\_") + "/", "")
     assert re.search(rf"\| 1 \| [0-9-]+ [0-9:]+ UTC \| 12 \| .* \| promoted \| `{first.id[:12]}` \|", page)
@@ -185,7 +186,7 @@ def test_a_year_in_small(server, shards, form):
     state = run(form())
     assert (state.name, state.type.value) == ("Skipped", "COMPLETED")
     assert state.message.startswith(f"Nothing new in 2 shards; the line {LINE} waits for 4 samples.")
-    handle = claim.lock(promoted.folder(LINE))
+    handle = run_folder.lock(aliases.folder(LINE))
     state = run(form())
     os.close(handle)  # type: ignore[arg-type]
     assert (state.name, state.message) == ("Skipped", f"Another run works on the line {LINE}. What is new waits for the next run.")
@@ -193,18 +194,18 @@ def test_a_year_in_small(server, shards, form):
     state = run(form())
     assert state.name == "Skipped"
     assert state.message.startswith("3 new samples in 1 of 3 shards; ")
-    assert not (ROOT / generations.out(LINE, 2)).exists() or not list((ROOT / generations.out(LINE, 2)).glob("*.json"))
+    assert not (ROOT / lifecycle.out(LINE, 2)).exists() or not list((ROOT / lifecycle.out(LINE, 2)).glob("*.json"))
 
     # mended, it is trained on together with what waited, on top of the one before; and the gate is shut
     (shards / "b_|_`x`.tar").write_bytes(tar([(f"b{i}.{end}", part) for i in range(3) for end, part in (("jpg", jpeg(50 + i)), ("txt", b"a two"))]))
     state = run(form(tolerance=0.0, optim={"lr": 3e-3, "warmup": 0}))
     assert state.name == "Not promoted", state
-    second = generations.known(LINE)[1]
+    second = lifecycle.known(LINE)[1]
     assert (second.verdict, second.samples, second.shards) == ("not promoted", 6, 2)
     assert second.before == pytest.approx(first.after, rel=1e-4)
-    assert promoted.resolved(f"{LINE}:latest") == promoted.resolved(f"{LINE}:best") == first.out
-    start = next(parent for parent in artifact.read(str(ROOT / second.out)).parents if parent["role"] == "start")
+    assert aliases.resolved(f"{LINE}:latest") == aliases.resolved(f"{LINE}:best") == first.out
+    start = next(parent for parent in record.read(str(ROOT / second.out)).parents if parent["role"] == "start")
     assert (start["uri"], start["id"]) == (first.out, first.id)
-    lines = [json.loads(line) for line in (ROOT / generations.ledger(LINE)).read_text().splitlines()]
+    lines = [json.loads(line) for line in (ROOT / lifecycle.ledger(LINE)).read_text().splitlines()]
     assert [(line["run"], len(line["shards"])) for line in lines] == [(first.id, 1), (second.id, 2)]
     assert run(form()).name == "Skipped", "what was not good enough stays consumed"

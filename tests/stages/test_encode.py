@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from data import index, snapshot
-from data.transport import ReadConfig, Transport
+from data import index
+from data.shards import snapshot
+from data.storage.transport import ReadConfig, Transport
 from tests.servers import moto
 from tests.shards import jpeg, tar
 

@@ -50,7 +50,7 @@ def test_4_no_room_for_a_checkpoint(words, tiny, disk, run_stage):
 
 
 def test_4_no_room_is_told_before_anything_is_encoded(words, tmp_path, disk, run_stage, monkeypatch):
-    monkeypatch.setattr("dev2pro.feed.prepare", lambda *_: pytest.fail("it went on"))
+    monkeypatch.setattr("dev2pro.training.feed.prepare", lambda *_: pytest.fail("it went on"))
     code, said = run_stage("recover", *words, f"out={disk(2)}/out")
     assert (code, "A checkpoint needs" in said) == (4, True)
 

@@ -27,7 +27,7 @@ def test_a_sheet_at_every_measurement_and_the_same_artifact_without_them(stage, 
     more = {"recover": [], "lora": [f"trained_on={tiny}"], "distill": [f"teacher={tiny}"]}[stage]
     assert run_stage(stage, *words, *more, "steps=3")[0] == 0
     assert sorted(sheets(tmp_path / "out")) == ["000000.jpg", "000002.jpg", "000003.jpg"]
-    monkeypatch.setattr("dev2pro.flux.load_vae", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr("dev2pro.models.flux1.load_vae", lambda *_: pytest.fail("it was loaded"))
     assert run_stage(stage, *words, *more, "steps=3", "preview.pictures=0", f"out={tmp_path}/blind")[0] == 0
     assert not (tmp_path / "blind/previews").exists()
     shown, blind = (json.loads((tmp_path / name / "artifact.json").read_text()) for name in ("out", "blind"))

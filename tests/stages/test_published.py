@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dev2pro import store
+from dev2pro.artifacts import store
 from tests.servers import moto
 
 ROOT = Path(__file__).resolve().parents[2]

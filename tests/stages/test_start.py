@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dev2pro import artifact, store
+from dev2pro.artifacts import record, store
 
 SMALL = ["steps=2", "batch=4", "optim.warmup=0", "probe.bins=2", "probe.samples=2", "save_dtype=float32", "seed=3"]
 
@@ -20,7 +20,7 @@ def words(tiny, tiny_data, tmp_path) -> list[str]:
     ]  # fmt: skip
 
 
-def record(folder: Path) -> dict:
+def written(folder: Path) -> dict:
     return json.loads((folder / "artifact.json").read_text())
 
 
@@ -33,7 +33,7 @@ def test_it_goes_on_from_the_weights_and_says_so(words, tiny, tmp_path, run_stag
     for out, start, teacher in ((one, "null", "null"), (two, one, one), (alone, "null", one)):
         more = ["optim.lr=1e-3"] if out == one else ["optim.lr=2e-3"]
         assert run_stage("recover", *words, *more, f"teacher={teacher}", f"start={start}", f"out={out}")[0] == 0
-    first, second, third = map(record, (one, two, alone))
+    first, second, third = map(written, (one, two, alone))
     assert [(p["role"], p["uri"]) for p in second["parents"]][:3] == [("base", str(tiny)), ("start", str(one)), ("teacher", str(one))]
     assert second["parents"][1]["id"] == first["id"]
     assert "start" not in [parent["role"] for parent in first["parents"]]
@@ -53,7 +53,7 @@ def test_its_start_may_lie_in_a_store(words, tmp_path, run_stage):
     address = store.push(str(tmp_path / "one"), str(tmp_path / "store"))
     assert run_stage("recover", *words, f"start={address}", f"out={tmp_path}/far")[0] == 0
     assert run_stage("recover", *words, f"start={tmp_path}/one", f"out={tmp_path}/near")[0] == 0
-    far, near = record(tmp_path / "far"), record(tmp_path / "near")
+    far, near = written(tmp_path / "far"), written(tmp_path / "near")
     assert [parent["id"] for parent in far["parents"]] == [parent["id"] for parent in near["parents"]]
     assert all(torch.equal(value, weights(tmp_path / "near")[key]) for key, value in weights(tmp_path / "far").items())
 
@@ -73,8 +73,8 @@ def test_a_start_that_is_none_is_told_before_anything_is_begun(start, said, word
         (tmp_path / name / "transformer").mkdir(parents=True)
         written = config | {"num_layers": config["num_layers"] + 1, "_diffusers_version": "0.1"} if name == "other" else config
         (tmp_path / name / "transformer/config.json").write_text(json.dumps(written))
-    artifact.write_json(tmp_path / "pruned/pruned.json", {"files": ["transformer/diffusion_pytorch_model.safetensors"]})
-    artifact.write_json(tmp_path / "begun/config.json", {})
+    record.write_json(tmp_path / "pruned/pruned.json", {"files": ["transformer/diffusion_pytorch_model.safetensors"]})
+    record.write_json(tmp_path / "begun/config.json", {})
     code, told = run_stage("recover", *words, f"start={tmp_path}/{start}", f"out={tmp_path}/out")
     assert (code, said in told) == (2, True), told
     assert not (tmp_path / "out").exists()
@@ -85,4 +85,4 @@ def test_the_ledger_is_told_of_a_run_that_was_killed_before_it_could_be(words, t
     assert run_stage("recover", *words)[0] == 0
     (tmp_path / "ledger.jsonl").unlink()
     assert run_stage("recover", *words)[0] == 0
-    assert json.loads((tmp_path / "ledger.jsonl").read_text())["run"] == record(tmp_path / "one")["id"]
+    assert json.loads((tmp_path / "ledger.jsonl").read_text())["run"] == written(tmp_path / "one")["id"]

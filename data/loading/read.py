@@ -1,0 +1,131 @@
+"""Fetches samples by their place in the snapshot: verified bytes, read ahead by threads, in the order asked for."""
+
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+from data.loading.order import BLOCK
+from data.shards import tar
+from data.shards.sidecar import LIMITS
+from data.shards.snapshot import Shard, Snapshot, Span
+from data.storage import urls
+from data.storage.cache import DiskCache
+from data.storage.http import ChangedError
+from data.storage.transport import ReadConfig, Transport
+from dev2pro.errors import DataError, TryAgainError
+
+J = TypeVar("J")
+NEAR = 1 << 16  # bytes between two parts of a sample that are worth reading along
+TOGETHER = 4  # samples of this machine that a thread reads one after the other
+MAX_BLOCK = 1 << 26  # bytes of neighbours fetched for the cache at a time; every thread may hold one
+
+
+class Reader:
+    """Reads `parts` of samples. It belongs to the process that made it."""
+
+    def __init__(self, snapshot: Snapshot, config: ReadConfig, parts: Sequence[str]) -> None:
+        self.snapshot, self.config, self.parts = snapshot, config, parts
+        self.transport = Transport(config)
+        self.cache = DiskCache(f"{config.cache}/bytes", config.cache_gb * 1e9) if config.cache_gb else None
+
+    def sample(self, row: int) -> dict[str, bytes]:
+        """part -> its bytes, as they were indexed.
+
+        Raises what `Transport.read` raises, ChangedError for other bytes in a local shard, TryAgainError for such from afar.
+        """
+        shard = self.snapshot.shard(row)
+        spans = {part: self.snapshot.span(row, part) for part in self.parts}
+        if wrong := next((part for part in spans if spans[part].bytes > LIMITS[part]), ""):
+            raise DataError(
+                f"{urls.shown(shard.place)}: the snapshot has a {wrong} of {spans[wrong].bytes:,} bytes, which no index lets in. Make it again."
+            )
+        found = self._parts(shard, row, spans)
+        if not _wrong(spans, found):
+            return found
+        found = self._parts(shard, row, spans, fresh=True)
+        if wrong := _wrong(spans, found):
+            where = f"bytes {spans[wrong].offset} to {spans[wrong].offset + spans[wrong].bytes} ({wrong}) are not those of the index, twice"
+            if not urls.remote(shard.place):
+                raise ChangedError(shard.place, where)
+            raise TryAgainError(f"{urls.shown(shard.place)}: {where}. The network or the store damages data; look there, then run the same command.")
+        return found
+
+    def key(self, row: int) -> str:
+        """The name of a sample's picture in its shard, from the header before it; for messages."""
+        shard, offset = self.snapshot.shard(row), self.snapshot.span(row, "picture").offset
+        return urls.printable(tar.name_of(self.transport.read(shard.place, max(0, offset - tar.BLOCK), tar.BLOCK, shard.stamp)))
+
+    def ahead(self, jobs: Iterable[tuple[int, J]]) -> Iterator[tuple[J, dict[str, bytes]]]:
+        """(job, sample) for every (row, job), in order, while up to `threads` more are on their way; prefetch_mb holds half of what waits."""
+        limit = self.config.prefetch_mb * 2**20 / max(1, self.config.workers) / 2
+        waiting: deque[tuple[list[tuple[int, J]], int, Future]] = deque()
+        each = 1 if any(urls.remote(shard.place) for shard in self.snapshot.shards) else TOGETHER
+        jobs, held = iter(jobs), 0
+        pool = ThreadPoolExecutor(self.config.threads, "sample")
+        try:
+            while True:
+                while len(waiting) * each < 2 * self.config.threads and (held < limit or not waiting) and (some := list(islice(jobs, each))):
+                    size = sum(self.snapshot.span(row, part).bytes for row, _ in some for part in self.parts)
+                    waiting.append((some, size, pool.submit(lambda rows: [self.sample(row) for row in rows], [row for row, _ in some])))
+                    held += size
+                if not waiting:
+                    return
+                some, size, read = waiting.popleft()
+                for (_, one), found in zip(some, read.result(), strict=True):
+                    yield one, found
+                held -= size
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # what hangs must not hold up an error
+
+    def _parts(self, shard: Shard, row: int, spans: dict[str, Span], fresh: bool = False) -> dict[str, bytes]:
+        found = dict.fromkeys(spans, b"")
+        for group in _together(spans):
+            start = min(spans[part].offset for part in group)
+            end = max(spans[part].offset + spans[part].bytes for part in group)
+            content = self._range(shard, row, group, start, end, fresh)
+            found |= {part: content[(first := spans[part].offset - start) : first + spans[part].bytes] for part in group}
+        return found
+
+    def _range(self, shard: Shard, row: int, group: Sequence[str], start: int, end: int, fresh: bool) -> bytes:
+        """Bytes of a shard; through the cache a whole block of neighbours, which the order soon asks for as well."""
+
+        def fetch(first: int, last: int) -> bytes:
+            return self.transport.read(shard.place, first, last - first, shard.stamp)
+
+        if self.cache is None or not urls.remote(shard.place):
+            return fetch(start, end)
+        first, last = self._block(shard, row, group)
+        if not first <= start <= end <= last <= first + MAX_BLOCK:
+            first, last = start, end
+        key = f"{shard.sha256} {first} {last}"
+        if fresh:
+            self.cache.drop(key)
+            return fetch(start, end)
+        return self.cache.get(key, last - first, lambda: fetch(first, last), start - first, end - first)
+
+    def _block(self, shard: Shard, row: int, group: Sequence[str]) -> tuple[int, int]:
+        begin = shard.first + (row - shard.first) // BLOCK * BLOCK
+        rows = range(begin, min(begin + BLOCK, shard.first + shard.samples))
+        spans = [span for r in (rows[0], rows[-1]) for part in group if (span := self.snapshot.span(r, part)).bytes]
+        return min((span.offset for span in spans), default=0), max((span.offset + span.bytes for span in spans), default=0)
+
+
+def _together(spans: dict[str, Span]) -> list[list[str]]:
+    """Parts that lie near enough to each other for one read; those that hold nothing lie nowhere."""
+    groups: list[list[str]] = []
+    end = 0
+    for part in sorted((part for part, span in spans.items() if span.bytes), key=lambda part: spans[part].offset):
+        if groups and spans[part].offset - end <= NEAR:
+            groups[-1].append(part)
+        else:
+            groups.append([part])
+        end = spans[part].offset + spans[part].bytes
+    return groups
+
+
+def _wrong(spans: dict[str, Span], found: dict[str, bytes]) -> str:
+    """The first part whose bytes are not those that were indexed, or nothing."""
+    return next((part for part, span in spans.items() if zlib.crc32(found[part]) != span.crc), "")

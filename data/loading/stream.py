@@ -1,0 +1,298 @@
+"""From the order to batches of pixels: worker processes that read, decode, crop, flip and choose captions, the same for any number of them."""
+
+import itertools
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
+
+from data.loading.buffers import Lender, Piece, Room, large_pieces
+from data.loading.order import ORDER_VERSION, Order, Size
+from data.loading.quarantine import Fault, Quarantine
+from data.loading.read import Reader
+from data.shards import encoded, pictures
+from data.shards.pictures import BadContent
+from data.storage.transport import LONGEST_PAUSE, ReadConfig
+from dev2pro import draws, signals
+from dev2pro.errors import DataError, StageError, TryAgainError
+
+ATTEMPTS = 100  # substitutes tried for one slot
+MOST_AHEAD = 16  # batches a worker may have ready
+LOOK_AFTER = 5  # seconds without a batch after which it is seen to whether the workers live
+PLAIN = ("picture", "caption")
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What may happen to a picture on its way: crop (center, random) and mirroring (probability one half)."""
+
+    crop: str = "center"
+    flip: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """One slot of one step: the sample for it and the size it is cropped to. Without a step nothing is drawn and nothing replaced."""
+
+    row: int
+    size: Size
+    step: int = -1
+    slot: int = 0
+
+
+@dataclass
+class Batch:
+    """Samples of one size: pixels (B, H, W, 3) uint8, or encodings as they were stored; `rows` are the samples, substitutes included.
+
+    `parts`: their bytes, where the stream keeps them.
+    """
+
+    size: Size
+    rows: list[int]
+    captions: list[str]
+    pixels: Tensor | None
+    stored: dict[str, Tensor]
+    parts: list[dict[str, bytes]] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """How a worker says that it cannot go on."""
+
+    kind: type[StageError]
+    message: str
+
+
+class Stream:
+    """The samples of a snapshot as batches. `waited`: seconds that the caller stood still for them."""
+
+    def __init__(
+        self, order: Order, config: ReadConfig, augment: Augment, quarantine: Quarantine, parts: Sequence[str] = PLAIN, keep: bool = False
+    ) -> None:  # fmt: skip
+        self.order, self.config, self.augment, self.quarantine, self.parts, self.keep = order, config, augment, quarantine, tuple(parts), keep
+        self.waited = 0.0
+
+    def steps(self, first: int, last: int, slots: Sequence[range]) -> Iterator[Batch]:
+        """For every step from `first` up to `last`, a batch for each range of slots. Where it begins makes no difference to what comes."""
+
+        def units() -> Iterator[list[Job]]:
+            for number in range(first, last):
+                step = self.order.step(number)
+                for some in slots:
+                    yield [Job(int(step.rows[slot]), step.size, number, slot) for slot in some]
+
+        return self._batches(units, max(map(len, slots)))
+
+    def rows(self, rows: Sequence[int], size: Size, batch: int) -> Iterator[Batch]:
+        """These samples once, in this order, from the middle of the picture; those that cannot be used are missing."""
+
+        def units() -> Iterator[list[Job]]:
+            for first in range(0, len(rows), batch):
+                yield [Job(int(row), size) for row in rows[first : first + batch]]
+
+        return self._batches(units, batch)
+
+    def stretch(self, first: int, last: int, batch: int) -> Iterator[Batch]:
+        """The samples `first` up to `last` as `rows` gives them, each in its own bucket; neighbours of one size come together."""
+
+        def units() -> Iterator[list[Job]]:
+            for size, run in itertools.groupby(range(first, last), self.order.size_of):
+                jobs = [Job(row, size) for row in run]
+                yield from (jobs[i : i + batch] for i in range(0, len(jobs), batch))
+
+        return self._batches(units, batch)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Which samples come; with the number of the step, all that a checkpoint has to know of the data."""
+        order = self.order
+        return {"snapshot": order.snapshot.id, "order_version": ORDER_VERSION, "seed": order.seed, "batch": order.batch}
+
+    @property
+    def fixed(self) -> bool:
+        """Whether nothing about a sample is drawn and nothing of it stored: then its pixels and its caption are always the same."""
+        drawn = self.augment != Augment() or bool(self.order.snapshot.columns["caption_json"].any())
+        return not drawn and self.parts == PLAIN
+
+    def captions(self) -> tuple[int, Iterator[str]]:
+        """About how many different captions there are (a checksum tells them apart), and all of them, read once."""
+        columns = self.order.snapshot.columns
+        sums = columns["caption_crc"].astype(np.uint64) << np.uint64(32) | columns["caption_bytes"]
+        _, rows = np.unique(sums, return_index=True)
+
+        def found() -> Iterator[str]:
+            for row, parts in Reader(self.order.snapshot, self.config, ("caption",)).ahead((int(row), int(row)) for row in rows):
+                yield from _said(parts, bool(columns["caption_json"][row]))
+
+        return len(rows), found()
+
+    def _batches(self, units: Callable[[], Iterator[list[Job]]], batch: int) -> Iterator[Batch]:
+        pipeline = _Pipeline(self, units, batch)
+        come = self._from_workers(pipeline, batch) if self.config.workers else iter(pipeline)
+        while True:
+            before = time.perf_counter()
+            one = next(come, None)
+            self.waited += time.perf_counter() - before
+            if one is None:
+                return
+            if isinstance(one, _Failure):
+                raise one.kind(one.message)
+            self.quarantine.add(one.faults)
+            if one.rows:
+                yield one
+
+    def _from_workers(self, pipeline: "_Pipeline", batch: int) -> Iterator[Batch | _Failure]:
+        config = self.config
+        width, height = self.order.buckets[-1]
+        ahead = config.prefetch_mb * 2**20 / config.workers / 2 / (batch * width * height * 3)
+        each = max(1, min(MOST_AHEAD, int(ahead)))
+        pipeline.lender = lender = Lender(config.workers, each + 2, batch * max(w * h for w, h in self.order.buckets) * 3)
+        loader = DataLoader(
+            pipeline, batch_size=None, num_workers=config.workers, prefetch_factor=each,
+            timeout=LOOK_AFTER, collate_fn=_as_it_is, multiprocessing_context="fork",
+        )  # fmt: skip
+        before = signal.getsignal(signal.SIGCHLD)
+        workers = iter(loader)
+        if threading.current_thread() is threading.main_thread():  # torch's handler would raise in the middle of whatever the training does
+            signal.signal(signal.SIGCHLD, before)
+        patience = (config.retries + 1) * (config.connect_timeout + config.idle_timeout + LONGEST_PAUSE)
+        while (one := _next(workers, patience)) is not None:
+            if isinstance(one, Batch) and isinstance(one.pixels, Piece):
+                one.pixels = lender.tensor(one.pixels)
+            yield one
+
+
+def _next(workers: Iterator[Any], patience: float) -> Any:
+    """The next batch, None at the end. Raises TryAgainError when a worker has died, or has said nothing for `patience` seconds."""
+    start = time.monotonic()
+    while True:
+        try:
+            return next(workers, None)
+        except (RuntimeError, OSError, EOFError) as error:
+            if isinstance(error, RuntimeError) and "DataLoader" not in str(error):
+                raise
+            if (silent := "timed out" in str(error)) and time.monotonic() - start < patience:
+                continue  # all workers are alive, and the same call goes on waiting
+            reason = "it hangs" if silent else (str(error).splitlines() or [type(error).__name__])[0]
+            raise TryAgainError(
+                f"A process that reads pictures is lost ({reason}). Perhaps memory ran out: lower data.read.workers or data.read.prefetch_mb. "
+                "The same command goes on from the last checkpoint."
+            ) from error
+
+
+def _said(parts: dict[str, bytes], json: bool) -> list[str]:
+    """Every caption of a sample; the empty one for a sample without."""
+    return pictures.captions(parts["caption"], "json" if json else "txt") if parts.get("caption") else [""]
+
+
+def _stacked(stored: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    try:
+        return {name: torch.stack([one[name] for one in stored]) for name in (stored[0] if stored else {})}
+    except (RuntimeError, KeyError) as error:
+        raise DataError(f"Encodings of samples of one size do not fit each other ({error}). Encode the shards again with stages.encode.") from error
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+class _Pipeline(torch.utils.data.IterableDataset):
+    """What a worker does with its share of the units: every n-th, so that all together they come in order."""
+
+    def __init__(self, stream: Stream, units: Callable[[], Iterator[list[Job]]], batch: int) -> None:
+        super().__init__()
+        self.order, self.config, self.augment, self.parts, self.keep = stream.order, stream.config, stream.augment, stream.parts, stream.keep
+        self.units, self.batch, self.faults = units, batch, list[Fault]()
+        self.lender: Lender | None = None  # where worker processes put pixels
+
+    def __iter__(self) -> Iterator[Batch | _Failure]:
+        if get_worker_info():
+            signals.apart()
+            large_pieces()
+        self.reader = Reader(self.order.snapshot, self.config, self.parts)
+        stages = [webdataset.map(stage) for stage in (self._decoded, self._cropped, self._flipped)]
+        try:
+            yield from webdataset.DataPipeline(self._samples, *stages, self._grouped)
+        except StageError as error:
+            yield _Failure(DataError if isinstance(error, DataError) else TryAgainError, str(error))
+
+    def _samples(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        mine = itertools.islice(self.units(), worker.id if worker else 0, None, worker.num_workers if worker else 1)
+        jobs = ((job.row, (number, job)) for number, unit in enumerate(mine) for job in unit)
+        for (number, job), found in self.reader.ahead(jobs):
+            yield {"__key__": str(job.slot), "unit": number, "job": job, "parts": found}
+
+    def _decoded(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """With `row`, `caption`, and an upright `image` or `stored` encodings; a sample that cannot be used makes room for another one."""
+        job, row, found = sample["job"], sample["job"].row, sample["parts"]
+        for attempt in range(ATTEMPTS):
+            try:
+                return {**sample, "row": row, **self._content(job, row, found)}
+            except BadContent as error:
+                self.faults.append(self._fault(job, row, str(error)))
+                if job.step < 0:
+                    return {**sample, "row": -1}
+                row = self.order.substitute(job.step, job.slot, attempt)
+                found = self.reader.sample(row)
+        raise DataError(f"Step {job.step}: neither its sample nor {ATTEMPTS} substitutes could be used. See the quarantine file, and index again.")
+
+    def _content(self, job: Job, row: int, found: dict[str, bytes]) -> dict[str, Any]:
+        snapshot = self.order.snapshot
+        texts = _said(found, bool(snapshot.columns["caption_json"][row]))
+        chosen = int(self._draw("caption", job) * len(texts)) if len(texts) > 1 and job.step >= 0 else 0
+        image = pictures.upright(found["picture"], max(job.size)) if "picture" in found else None
+        stored = {f"{part}.{name}": value for part in encoded.PARTS if part in found for name, value in encoded.tensors(found[part], part).items()}
+        return {"caption": texts[chosen], "image": image, "stored": stored, "parts": found if self.keep else {}}
+
+    def _fault(self, job: Job, row: int, reason: str) -> Fault:
+        shard = self.order.snapshot.shard(row)
+        offset = int(self.order.snapshot.columns["picture_offset"][row])
+        number = int(self.order.snapshot.columns["key"][row])
+        return Fault(shard.place, shard.sha256, self.reader.key(row), number, offset, reason, job.step, job.slot)
+
+    def _cropped(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """The `image` cut and scaled to the size of its bucket."""
+        if sample.get("image") is not None:
+            job, across, down = sample["job"], 0.5, 0.5
+            if self.augment.crop == "random" and job.step >= 0:
+                across, down = self._draw("crop across", job), self._draw("crop down", job)
+            sample["image"] = pictures.cropped(sample["image"], job.size, across, down)
+        return sample
+
+    def _flipped(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """Every other picture mirrored."""
+        job = sample["job"]
+        if sample.get("image") is not None and self.augment.flip and job.step >= 0 and self._draw("flip", job) < 0.5:
+            sample["image"] = sample["image"].transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return sample
+
+    def _draw(self, purpose: str, job: Job) -> float:
+        return float(draws.uniform(self.order.seed, purpose, job.step, [job.slot])[0])
+
+    def _grouped(self, samples: Iterable[dict[str, Any]]) -> Iterator[Batch]:
+        """One batch for every unit."""
+        for _, unit in itertools.groupby(samples, lambda sample: sample["unit"]):
+            used, size, room = list[dict[str, Any]](), (0, 0), None
+            for sample in unit:
+                size = sample["job"].size
+                if sample["row"] < 0:
+                    continue
+                if sample["image"] is not None:  # its place is in memory that was used before; an array of its own would be fresh
+                    room = room or Room(self.lender, (self.batch, size[1], size[0], 3))
+                    room.array[len(used)] = np.asarray(sample.pop("image"))
+                used.append(sample)
+            faults, self.faults = self.faults, []
+            rows, captions, parts = ([sample[name] for sample in used] for name in ("row", "caption", "parts"))
+            stored = _stacked([sample["stored"] for sample in used])
+            yield Batch(size, rows, captions, room.filled(len(used)) if room else None, stored, parts, faults)

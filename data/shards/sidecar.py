@@ -1,0 +1,73 @@
+"""What a shard holds and where, in a file beside it: a row of numbers for each whole sample, and the list of what was rejected."""
+
+import hashlib
+import re
+import shlex
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data.shards import encoded, pictures, table
+from data.storage import urls
+from data.storage.http import Stamp
+from data.storage.transport import Transport
+from dev2pro.errors import DataError
+
+FORM, VERSION = "dev2pro index", 1
+ENDING = ".index"
+MAX_BYTES = 1 << 28  # of a sidecar
+LIMITS = {"picture": pictures.MAX_BYTES, "caption": pictures.MAX_CAPTION, "latents": 1 << 28, "text": 1 << 28}  # bytes of one member
+PARTS = ("picture", "caption", *encoded.PARTS)
+COLUMNS = {f"{part}_{what}": kind for part in PARTS for what, kind in (("offset", "<u8"), ("bytes", "<u4"), ("crc", "<u4"))} | {
+    "caption_json": "u1", "caption_chars": "<u4", "width": "<u4", "height": "<u4", "key": "<u8",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """`head`: the shard's size, ETag or time of change, SHA-256, and what was rejected. `columns`: one row per sample, see COLUMNS."""
+
+    head: dict[str, Any]
+    columns: dict[str, np.ndarray]
+
+    def encode(self) -> bytes:
+        """The file's bytes."""
+        return table.encode(FORM, VERSION, self.head, self.columns)
+
+    @property
+    def stamp(self) -> Stamp:
+        """The state of the tar that was indexed."""
+        return Stamp(self.head["size"], self.head["etag"], self.head["modified"])
+
+    def __len__(self) -> int:
+        return len(self.columns["key"])
+
+
+def key_number(key: str) -> int:
+    """64 bits of BLAKE2b: enough to tell the samples of a shard apart."""
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+
+
+def where(place: str, folder: str | None = None) -> str:
+    """Where a shard's sidecar lies: beside it, or in `folder` under a name that no two addresses share."""
+    if folder is None:
+        return place + ENDING
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", place.rsplit("/", 1)[-1])[-100:]
+    return f"{folder}/{name}-{hashlib.sha256(place.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}{ENDING}"
+
+
+def read(place: str, transport: Transport, folder: str | None = None) -> Sidecar:
+    """The sidecar of a shard. Raises DataError where there is none or it is damaged."""
+    there = where(place, folder)
+    try:
+        head, columns = table.decode(transport.whole(there, MAX_BYTES), FORM, VERSION, urls.shown(there))
+        if {name: column.dtype for name, column in columns.items()} != {name: np.dtype(kind) for name, kind in COLUMNS.items()}:
+            raise DataError(f"{urls.shown(there)} is damaged: it has other columns than an index.")
+    except DataError as error:
+        command = shlex.join(["python", "-m", "data.index", urls.shown(place), *(["--to", urls.shown(folder)] if folder else [])])
+        raise DataError(
+            f"{urls.shown(place)} is not indexed ({str(error).partition('. ')[0]}). Index it with `{command}`, "
+            "which also says what is wrong with a shard that it rejects."
+        ) from error
+    return Sidecar(head, columns)

@@ -1,0 +1,93 @@
+"""A JSON head and named columns of numbers in one file: the form of sidecars and snapshots. It is a safetensors file, so it carries no code."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load, save
+
+from data.storage import urls
+from dev2pro.errors import DataError
+
+Columns = Mapping[str, np.ndarray]
+DAMAGE = (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what reading a damaged file may raise
+KINDS = {"U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8"}
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def encode(form: str, version: int, head: dict[str, Any], columns: Columns) -> bytes:
+    """The file's bytes, the same for the same values. The head tells the form, its version and sums of the columns and of itself besides."""
+    whole = {**head, "form": form, "version": version, "columns": columns_sum(columns)}
+    return save(dict(columns), metadata={"head": json.dumps({**whole, "head": digest(whole)}, sort_keys=True)})
+
+
+def columns_sum(columns: Columns) -> str:
+    """SHA-256 of the columns as they lie in a file."""
+    layout, start, _ = _layout(content := save(dict(columns)))
+    return _sum(layout, [memoryview(content)[start:]])
+
+
+def decode(content: bytes, form: str, version: int, name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(head, columns) of a file in memory. Raises DataError, which calls the file `name`, for one that is damaged or of another kind."""
+    try:
+        columns = load(content)
+        layout, start, head = _layout(content)
+    except DAMAGE as error:
+        raise DataError(f"{name} is damaged or no {form} ({error}). Make it again.") from error
+    _check(head, form, version, name, _sum(layout, [memoryview(content)[start:]]))
+    return head, columns
+
+
+def open_mapped(path: str, form: str, version: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Like `decode`, from a large file: the columns are mapped, and only their sum reads them once."""
+    try:
+        with Path(path).open("rb") as file, safe_open(path, "numpy"):  # the library checks that the layout fits the file
+            size = file.read(8)
+            layout, start, head = _layout(size + file.read(int.from_bytes(size, "little")))
+            columns = {name: _mapped(path, of, start) for name, of in layout.items()}
+            found = _sum(layout, iter(lambda: file.read(1 << 20), b""))
+    except OSError as error:
+        raise DataError(f"{urls.shown(path)} cannot be read: {error.strerror or error}. Correct the path, or make it again.") from error
+    except DAMAGE as error:
+        raise DataError(f"{urls.shown(path)} is damaged or no {form} ({error}). Make it again.") from error
+    _check(head, form, version, urls.shown(path), found)
+    return head, columns
+
+
+def _layout(content: bytes) -> tuple[dict[str, Any], int, Any]:
+    """(what lies where, where the columns begin, the head or {}) of a file's first bytes."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    layout = json.loads(content[8:start])
+    head = layout.pop("__metadata__", None)
+    return layout, start, json.loads(head["head"]) if head else {}
+
+
+def _mapped(path: str, of: dict[str, Any], start: int) -> np.ndarray:
+    kind, shape = KINDS[of["dtype"]], tuple(of["shape"])
+    return np.memmap(path, kind, "r", start + of["data_offsets"][0], shape) if all(shape) else np.empty(shape, kind)
+
+
+def _sum(layout: dict[str, Any], parts: Iterable[Any]) -> str:
+    """SHA-256 over the layout and all that follows it."""
+    whole = hashlib.sha256(json.dumps(layout, sort_keys=True).encode())
+    for part in parts:
+        whole.update(part)
+    return whole.hexdigest()
+
+
+def _check(head: Any, form: str, version: int, name: str, found: str) -> None:
+    """Takes the head's sum of itself out of it."""
+    if not isinstance(head, dict) or head.get("form") != form:
+        raise DataError(f"{name} is no {form}. Correct the path.")
+    if head.get("version") != version:
+        raise DataError(f"{name} is a {form} of version {head.get('version')}; this dev2pro reads version {version}. Make it again.")
+    if head.pop("head", None) != digest(head) or head.get("columns") != found:
+        raise DataError(f"{name} is damaged: its contents are not those it was written with. Make it again.")

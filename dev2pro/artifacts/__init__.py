@@ -1,0 +1,1 @@
+"""What stages exchange: folders with a record, verified, stored, traced and removed."""

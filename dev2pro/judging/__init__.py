@@ -1,0 +1,1 @@
+"""How it is judged: a CLIP judge, metrics, comparisons and the report."""

@@ -1,0 +1,89 @@
+"""From judged cells to the comparison people ask for: intervals per cell, paired gains over the rivals, and the verdict."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dev2pro.judging.metrics import Bootstrap
+
+LOWER_IS_BETTER = ("distance_to_ideal",)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An arm's LoRA on an inference base: `values` by metric, (P, R) each; `shown` are pictures [seed][prompt]."""
+
+    style: str
+    arm: str
+    inference: str
+    guidance: float
+    cfg_scale: float
+    values: dict[str, Tensor]
+    kid: float
+    shown: list[list[Image.Image]] = field(default_factory=list)
+
+
+def compare(cells: list[Cell], kinds: dict[str, str], draws: int, seed: int) -> dict[str, Any]:
+    """styles, arms, inference, cells with 95% intervals, gains of the recovered arms over the base's arms, and a verdict.
+
+    `kinds`: arm -> what it was trained on (recovered, base or teacher). A gain is a paired difference on the inference base
+    "base", signed so that more is better; style None is the mean over styles.
+    """
+    prompts, repetitions = cells[0].values["prompt_fidelity"].shape
+    bootstrap = Bootstrap(prompts, repetitions, draws, seed)
+    gains = [
+        {"style": style, "arm": arm, "rival": rival, "inference": "base", "metric": metric, **bootstrap.interval(difference)}
+        for arm in (a for a, kind in kinds.items() if kind == "recovered")
+        for rival in (a for a, kind in kinds.items() if kind == "base")
+        for metric in dict.fromkeys(name for c in cells for name in c.values)
+        for style, difference in _differences(cells, arm, rival, metric).items()
+    ]
+    return {
+        "styles": list(dict.fromkeys(c.style for c in cells)),
+        "arms": list(kinds),
+        "inference": list(dict.fromkeys(c.inference for c in cells if c.inference != "teacher")),
+        "cells": [_row(c, bootstrap) for c in cells],
+        "gains": gains,
+        "verdict": verdict(gains),
+    }
+
+
+def _row(cell: Cell, bootstrap: Bootstrap) -> dict[str, Any]:
+    place = {"style": cell.style, "arm": cell.arm, "inference": cell.inference, "guidance": cell.guidance, "cfg_scale": cell.cfg_scale}
+    return {**place, **{name: bootstrap.interval(v) for name, v in cell.values.items()}, "kid": {"mean": cell.kid}}
+
+
+def _differences(cells: list[Cell], arm: str, rival: str, metric: str) -> dict[str | None, Tensor]:
+    """style -> paired differences (P, R), for the styles that have both arms; and under None, which no style can be called, their mean."""
+    on_base = {(c.style, c.arm): c.values[metric] for c in cells if c.inference == "base" and metric in c.values}
+    styles = [style for style, a in on_base if a == arm and (style, rival) in on_base]
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    found: dict[str | None, Tensor] = {style: sign * (on_base[style, arm] - on_base[style, rival]) for style in styles}
+    return found | {None: torch.stack(list(found.values())).mean(0)} if found else {}
+
+
+def verdict(gains: list[dict[str, Any]]) -> str:
+    """One sentence on prompt fidelity: the gain over the better rival, where it is clear, and where it is not."""
+    fidelity = [g for g in gains if g["metric"] == "prompt_fidelity"]
+    if not fidelity:
+        return "Nothing to compare: this needs a LoRA trained on the recovered model and one trained on the base, in the same style."
+    overall = min((g for g in fidelity if g["style"] is None), key=lambda g: g["mean"])
+    by_style: dict[str, list[dict[str, Any]]] = {}
+    for gain in fidelity:
+        if gain["style"] is not None:
+            by_style.setdefault(gain["style"], []).append(gain)
+    better = [s for s, some in by_style.items() if all(g["low"] > 0 for g in some)]
+    worse = [s for s, some in by_style.items() if any(g["high"] < 0 for g in some)]
+    word = "more" if overall["mean"] >= 0 else "less"
+    return (
+        f"Applied to the base, the LoRA trained on the recovered model obeys the prompt {abs(100 * overall['mean']):.0f} points {word} often than "
+        f"{overall['rival']}, its nearest rival (95% interval {100 * overall['low']:.0f} to {100 * overall['high']:.0f}, mean over styles): "
+        f"clearly better in {_names(better, by_style)}, clearly worse in {_names(worse, by_style)}."
+    )
+
+
+def _names(some: list[str], every: dict[str, Any]) -> str:
+    return f"{len(some)} of {len(every)} styles" + (f" ({', '.join(some)})" if some else "")

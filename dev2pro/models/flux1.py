@@ -1,0 +1,250 @@
+"""Loads the parts of a diffusers FluxPipeline folder or hub repository, and calls its transformer."""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from torch import Tensor
+
+from dev2pro.artifacts import record, store
+from dev2pro.errors import ConfigError, TryAgainError
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelConfig:
+    """Which FLUX-like model; see conf/model/."""
+
+    path: str  # a FluxPipeline folder or a hub id: VAE, text encoders, scheduler, and the base's transformer
+    usual_guidance: float  # what people set the guidance input to when they use the base
+    max_sequence_length: int  # T5 tokens per prompt; padding changes what Flux predicts, so train and sample alike
+    variant: str | None = None  # of the weight files, such as "bf16"
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the transformer is told: prompt (B, L, D), pooled (B, P), text_ids (L, 3), image_ids (S, 3)."""
+
+    prompt: Tensor
+    pooled: Tensor
+    text_ids: Tensor
+    image_ids: Tensor
+
+
+def condition(prompt: Tensor, pooled: Tensor, grid: tuple[int, int]) -> Conditioning:
+    """What to tell about samples of `grid` (down, across) tokens: their prompts (B, L, D) and pooled prompts (B, P), and where everything is."""
+    return Conditioning(prompt, pooled, prompt.new_zeros(prompt.shape[1], 3), image_ids(*grid, prompt.device, prompt.dtype))
+
+
+def predict(transformer: torch.nn.Module, x_t: Tensor, t: Tensor, said: Conditioning, guidance: Tensor | float) -> Tensor:
+    """The predicted velocity (B, S, C) for packed latents x_t (B, S, C) at times t (B,) in [0, 1].
+
+    `guidance` is the guidance INPUT of the transformer, a number or (B,); it is not a CFG scale.
+    """
+    x_t = x_t.to(said.prompt.dtype)  # latents are kept in float32, the prompt is in the model's precision
+    guidance = torch.as_tensor(guidance, dtype=x_t.dtype, device=x_t.device).expand(x_t.shape[0])
+    return transformer(
+        hidden_states=x_t,
+        timestep=t.to(x_t),
+        guidance=guidance,
+        encoder_hidden_states=said.prompt,
+        pooled_projections=said.pooled,
+        txt_ids=said.text_ids,
+        img_ids=said.image_ids,
+        return_dict=False,
+    )[0]
+
+
+def load_transformer(path: str, dtype: torch.dtype = torch.float32, variant: str | None = None) -> FluxTransformer2DModel:
+    """The transformer of a pipeline folder, an artifact of `recover` or `distill` (here or in s3), or a hub id. Checked before weights are read."""
+    check_transformer(path)
+    path = store.resolve(path)
+    transformer, found = _or_explain(
+        path,
+        lambda: FluxTransformer2DModel.from_pretrained(path, subfolder="transformer", dtype=dtype, variant=variant, output_loading_info=True),
+    )
+    if found["missing_keys"]:  # diffusers would make them up with a warning
+        raise ConfigError(f"The model in {path} cannot be read: its weights lack {min(found['missing_keys'])}. Download or convert it again.")
+    return transformer
+
+
+def parameters(path: str) -> int:
+    """How many the transformer has, without reading them."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in FluxTransformer2DModel.from_config(check_transformer(path)).parameters())
+
+
+def check_transformer(path: str) -> dict[str, Any]:
+    """The transformer's configuration. Raises ConfigError where `path` holds no guidance-distilled FLUX transformer."""
+    path = store.resolve(path)
+    _check_place(path)
+    config = _or_explain(path, lambda: FluxTransformer2DModel.load_config(path, subfolder="transformer"))
+    if config.get("_class_name") != "FluxTransformer2DModel":
+        raise ConfigError(
+            f"{path}/transformer is a {config.get('_class_name')}, not a FluxTransformer2DModel. dev2pro works on FLUX.1-dev and its kin."
+        )
+    if not config.get("guidance_embeds"):
+        raise ConfigError(
+            f"The transformer in {path} has no guidance input (guidance_embeds is false), so it is not guidance-distilled: "
+            "there is nothing to recover, train on it directly. Give FLUX.1-dev or a model made from it."
+        )
+    return config
+
+
+def check_pipeline(path: str) -> None:
+    """Raises ConfigError unless `path` holds a whole FluxPipeline."""
+    _check_place(path)
+    index = _or_explain(path, lambda: FluxPipeline.load_config(path))
+    if index.get("_class_name") != "FluxPipeline":
+        raise ConfigError(f"{path} is a {index.get('_class_name')}, not a FluxPipeline. Point model.path at a FLUX.1-dev folder in diffusers layout.")
+
+
+def _check_place(path: str) -> None:
+    place = Path(path)
+    if place.is_dir():
+        if (place / record.CONFIG).is_file():
+            record.read(path)  # a stage's output folder counts only once it is finished
+        if record.pruned(path):
+            raise ConfigError(f"The weights of {path} were removed to make room; only its record is left. Give a newer model, or make it again.")
+        if not (place / "model_index.json").is_file() and not (place / "transformer" / "config.json").is_file():
+            raise ConfigError(
+                f"{path} is no diffusers pipeline folder (no model_index.json and no transformer/config.json). Give the folder that "
+                "holds model_index.json; a single .safetensors file must be converted to the diffusers layout first."
+            )
+    elif place.exists():
+        raise ConfigError(f"{path} is a file. Give a folder in diffusers layout, which holds model_index.json.")
+    elif not HUB_ID.fullmatch(path) or path.startswith(("runs/", "data/")):
+        raise ConfigError(f"The model folder {path} does not exist. Correct the path, or give a hub id such as black-forest-labs/FLUX.1-dev.")
+
+
+def _or_explain(path: str, load: Any) -> Any:
+    try:
+        return load()
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        if Path(path).is_dir():
+            raise ConfigError(f"The model in {path} cannot be read: {reason}. Download or convert it again.") from error
+        raise TryAgainError(
+            f"{path} is no local folder and could not be fetched from the Hugging Face hub ({reason}). Check the name and the network, accept "
+            "the model's licence and run `hf auth login` if it is gated, or give a local folder."
+        ) from error
+
+
+class Encoders:
+    """The frozen rest of a pipeline: VAE, CLIP, T5 and the scheduler's settings. Free it once everything is encoded."""
+
+    def __init__(self, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        check_pipeline(model.path)
+        self.pipeline = _or_explain(
+            model.path, lambda: FluxPipeline.from_pretrained(model.path, transformer=None, dtype=dtype, variant=model.variant)
+        ).to(device)
+        for tokens, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
+            known, wanted = len(getattr(self.pipeline, tokens)), getattr(self.pipeline, encoder).config.vocab_size
+            if known < 0.9 * wanted:  # transformers makes an empty tokenizer where the files are missing
+                raise ConfigError(
+                    f"The model in {model.path} cannot be read: {tokens} knows {known} pieces and {encoder} {wanted}. Download or convert it again."
+                )
+        self.max_sequence_length = model.max_sequence_length
+        self.device, self.dtype = device, dtype
+
+    @property
+    def pixels_per_token(self) -> int:
+        """Side in pixels of the square one packed latent token covers."""
+        return self.pipeline.vae_scale_factor * 2
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Tokens (down, across) of a picture of `size` (width, height) pixels. Raises ConfigError where the VAE cannot cut it into tokens."""
+        side = self.pixels_per_token
+        if wrong := next((pixels for pixels in size if pixels < 1 or pixels % side), 0):
+            raise ConfigError(
+                f"{wrong} pixels do not fit this model: its VAE needs a multiple of {side}. "
+                f"Choose {max(1, wrong // side) * side}, and data.bucket_step to match."
+            )
+        return size[1] // side, size[0] // side
+
+    def token_shape(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(S, C) of the packed latents of a picture of `size` (width, height) pixels."""
+        down, across = self.grid(size)
+        return down * across, 4 * self.pipeline.vae.config.latent_channels
+
+    def text_bytes(self) -> int:
+        """What one encoded caption takes."""
+        width, pooled = self.pipeline.text_encoder_2.config.d_model, self.pipeline.text_encoder.config.hidden_size
+        return (self.max_sequence_length * width + pooled) * self.dtype.itemsize
+
+    def weights(self, *parts: str) -> str:
+        """SHA-256 over the weights and configurations of parts such as "vae": what two encodings must share to be alike."""
+        whole = hashlib.sha256()
+        for part in parts:
+            module = getattr(self.pipeline, part)
+            settings = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
+            settings = {key: str(value) for key, value in settings.items() if not key.startswith("_")}
+            whole.update(json.dumps(settings, sort_keys=True).encode())
+            for name, value in sorted(module.state_dict().items()):
+                whole.update(name.encode())
+                whole.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return whole.hexdigest()
+
+    def forget(self, *parts: str) -> None:
+        """Lets go of parts that are needed no more."""
+        for part in parts:
+            setattr(self.pipeline, part, None)
+
+    @torch.no_grad()
+    def encode_text(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """T5 states (K, L, D) and pooled CLIP states (K, P)."""
+        prompt, pooled, _ = self.pipeline.encode_prompt(
+            prompts, prompts, device=self.device, num_images_per_prompt=1, max_sequence_length=self.max_sequence_length
+        )
+        return prompt, pooled
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the packed, normalised latents, (B, S, C) each, for pixels (B, 3, H, W) in [-1, 1]."""
+        vae = self.pipeline.vae
+        posterior = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist
+        mean = (posterior.mean - vae.config.shift_factor) * vae.config.scaling_factor
+        return pack(mean), pack(posterior.std * vae.config.scaling_factor)
+
+    def decode(self, packed: Tensor, height: int, width: int) -> Tensor:
+        """Pixels (B, 3, H, W) in [0, 1] of packed latents (B, S, C)."""
+        return decode(self.pipeline.vae, packed, self.grid((width, height)))
+
+
+def load_vae(model: ModelConfig, dtype: torch.dtype) -> AutoencoderKL:
+    """The VAE alone, on the CPU."""
+    return _or_explain(model.path, lambda: AutoencoderKL.from_pretrained(model.path, subfolder="vae", dtype=dtype, variant=model.variant))
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, packed: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Pixels (B, 3, H, W) in [0, 1] of packed latents (B, S, C) of `grid` (down, across) tokens."""
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    latents = FluxPipeline._unpack_latents(packed, *(2 * factor * tokens for tokens in grid), factor)
+    latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+    return (vae.decode(latents.to(vae.dtype), return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+
+
+def pack(latents: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H/2 * W/2, 4C): 2x2 patches as tokens."""
+    return FluxPipeline._pack_latents(latents, *latents.shape)
+
+
+def image_ids(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(S, 3) positions of the packed tokens of a latent grid of `height` x `width` tokens."""
+    return FluxPipeline._prepare_latent_image_ids(1, height, width, device, dtype)
+
+
+def scheduler_settings(path: str) -> dict[str, Any]:
+    """The scheduler's configuration, which holds the resolution shift."""
+    if Path(path).is_dir():
+        return json.loads((Path(path) / "scheduler" / "scheduler_config.json").read_text())
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return _or_explain(path, lambda: FlowMatchEulerDiscreteScheduler.load_config(path, subfolder="scheduler"))

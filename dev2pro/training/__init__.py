@@ -1,0 +1,1 @@
+"""How it is trained: the optimizer step, its inputs, its measurements and its checkpoints."""

@@ -1,0 +1,97 @@
+"""Shows what a model draws while it is trained: a sheet of pictures for a few held-out captions, made beside every measurement."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+
+from dev2pro import contact_sheet
+from dev2pro.artifacts import record
+from dev2pro.models import flow_matching, flux1, sampling
+from dev2pro.models.encodings import Encoded, Texts
+from dev2pro.models.flux1 import Conditioning, ModelConfig
+from dev2pro.training import checkpoint_files
+from dev2pro.training.distributed import HardwareConfig
+
+ACROSS = 4  # pictures side by side
+SIDES = (256, 192, 128, 96, 64)  # pixels of a picture's longer side: the largest with which the sheet has its bytes
+BYTES, QUALITY = 200_000, 85
+
+
+@dataclass(slots=True, kw_only=True)
+class PreviewConfig:
+    """What to draw at every measurement; see conf/."""
+
+    pictures: int  # held-out captions; 0 is off
+    steps: int  # of the sampler
+    cfg_scale: float  # true CFG, except at the usual guidance, which a distilled model takes in its place
+
+
+class Preview:
+    """Draws a few of the held-out captions, each from noise of its own, the same at every step of the training.
+
+    Every rank draws, because a sharded model needs them all; the first one decodes and writes. Between two sheets the VAE waits on the CPU.
+    """
+
+    def __init__(
+        self, config: PreviewConfig, model: ModelConfig, hardware: HardwareConfig, data: Encoded, texts: Texts, scheduler: dict, place: Accelerator,
+        *, seed: int, out: str,
+    ) -> None:  # fmt: skip
+        self.config, self.usual_guidance, self.grid, self.out, self.main = config, model.usual_guidance, data.grid, Path(out), place.is_main_process
+        count, (tokens, channels) = min(config.pictures, len(data)), data.mean.shape[1:]
+        rows = [i * len(data) // count for i in range(count)]  # neighbours are often alike
+        self.captions, self.mu = [data.captions[row] for row in rows], flow_matching.shift_mu(tokens, scheduler)
+        self.batches: list[tuple[Tensor, Conditioning, Conditioning]] = []  # noise, what is said, nothing
+        for first in range(0, count, hardware.micro_batch):
+            some = rows[first : first + hardware.micro_batch]
+            noise = torch.stack([sampling.start(seed, 0, first + i, (tokens, channels)) for i in range(len(some))]).to(data.mean)
+            prompt, pooled = (one.expand(len(some), *one.shape) for one in texts.empty)
+            said = flux1.condition(data.prompt[some], data.pooled[some], data.grid)
+            self.batches.append((noise, said, flux1.condition(prompt, pooled, data.grid)))
+        self.vae = flux1.load_vae(model, texts.dtype) if count and self.main else None
+
+    def draw(self, transformer: torch.nn.Module, step: int, guidance: float) -> None:
+        """Writes previews/<step>.jpg into `out`. Step 0 is a new beginning: what a run that came to nothing left there goes first."""
+        if step == 0 and self.main:
+            for old in (self.out / record.PREVIEWS).glob("[0-9]*.jpg"):
+                old.unlink()
+        cfg_scale = 1.0 if guidance == self.usual_guidance else self.config.cfg_scale
+        latents = [
+            sampling.sample(transformer, *batch, guidance=guidance, cfg_scale=cfg_scale, steps=self.config.steps, mu=self.mu)
+            for batch in self.batches
+        ]
+        if self.vae:
+            told = f"guidance {guidance:g}" + (f", true CFG {cfg_scale:g}" if cfg_scale != 1 else "")
+            self._write(step, sheet(f"step {step}, {told}", self.captions, self._decoded(self.vae, torch.cat(latents))))
+
+    def _decoded(self, vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
+        """One at a time, which is what fits beside a model that is trained."""
+        vae.to(latents.device)
+        pixels = [(flux1.decode(vae, one, self.grid)[0].float() * 255).round().byte().cpu() for one in latents.split(1)]
+        vae.to("cpu")
+        return [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in pixels]
+
+    def _write(self, step: int, data: bytes) -> None:
+        partial, whole = self.out / "preview.partial", self.out / record.PREVIEWS / f"{step:06d}.jpg"
+        whole.parent.mkdir(exist_ok=True)
+        partial.write_bytes(data)
+        checkpoint_files.to_disk(partial)
+        partial.rename(whole)
+
+
+def sheet(title: str, captions: Sequence[str], pictures: Sequence[Image.Image]) -> bytes:
+    """A JPEG of pictures under their captions, ACROSS in a row, with up to BYTES bytes."""
+    for side in SIDES:
+        rows = [slice(first, first + ACROSS) for first in range(0, len(pictures), ACROSS)]
+        strips = [contact_sheet.contact_sheet("" if row.start else title, captions[row], [("", pictures[row])], side) for row in rows]
+        file = io.BytesIO()
+        contact_sheet.below(strips).save(file, "JPEG", quality=QUALITY)
+        if file.tell() <= BYTES:
+            break
+    return file.getvalue()

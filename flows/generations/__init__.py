@@ -1,0 +1,1 @@
+"""A line of recovered models: its generations, their history and their aliases."""

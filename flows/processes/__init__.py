@@ -1,0 +1,1 @@
+"""Stages as processes: started, given a GPU, watched, trusted."""

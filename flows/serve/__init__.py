@@ -1,0 +1,1 @@
+"""make serve: the server, its gate and its deployments."""

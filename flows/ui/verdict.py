@@ -1,0 +1,49 @@
+"""How an evaluation came out, as a page of the UI: the verdict, the table of gains, pictures, and where the report is."""
+
+import base64
+import io
+from pathlib import Path
+
+from PIL import Image
+from prefect.artifacts import create_markdown_artifact
+
+from dev2pro.artifacts.record import Artifact
+from dev2pro.escape import markdown
+from flows.ui.progress import key
+
+SHEETS = 3  # pictures shown; all of them are in the report
+WIDTH, QUALITY = 900, 80
+
+
+def show(result: Artifact) -> None:
+    """The artifact `<folder>-verdict` of the run."""
+    create_markdown_artifact(key=f"{key(Path(result.uri))}-verdict", markdown=page(result), description="How the LoRAs compare")
+
+
+def page(result: Artifact) -> str:
+    """The page in markdown."""
+    sheets = sorted(Path(result.uri, "sheets").glob("*.png"))[:SHEETS]
+    pictures = "\n\n".join(f"![]({_small(sheet)})" for sheet in sheets)
+    return (
+        f"## {markdown(result.metrics['verdict'])}\n\n{_table(result)}\n\nThe whole report: {markdown(f'{result.uri}/report.html')}\n\n{pictures}\n"
+    )
+
+
+def _table(result: Artifact) -> str:
+    """Gains of prompt fidelity, in points of a hundred pictures; `style` None is the mean over styles."""
+    gains = [gain for gain in result.metrics["gains"] if gain["metric"] == "prompt_fidelity"]
+    rows = []
+    for gain in gains:
+        mean, low, high = (f"{100 * gain[key]:+.0f}" for key in ("mean", "low", "high"))
+        style = markdown(gain["style"]) if gain["style"] else "**all**"
+        rows.append(f"| {style} | {markdown(gain['arm'])} | {markdown(gain['rival'])} | {mean} | {low} to {high} |")
+    head = ["| style | LoRA | against | obeys the prompt more often, in points | 95% interval |", "|---|---|---|---|---|"]
+    return "\n".join([*head, *rows]) if rows else ""
+
+
+def _small(sheet: Path) -> str:
+    image, file = Image.open(sheet).convert("RGB"), io.BytesIO()
+    if image.width > WIDTH:
+        image = image.resize((WIDTH, round(image.height * WIDTH / image.width)), Image.Resampling.LANCZOS)
+    image.save(file, "JPEG", quality=QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,0 +1,82 @@
+"""Records that somebody else wrote: forged, hostile, or none at all."""
+
+from pathlib import Path
+
+import pytest
+
+from dev2pro.artifacts import backends, record, store
+from dev2pro.errors import ConfigError, DataError
+from tests.stores import files, forge, overwrite, refusal
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: r.update(kind="lora"), lambda r: r["config"].update(steps=4), lambda r: r["parents"][0].update(id="0" * 64),
+        lambda r: r["files"][0].update(bytes=3), lambda r: r["files"].pop(0), lambda r: r.update(id="0" * 64), lambda r: r.update(parents=[]),
+        lambda r: r["files"].append({"path": "evil.py", "bytes": 0, "sha256": "0" * 64}),
+    ],
+)  # fmt: skip
+def test_a_forged_record_is_refused(made, place, change):
+    address = store.push(made.uri, place)
+    forge(address, change)
+    assert f"{address}/artifact.json: " in refusal(DataError, lambda: store.pull(address))
+    assert not Path(f"runs/cache/artifacts/{made.id}").exists()
+    assert store.push(made.uri, place) == address  # which mends it
+    assert files(store.pull(address)) == files(made.uri)
+
+
+def test_a_whole_artifact_at_another_s_address_is_refused(made, tmp_path, place):
+    address = store.push(made.uri, place)
+    text = backends.at(address).text("artifact.json")
+    (tmp_path / "record").write_bytes(text)
+    other = f"{place}/{'0' * 64}"
+    backends.at(other).put(tmp_path / "record", {"path": "artifact.json", "bytes": len(text), "sha256": "0" * 64}, lambda _done: None)
+    assert f"it is that of {made.id[:12]}" in refusal(DataError, lambda: store.pull(other))
+
+
+HOSTILE = ["../evil", "a/../../evil", "/tmp/evil", "", ".", "a//b", "a/", "./a", "artifact.json", "checkpoint-1/x", "x.lock", "a\x00b", "a\nb",
+           "a\\b", "\ud800", "\x1b[2J", 7, None, ["a"], {"a": 1}]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["folder"], indirect=True)  # what a record says is judged by the same lines wherever it comes from
+@pytest.mark.parametrize("name", HOSTILE, ids=repr)
+def test_hostile_names_are_refused_wherever_a_record_is_read(made, place, name, tmp_path):
+    address = store.push(made.uri, place)
+    forge(address, lambda record: record["files"].append({"path": name, "bytes": 7, "sha256": made.files[-1]["sha256"]}))
+    assert "artifact.json is damaged" in refusal(DataError, lambda: store.pull(address))
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local/artifact.json").write_bytes(backends.at(address).text("artifact.json"))
+    assert "artifact.json is damaged" in refusal(ConfigError, lambda: record.read(str(tmp_path / "local")))
+    assert not list(tmp_path.rglob("evil"))
+
+
+@pytest.mark.parametrize("place", ["folder"], indirect=True)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: r["files"].append(r["files"][0]), lambda r: r["files"].append({**r["files"][0], "path": "model.bin/x"}),
+        lambda r: r["files"].append(7), lambda r: r["files"][0].update(bytes=-1), lambda r: r["files"][0].update(bytes=True),
+        lambda r: r["files"][0].update(sha256="../x"), lambda r: r["files"][0].pop("sha256"), lambda r: r.update(files={}),
+        lambda r: r.update(parents=[7]), lambda r: r.update(parents=[{"role": "a"}]), lambda r: r.update(id="../../evil"),
+        lambda r: r.update(kind=7), lambda r: r.update(metrics=[]), lambda r: r.update(more=1), lambda r: r.pop("kind"),
+        lambda r: r.update(schema=2), lambda r: r.clear(),
+    ],
+)  # fmt: skip
+def test_records_of_another_form_are_refused(made, place, change):
+    address = store.push(made.uri, place)
+    forge(address, change)
+    assert "artifact.json" in refusal(DataError, lambda: store.pull(address))
+
+
+NO_RECORDS = {"empty": b"", "a list": b"[]", "cut": b"{", "bytes": b"\xff", "deep": b"[" * 100_000, "a number": b'{"schema": ' + b"9" * 9999 + b"}",
+              "long": b" " * (17 << 20)}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NO_RECORDS.values(), ids=NO_RECORDS)
+def test_what_is_no_record_is_refused(made, place, text):
+    address = store.push(made.uri, place)
+    overwrite(address, "artifact.json", text)
+    assert f"{address}/artifact.json" in refusal(DataError, lambda: store.pull(address))
+    assert store.push(made.uri, place) == address
+    assert files(store.pull(address)) == files(made.uri)

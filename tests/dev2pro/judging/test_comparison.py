@@ -1,0 +1,137 @@
+import pytest
+import torch
+from torch import Tensor
+
+from dev2pro.judging import comparison
+from dev2pro.judging.comparison import Cell
+
+KINDS = {"base@1": "base", "base@3.5": "base", "recovered@1": "recovered", "teacher@1": "teacher"}
+SHAPE = (8, 6)
+
+
+def fidelity(mean: float, seed: int = 0) -> Tensor:
+    """A table (P, R) with that mean, and prompts that vary."""
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)) * 0.1
+    return mean + noise - noise.mean()
+
+
+def cell(style: str, arm: str, inference: str = "base", **values: Tensor) -> Cell:
+    return Cell(style, arm, inference, 3.5 if inference == "base" else 1.0, 1.0 if inference == "base" else 3.5, values, kid=0.01)
+
+
+def cells(scores: dict[str, dict[str, float]]) -> list[Cell]:
+    """style -> arm -> prompt fidelity."""
+    return [
+        cell(style, arm, prompt_fidelity=fidelity(mean, seed=7 * i + j))
+        for i, (style, arms) in enumerate(scores.items())
+        for j, (arm, mean) in enumerate(arms.items())
+    ]
+
+
+def compare(some: list[Cell], kinds: dict[str, str] = KINDS) -> dict:
+    return comparison.compare(some, kinds, draws=300, seed=0)
+
+
+def gain(found: dict, **wanted: str | None) -> dict:
+    (one,) = [g for g in found["gains"] if all(g[key] == value for key, value in wanted.items())]
+    return one
+
+
+def test_the_shape_of_the_comparison():
+    some = [
+        cell("chalk", "ideal", "teacher", prompt_fidelity=fidelity(0.9)),
+        *(cell("chalk", arm, place, prompt_fidelity=fidelity(0.5)) for place in ("base", "recovered") for arm in ("none", *KINDS)),
+    ]
+    found = compare(some)
+    assert found["styles"] == ["chalk"]
+    assert found["arms"] == list(KINDS)
+    assert found["inference"] == ["base", "recovered"]  # the teacher is a reference
+    assert len(found["cells"]) == len(some)
+    first = found["cells"][0]
+    assert (first["style"], first["arm"], first["inference"], first["guidance"], first["cfg_scale"]) == ("chalk", "ideal", "teacher", 1.0, 3.5)
+    assert first["kid"] == {"mean": 0.01}
+    assert first["prompt_fidelity"]["mean"] == pytest.approx(0.9)
+    assert first["prompt_fidelity"]["low"] < 0.9 < first["prompt_fidelity"]["high"]
+
+
+def test_gains_are_of_recovered_arms_over_the_base_s_arms_on_the_base():
+    on_base = {"none": 0.9, "base@1": 0.6, "base@3.5": 0.5, "recovered@1": 0.8, "teacher@1": 0.9}
+    some = [*cells({"chalk": on_base}), *(cell("chalk", arm, "recovered", prompt_fidelity=fidelity(0.0)) for arm in KINDS)]
+    found = compare(some)
+    assert {(g["arm"], g["rival"], g["inference"]) for g in found["gains"]} == {
+        ("recovered@1", "base@1", "base"),
+        ("recovered@1", "base@3.5", "base"),
+    }
+    assert gain(found, style="chalk", rival="base@1")["mean"] == pytest.approx(0.2, abs=1e-6)
+    assert gain(found, style="chalk", rival="base@3.5")["mean"] == pytest.approx(0.3, abs=1e-6)
+
+
+def test_more_is_better_for_every_metric():
+    better = {"prompt_fidelity": fidelity(0.9), "style_similarity": fidelity(0.8), "distance_to_ideal": fidelity(0.1)}
+    worse = {"prompt_fidelity": fidelity(0.6, 1), "style_similarity": fidelity(0.7, 1), "distance_to_ideal": fidelity(0.5, 1)}
+    found = compare([cell("chalk", "recovered@1", **better), cell("chalk", "base@1", **worse)], {"base@1": "base", "recovered@1": "recovered"})
+    means = {g["metric"]: g["mean"] for g in found["gains"] if g["style"] == "chalk"}
+    assert means == pytest.approx({"prompt_fidelity": 0.3, "style_similarity": 0.1, "distance_to_ideal": 0.4}, abs=1e-6)
+    assert all(g["low"] > 0 for g in found["gains"])
+
+
+def test_gains_are_paired():
+    table = torch.rand(SHAPE)
+    found = compare([cell("chalk", "recovered@1", prompt_fidelity=table), cell("chalk", "base@1", prompt_fidelity=table)])
+    one = gain(found, style="chalk")
+    assert (one["mean"], one["low"], one["high"]) == (0, 0, 0)
+
+
+def test_all_is_the_mean_over_styles():
+    found = compare(cells({"chalk": {"base@1": 0.5, "recovered@1": 0.9}, "neon": {"base@1": 0.7, "recovered@1": 0.6}, "ink": {"base@1": 0.5}}))
+    assert {g["style"] for g in found["gains"]} == {"chalk", "neon", None}  # ink has nothing to compare
+    everything = gain(found, style=None)
+    assert everything["mean"] == pytest.approx((0.4 - 0.1) / 2, abs=1e-6)
+    width = {g["style"]: g["high"] - g["low"] for g in found["gains"]}
+    assert width[None] < (width["chalk"] + width["neon"]) / 2  # the mean of two is surer than one
+
+
+def test_metrics_that_some_styles_lack():
+    some = cells({"chalk": {"base@1": 0.5, "recovered@1": 0.9}, "neon": {"base@1": 0.5, "recovered@1": 0.9}})
+    some[0].values["distance_to_ideal"], some[1].values["distance_to_ideal"] = fidelity(0.5), fidelity(0.2)
+    some[3].values["distance_to_ideal"] = fidelity(0.2)  # its rival has none
+    found = compare(some)
+    assert {g["style"] for g in found["gains"] if g["metric"] == "distance_to_ideal"} == {"chalk", None}
+    assert gain(found, style=None, metric="distance_to_ideal")["mean"] == pytest.approx(0.3, abs=1e-6)
+    assert {g["style"] for g in found["gains"] if g["metric"] == "prompt_fidelity"} == {"chalk", "neon", None}
+
+
+def test_the_verdict_names_clear_wins_and_losses_against_the_nearest_rival():
+    said = compare(
+        cells(
+            {
+                "chalk": {"base@1": 0.2, "base@3.5": 0.3, "recovered@1": 0.9},  # clearly better than both
+                "neon": {"base@1": 0.2, "base@3.5": 0.9, "recovered@1": 0.5},  # clearly worse than one
+                "ink": {"base@1": 0.2, "base@3.5": 0.5, "recovered@1": 0.5001},  # no clear difference from one
+            }
+        )
+    )["verdict"]
+    assert "7 points more often than base@3.5, its nearest rival" in said  # (60 - 40 + 0) / 3
+    assert "clearly better in 1 of 3 styles (chalk)" in said
+    assert "clearly worse in 1 of 3 styles (neon)" in said
+
+
+def test_the_verdict_of_a_loss():
+    said = compare(cells({"chalk": {"base@1": 0.9, "recovered@1": 0.5}}))["verdict"]
+    assert "40 points less often than base@1" in said
+    assert "clearly better in 0 of 1 styles, clearly worse in 1 of 1 styles (chalk)" in said
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        {"chalk": {"recovered@1": 0.9, "teacher@1": 0.9, "none": 0.2}},
+        {"chalk": {"base@1": 0.5}},
+        {"chalk": {"recovered@1": 0.9}, "neon": {"base@1": 0.5}},
+    ],
+    ids=["no rival", "no recovered", "in different styles"],
+)
+def test_the_verdict_without_rivals(scores):
+    found = compare(cells(scores))
+    assert found["gains"] == []
+    assert found["verdict"].startswith("Nothing to compare")

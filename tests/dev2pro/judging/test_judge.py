@@ -1,0 +1,100 @@
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dev2pro.errors import ConfigError, TryAgainError
+from dev2pro.judging import judge
+from dev2pro.judging.judge import Judge
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def seer(tiny_clip) -> Judge:
+    return Judge(str(tiny_clip), CPU)
+
+
+def test_embeddings_are_unit_vectors_one_for_each(seer):
+    images = seer.images(torch.rand(5, 3, 32, 32))
+    prompts = seer.prompts(["a handwritten one", "a handwritten two"])
+    assert (images.shape, prompts.shape) == ((5, 64), (2, 64))
+    for found in (images, prompts):
+        torch.testing.assert_close(found.norm(dim=-1), torch.ones(len(found)))
+        assert found.dtype == torch.float32
+
+
+def test_pictures_and_prompts_are_told_apart(seer):
+    pictures = torch.stack([torch.zeros(3, 32, 32), torch.ones(3, 32, 32), torch.rand(3, 32, 32)])
+    images, prompts = seer.images(pictures), seer.prompts(["a handwritten one", "a handwritten two", "one handwritten a"])
+    for found in (images, prompts):
+        assert (found @ found.T - torch.eye(3)).max() < 0.9999
+
+
+def test_a_picture_is_judged_the_same_in_any_batch(seer, monkeypatch):
+    pictures = torch.rand(5, 3, 32, 32)
+    whole = seer.images(pictures)
+    monkeypatch.setattr(judge, "BATCH", 2)
+    torch.testing.assert_close(seer.images(pictures), whole)
+    torch.testing.assert_close(seer.images(pictures[3:4]), whole[3:4])
+
+
+def test_a_prompt_is_judged_the_same_beside_any_other(seer):
+    beside = seer.prompts(["a one", "a handwritten two in white chalk on a blackboard lying on its side"])
+    torch.testing.assert_close(seer.prompts(["a one"]), beside[:1])
+
+
+def test_pixels_are_taken_from_zero_to_one_as_the_model_s_processor_says(seer):
+    pixels = torch.rand(3, 3, 32, 32)
+
+    def seen(ready: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            features = seer.clip.get_image_features(ready)
+        return torch.nn.functional.normalize(getattr(features, "pooler_output", features), dim=-1)
+
+    error, other = ((seer.images(pixels) - seen(ready)).abs().max() for ready in ((pixels - 0.5) / 0.5, pixels))
+    assert error < 0.005  # the processor rounds to 8 bits on the way
+    assert other > 0.05
+
+
+def test_larger_pictures_are_scaled_to_the_model(seer):
+    small = torch.nn.functional.interpolate(torch.rand(1, 3, 4, 4), 32, mode="nearest")
+    large = torch.nn.functional.interpolate(small, 64, mode="nearest")
+    assert (seer.images(small) @ seer.images(large).T).item() > 0.99
+
+
+def test_long_prompts_are_cut(seer):
+    assert seer.prompts(["one " * 500]).shape == (1, 64)
+
+
+def test_a_folder_that_is_no_clip(tmp_path):
+    with pytest.raises(ConfigError, match=rf"judge={tmp_path} is no readable CLIP model.*CLIPModel folder"):
+        Judge(str(tmp_path), CPU)
+
+
+@pytest.mark.parametrize("part", ["tokenizer.json", "preprocessor_config.json", "model.safetensors"])
+def test_a_judge_with_a_part_missing(tiny_clip, tmp_path, part):
+    folder = shutil.copytree(tiny_clip, tmp_path / "judge")
+    (folder / part).unlink()
+    with pytest.raises(ConfigError, match=rf"judge={folder} is no readable CLIP model"):
+        Judge(str(folder), CPU)
+
+
+def test_a_judge_whose_weights_are_not_all_there(tiny_clip, tmp_path):
+    folder = shutil.copytree(tiny_clip, tmp_path / "judge")
+    weights = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if not k.startswith("visual_projection")}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=rf"judge={folder} is no readable CLIP model"):
+        Judge(str(folder), CPU)
+
+
+@pytest.mark.parametrize("path", ["/nowhere/judge", "runs/judge/clip/large"])
+def test_a_folder_that_does_not_exist_cannot_be_tried_again(path):
+    with pytest.raises(ConfigError, match=f"judge={path}"):
+        Judge(path, CPU)
+
+
+def test_a_hub_id_without_a_network_can_be_tried_again():
+    with pytest.raises(TryAgainError, match=r"judge=nobody/nothing is no local folder and could not be fetched"):
+        Judge("nobody/nothing", CPU)

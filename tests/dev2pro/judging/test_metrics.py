@@ -1,0 +1,139 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from dev2pro.judging import metrics
+from dev2pro.judging.metrics import Bootstrap
+
+
+def unit(*shape: int) -> Tensor:
+    return normalize(torch.randn(*shape), dim=-1)
+
+
+# ---- fidelity to the prompt and to the style ---------------------------------------------------------------------------------------
+
+
+def test_r_precision_asks_for_the_picture_s_own_prompt():
+    prompts = torch.eye(3)
+    images = torch.stack([prompts[[0, 0]], prompts[[1, 2]], prompts[[0, 1]]])  # two pictures each
+    assert metrics.r_precision(images, prompts, torch.arange(len(prompts))).tolist() == [[1, 1], [1, 0], [0, 0]]
+
+
+def test_r_precision_by_loop():
+    images, prompts = unit(5, 7, 16), unit(5, 16)
+    naive = [[float(max(range(5), key=lambda k: float(images[p, r] @ prompts[k])) == p) for r in range(7)] for p in range(5)]
+    assert metrics.r_precision(images, prompts, torch.arange(len(prompts))).tolist() == naive
+
+
+def test_clip_score_is_a_clamped_percentage_with_the_own_prompt():
+    prompts = torch.eye(2)
+    images = torch.tensor([[[1.0, 0.0], [0.6, 0.8]], [[1.0, 0.0], [0.0, -1.0]]])
+    torch.testing.assert_close(metrics.clip_score(images, prompts), torch.tensor([[100.0, 60.0], [0.0, 0.0]]))
+
+
+def test_style_similarity_is_the_mean_cosine_with_every_picture_of_the_style():
+    images, style = unit(3, 4, 8), unit(6, 8)
+    naive = torch.tensor([[sum(float(images[p, r] @ s) for s in style) / 6 for r in range(4)] for p in range(3)])
+    torch.testing.assert_close(metrics.style_similarity(images, style), naive)
+    assert metrics.style_similarity(style[:1, None], style[:1]).item() == pytest.approx(1)
+
+
+def test_diversity_is_the_mean_distance_to_the_others_of_the_prompt():
+    images = unit(3, 4, 8)
+    naive = [[1 - sum(float(images[p, r] @ images[p, q]) for q in range(4) if q != r) / 3 for r in range(4)] for p in range(3)]
+    torch.testing.assert_close(metrics.diversity(images), torch.tensor(naive))
+    torch.testing.assert_close(metrics.diversity(images[:, :1].expand(3, 4, 8)), torch.zeros(3, 4), rtol=0, atol=1e-6)
+    assert metrics.diversity(torch.eye(4)[None]).tolist() == [[1, 1, 1, 1]]
+    assert metrics.diversity(images[:, :1]).tolist() == [[0], [0], [0]]  # one picture has no others
+
+
+def test_distance_is_the_mean_square_of_pixels_from_minus_one_to_one():
+    black, white, grey = torch.zeros(1, 2, 3, 4, 4), torch.ones(1, 2, 3, 4, 4), torch.full((1, 2, 3, 4, 4), 0.5)
+    assert metrics.distance(black, white).tolist() == [[4, 4]]
+    assert metrics.distance(grey, white).tolist() == [[1, 1]]
+    assert metrics.distance(grey, grey).tolist() == [[0, 0]]
+    pictures, ideal = torch.rand(2, 3, 3, 4, 4), torch.rand(2, 3, 3, 4, 4)
+    torch.testing.assert_close(metrics.distance(pictures, ideal)[1, 2], ((2 * pictures[1, 2] - 1) - (2 * ideal[1, 2] - 1)).square().mean())
+
+
+# ---- kernel inception distance ---------------------------------------------------------------------------------------------------------
+
+
+def test_kid_by_loop():
+    x, y = unit(7, 5).double(), unit(9, 5).double()
+
+    def k(a: Tensor, b: Tensor) -> float:
+        return (float(a @ b) + 1) ** 3
+
+    within = [sum(k(a, b) for a, b in itertools.permutations(some, 2)) / (len(some) * (len(some) - 1)) for some in (x, y)]
+    across = sum(k(a, b) for a in x for b in y) / (len(x) * len(y))
+    assert metrics.kid(x, y) == pytest.approx(sum(within) - 2 * across, abs=1e-12)
+    assert metrics.kid(x, y) == pytest.approx(metrics.kid(y, x), abs=1e-12)
+
+
+def test_kid_is_unbiased_and_grows_with_the_distance():
+    def drawn(shift: float) -> Tensor:
+        return normalize(torch.randn(40, 8) + shift, dim=-1)
+
+    same = [metrics.kid(drawn(0), drawn(0)) for _ in range(200)]
+    error = np.std(same) / math.sqrt(len(same))
+    assert abs(np.mean(same)) < 4 * error < 0.05  # the biased estimate would be off by some 0.3
+    assert 10 * error < metrics.kid(drawn(0), drawn(0.5)) < metrics.kid(drawn(0), drawn(1.5))
+
+
+# ---- intervals -------------------------------------------------------------------------------------------------------------------------
+
+
+def simulated(rng: np.random.Generator, prompts: int, repetitions: int) -> Tensor:
+    """Scores with an effect of the prompt, an effect of the seed, and noise; their true mean is 0."""
+    table = rng.normal(0, 1, (prompts, 1)) + rng.normal(0, 0.5, (1, repetitions)) + rng.normal(0, 1, (prompts, repetitions))
+    return torch.from_numpy(table)
+
+
+def test_intervals_cover_the_truth():
+    rng = np.random.default_rng(0)
+    bootstrap = Bootstrap(20, 16, 400, seed=0)
+    found = [bootstrap.interval(simulated(rng, 20, 16)) for _ in range(200)]
+    covered = np.mean([one["low"] <= 0 <= one["high"] for one in found])
+    assert 0.88 < covered < 0.99
+    assert all(one["low"] <= one["mean"] <= one["high"] for one in found)
+
+
+def test_intervals_are_wide_where_only_few_prompts_vary():
+    table = torch.randn(10, 1).expand(10, 50)  # 500 numbers, but ten independent ones
+    found = Bootstrap(10, 50, 1000, seed=0).interval(table)
+    error = table[:, 0].std(correction=0).item() / math.sqrt(10)
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * error, rel=0.15)
+    assert found["mean"] == pytest.approx(table.mean().item())
+
+
+def test_intervals_see_seeds_as_well():
+    table = torch.randn(1, 30).expand(50, 30)
+    found = Bootstrap(50, 30, 1000, seed=0).interval(table)
+    error = table[0].std(correction=0).item() / math.sqrt(30)
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * error, rel=0.15)
+
+
+def test_the_same_seed_gives_the_same_interval():
+    table = torch.randn(6, 5)
+    intervals = [Bootstrap(6, 5, 300, seed).interval(table) for seed in (0, 0, 1)]
+    assert intervals[0] == intervals[1]
+    assert intervals[0] != intervals[2]
+
+
+def test_equal_cells_differ_by_exactly_nothing():
+    table = torch.rand(6, 5)
+    assert Bootstrap(6, 5, 300, 0).interval(table - table) == {"mean": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_a_constant_gain_is_certain_because_pictures_are_paired():
+    bootstrap, table = Bootstrap(6, 5, 300, 0), 10 * torch.rand(6, 5, dtype=torch.float64)
+    found = bootstrap.interval((table + 0.25) - table)
+    assert found == pytest.approx({"mean": 0.25, "low": 0.25, "high": 0.25})
+    alone = bootstrap.interval(table)
+    assert alone["high"] - alone["low"] > 1

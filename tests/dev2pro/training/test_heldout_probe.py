@@ -1,0 +1,114 @@
+import pytest
+import torch
+
+from dev2pro.models import flow_matching, flux1
+from dev2pro.models.encodings import Encoded
+from dev2pro.training.heldout_probe import Probe, ProbeConfig
+
+COUNT, BINS = 5, 4
+SCHEDULER = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 16, "max_image_seq_len": 4096}
+MU = 0.5  # of 16 tokens
+CONFIG = ProbeConfig(every=1, samples=COUNT, bins=BINS)
+
+
+@pytest.fixture(scope="module")
+def data() -> Encoded:
+    draw = torch.Generator().manual_seed(0)
+    prompt, pooled = torch.randn(COUNT + 2, 8, 64, generator=draw), torch.randn(COUNT + 2, 64, generator=draw)
+    mean = torch.randn(COUNT + 2, 16, 16, generator=draw)
+    return Encoded(mean, torch.full_like(mean, 9.0), prompt, pooled, (4, 4))
+
+
+@pytest.fixture(scope="module")
+def transformer(tiny):
+    return flux1.load_transformer(str(tiny)).eval()
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny):
+    model = flux1.load_transformer(str(tiny)).eval()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.proj_out.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def probe(data: Encoded, *, batch: int = 64, seed: int = 0, config: ProbeConfig = CONFIG) -> Probe:
+    return Probe(data, config, scheduler=SCHEDULER, seed=seed, batch=batch)
+
+
+def close(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6) for key in a)
+
+
+def test_times_are_the_quantiles_of_the_training_distribution(data):
+    times = probe(data, config=ProbeConfig(every=1, samples=1, bins=8)).times
+    drawn = flow_matching.training_timesteps(torch.randn(100_000), MU)
+    quantiles = torch.quantile(drawn, (torch.arange(8) + 0.5) / 8)
+    torch.testing.assert_close(times, quantiles, rtol=0, atol=0.01)
+    assert (times.diff() > 0).all()
+
+
+@torch.no_grad()
+def test_the_numbers_by_loop(data, transformer, teacher):
+    looking = probe(data)
+    looking.know_teacher(teacher)
+    losses, usual, gap, distance = [], 0.0, 0.0, 0.0
+    for t in looking.times:
+        of_time = 0.0
+        for i in range(COUNT):
+            x0, noise = data.mean[i, None], looking.noise[i, None]  # the mean: no draw from the posterior
+            x_t = (1 - t) * x0 + t * noise
+            said = flux1.condition(data.prompt[i, None], data.pooled[i, None], (4, 4))
+            v, w, ideal = (flux1.predict(model, x_t, t[None], said, g) for model, g in ((transformer, 1.0), (transformer, 3.5), (teacher, 1.0)))
+            of_time += (v - (noise - x0)).square().mean().item() / COUNT
+            usual += (w - (noise - x0)).square().mean().item() / COUNT / BINS
+            gap += (v - w).square().mean().item() / COUNT / BINS
+            distance += (v - ideal).square().mean().item() / COUNT / BINS
+        losses.append(of_time)
+    expected = {"loss": sum(losses) / BINS, "loss_by_time": losses, "loss_usual": usual, "guidance_gap": gap, "teacher_distance": distance}
+    assert close(looking.measure(transformer, 1.0, 3.5), expected)
+    assert min(gap, distance) > 1e-4  # so that none of this holds by being nothing
+    assert max(losses) - min(losses) > 1e-2
+
+
+def test_the_numbers_do_not_depend_on_the_batch(data, transformer, teacher):
+    found = []
+    for batch in (1, 2, COUNT, 64):
+        looking = probe(data, batch=batch)
+        looking.know_teacher(teacher)
+        found.append(looking.measure(transformer, 1.0, 3.5))
+    assert all(close(found[0], other) for other in found[1:])
+
+
+def test_looking_twice_sees_the_same(data, transformer):
+    first = probe(data).measure(transformer, 1.0, 3.5)
+    torch.manual_seed(8)
+    assert probe(data).measure(transformer, 1.0, 3.5) == first
+    assert probe(data, seed=1).measure(transformer, 1.0, 3.5) != first
+
+
+def test_the_teacher_is_no_distance_from_itself(data, transformer, teacher):
+    looking = probe(data)
+    assert "teacher_distance" not in looking.measure(transformer, 1.0, 3.5)
+    looking.know_teacher(teacher)
+    assert looking.measure(teacher, 1.0, 3.5)["teacher_distance"] == 0
+    assert looking.measure(transformer, 1.0, 3.5)["teacher_distance"] > 0
+
+
+def test_equal_guidances_have_no_gap(data, transformer):
+    found = probe(data).measure(transformer, 3.5, 3.5)
+    assert found["guidance_gap"] == 0
+    assert found["loss"] == pytest.approx(found["loss_usual"])
+
+
+def test_more_samples_than_there_are(data, transformer):
+    many = probe(data, config=ProbeConfig(every=1, samples=1000, bins=2))
+    assert many.count == len(data)
+    assert len(many.measure(transformer, 1.0, 3.5)["loss_by_time"]) == 2
+
+
+def test_measuring_leaves_no_gradient(data, transformer):
+    probe(data).measure(transformer, 1.0, 3.5)
+    assert all(p.grad is None for p in transformer.parameters())

@@ -1,0 +1,276 @@
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+
+from dev2pro.errors import ConfigError, DivergedError
+from dev2pro.models import encodings, flux1
+from dev2pro.models.encodings import Encoded
+from dev2pro.training import distributed
+from dev2pro.training.distributed import HardwareConfig
+from dev2pro.training.optim import OptimConfig
+from dev2pro.training.step import Clock, Training
+
+BATCH = 8
+SCHEDULER = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 16, "max_image_seq_len": 4096}
+
+
+@pytest.fixture(scope="module")
+def data() -> Encoded:
+    draw = torch.Generator().manual_seed(0)
+    prompt, pooled = torch.randn(BATCH, 8, 64, generator=draw), torch.randn(BATCH, 64, generator=draw)
+    mean = torch.randn(BATCH, 16, 16, generator=draw)
+    return Encoded(mean, torch.full_like(mean, 0.1), prompt, pooled, (4, 4))
+
+
+def some(data: Encoded, slots: range) -> Encoded:
+    return Encoded(data.mean[slots], data.std[slots], data.prompt[slots], data.pooled[slots], data.grid)
+
+
+class Run:
+    """A training of the tiny transformer on the same data every time."""
+
+    def __init__(self, tiny, data: Encoded, *, micro_batch: int = BATCH, ema: float = 0.0, steps: int = 10, checkpointing: bool = False, **optim):
+        hardware = HardwareConfig(device="cpu", micro_batch=micro_batch, threads=1, gradient_checkpointing=checkpointing)
+        self.model = flux1.load_transformer(str(tiny))
+        config = OptimConfig(**{"lr": 1e-3, "schedule": "constant", **optim})
+        self.training = Training(distributed.accelerator(hardware), self.model, config, hardware, steps=steps, batch=BATCH, ema=ema)
+        self.data, self.seen, self.gradients = data, [], []
+        self.training.optimizer.optimizer.register_step_pre_hook(lambda *_: self.gradients.append(flat(self.training.model, "grad")))
+
+    def step(self, step: int = 0, spoil: float = 1.0) -> tuple[float, float]:
+        def draw(slots: range) -> encodings.Noised:
+            self.seen.append(list(slots))
+            return encodings.noised(some(self.data, slots), (torch.zeros(8, 64), torch.zeros(64)), SCHEDULER, 0.1, 0, step, slots)
+
+        def loss_of(batch: encodings.Noised) -> torch.Tensor:
+            return spoil * torch.nn.functional.mse_loss(flux1.predict(self.training.model, batch.x_t, batch.t, batch.said, 1.0), batch.velocity)
+
+        return self.training.step(step, draw, loss_of)
+
+    @property
+    def weights(self) -> torch.Tensor:
+        return flat(self.training.model)
+
+
+def flat(model: torch.nn.Module, what: str = "data") -> torch.Tensor:
+    return torch.cat([getattr(p, what).flatten() for p in model.parameters()]).clone()
+
+
+# ---- a step ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_micro_batches_make_the_same_step(tiny, data):
+    runs = [Run(tiny, data, micro_batch=size) for size in (8, 2, 3)]
+    numbers = [run.step() for run in runs]
+    assert [run.seen for run in runs] == [[[0, 1, 2, 3, 4, 5, 6, 7]], [[0, 1], [2, 3], [4, 5], [6, 7]], [[0, 1, 2], [3, 4, 5], [6, 7]]]
+    for run, (loss, norm) in zip(runs, numbers, strict=True):
+        assert loss == pytest.approx(numbers[0][0], rel=1e-5)
+        assert norm == pytest.approx(numbers[0][1], rel=1e-5)
+        torch.testing.assert_close(run.gradients[0], runs[0].gradients[0], rtol=0, atol=1e-5)
+    assert runs[0].gradients[0].abs().max() > 0.01
+
+
+def test_a_step_moves_the_weights_by_the_learning_rate(tiny, data):
+    run = Run(tiny, data, lr=1e-3)
+    before = run.weights
+    run.step()
+    assert (run.weights - before).abs().median() == pytest.approx(1e-3, rel=0.05)  # Adam's first step is lr * sign(gradient)
+    assert ((run.weights - before) * run.gradients[0] <= 0).all()
+
+
+def test_a_step_starts_from_no_gradient(tiny, data):
+    run = Run(tiny, data, lr=0.0, clip=1e9)
+    assert run.step() == run.step()
+    assert torch.equal(*run.gradients)
+
+
+def test_gradient_checkpointing_changes_nothing(tiny, data):
+    plain, saving = Run(tiny, data), Run(tiny, data, checkpointing=True)
+    assert saving.training.model.is_gradient_checkpointing
+    assert plain.step() == pytest.approx(saving.step(), rel=1e-5)
+
+
+def test_steps_lower_the_loss_and_are_counted(tiny, data):
+    run = Run(tiny, data, lr=3e-3)
+    first = run.step()[0]
+    for _ in range(8):
+        last = run.step()[0]
+    assert last < 0.8 * first
+    assert run.training.clock.steps == 9
+
+
+def test_the_same_seed_gives_the_same_loss(tiny, data):
+    runs = [Run(tiny, data) for _ in range(2)]
+    assert [run.step(step) for step in range(3) for run in runs[:1]] == [run.step(step) for step in range(3) for run in runs[1:]]
+    assert torch.equal(runs[0].weights, runs[1].weights)
+
+
+def test_the_gradient_is_clipped_but_its_whole_norm_reported(tiny, data):
+    free, tight = Run(tiny, data, clip=1e9), Run(tiny, data, clip=0.01)
+    norm = free.step()[1]
+    assert tight.step()[1] == pytest.approx(norm, rel=1e-5)
+    assert free.gradients[0].norm().item() == pytest.approx(norm, rel=1e-4)
+    assert tight.gradients[0].norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_learning_rate_follows_its_schedule(tiny, data):
+    run = Run(tiny, data, steps=6, schedule="linear", warmup=2)
+    rates = [run.training.lr]
+    for step in range(6):
+        run.step(step)
+        rates.append(run.training.lr)
+    assert rates == pytest.approx([0, 0.5e-3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3, 0])
+
+
+# ---- a step that fails ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spoil", [math.nan, math.inf], ids=str)
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_weights(tiny, data, spoil):
+    run = Run(tiny, data, micro_batch=2, ema=0.5)
+    run.step(0)
+    before, shadows = run.weights, [p.clone() for p in run.training.ema.shadow_params]
+    with pytest.raises(DivergedError, match=r"step 1 is not finite.*Lower optim\.lr"):
+        run.step(1, spoil)
+    assert torch.equal(run.weights, before)
+    assert all(torch.equal(a, b) for a, b in zip(shadows, run.training.ema.shadow_params, strict=True))
+
+
+def test_a_gradient_that_is_not_finite_stops_as_well(tiny, data):
+    run = Run(tiny, data)
+    before = run.weights
+    next(run.model.parameters()).register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(DivergedError):
+        run.step()
+    assert torch.equal(run.weights, before)
+
+
+# ---- averaged weights ------------------------------------------------------------------------------------------------------------------
+
+
+def test_averaged_shows_the_average_and_gives_the_weights_back(tiny, data):
+    run = Run(tiny, data, ema=0.5)
+    history = [run.weights]
+    for step in range(3):
+        run.step(step)
+        history.append(run.weights)
+    with run.training.averaged() as model:
+        average = flat(model)
+        assert not model.training
+        assert not torch.is_grad_enabled()
+    assert model.training
+    assert torch.is_grad_enabled()
+    assert torch.equal(run.weights, history[-1])
+    expected = history[0]
+    for n, weights in enumerate(history[1:], 1):
+        decay = 0.0 if n == 1 else min(0.5, n / (9 + n))  # diffusers' warm-up: (1 + step) / (10 + step) with step = n - 1
+        expected = decay * expected + (1 - decay) * weights
+    torch.testing.assert_close(average, expected, rtol=0, atol=1e-6)
+    assert (average - history[-1]).abs().max() > 1e-5
+
+
+def test_averaged_gives_the_weights_back_after_an_error(tiny, data):
+    run = Run(tiny, data, ema=0.9)
+    run.step()
+    run.step(1)
+    before = run.weights
+    with pytest.raises(RuntimeError, match="stop"), run.training.averaged() as model:
+        raise RuntimeError("stop")
+    assert torch.equal(run.weights, before)
+    assert model.training
+
+
+def test_without_an_average_it_is_the_model_itself(tiny, data):
+    run = Run(tiny, data)
+    with run.training.averaged() as model:
+        assert torch.equal(flat(model), run.weights)
+        assert not model.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_saved_is_the_average_in_the_precision_asked_for(tiny, data, tmp_path, dtype):
+    run = Run(tiny, data, ema=0.5)
+    for step in range(2):
+        run.step(step)
+    with run.training.averaged() as model:
+        average = flat(model)
+    before = run.weights
+    run.training.save(str(tmp_path), dtype)
+    saved = FluxTransformer2DModel.from_pretrained(tmp_path, subfolder="transformer", dtype=torch.float32)
+    assert torch.equal(flat(saved), average.to(dtype).float())
+    assert saved.config.guidance_embeds
+    assert torch.equal(run.weights, before)
+    size = (tmp_path / "transformer/diffusion_pytorch_model.safetensors").stat().st_size
+    assert size == pytest.approx(len(average) * dtype.itemsize, rel=0.02)
+    assert len({file.stat().st_mode for file in (tmp_path / "transformer").iterdir()}) == 1  # who may read one may read all
+    assert not list(tmp_path.glob("*.partial"))
+
+
+# ---- the clock ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_clock_s_share_is_a_share_and_measuring_is_not_training(tiny, data):
+    run = Run(tiny, data)
+    for step in range(2):
+        run.step(step)
+    with run.training.averaged():
+        pass
+    found = run.training.clock.metrics()
+    assert 0 <= found["share_outside"] <= 1
+    assert found["steps_per_second"] > 0
+    assert found["peak_memory_mb"] > 10
+    assert run.training.clock.pause > 0
+
+
+def test_a_clock_that_only_computes_has_nothing_outside(monkeypatch):
+    now = iter([0.0, 1.0, 4.0, 4.0, 9.0, 10.0]).__next__
+    monkeypatch.setattr("time.perf_counter", now)
+    clock = Clock()  # at 0
+    with clock.compute():  # from 1 to 4
+        pass
+    with clock.paused():  # from 4 to 9
+        pass
+    clock.steps = 2
+    assert clock.metrics()["share_outside"] == pytest.approx(2 / 5)  # at 10: five seconds of training, three of them computing
+    monkeypatch.setattr("time.perf_counter", lambda: 10.0)
+    assert clock.metrics()["steps_per_second"] == pytest.approx(2 / 5)
+
+
+# ---- where it runs -----------------------------------------------------------------------------------------------------------------------
+
+
+class Rank:
+    """What own_slots asks of accelerate."""
+
+    def __init__(self, process_index: int, num_processes: int) -> None:
+        self.process_index, self.num_processes = process_index, num_processes
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 4, 64])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_ranks_share_every_slot_once_and_in_order(ranks, micro_batch):
+    parts = [part for rank in range(ranks) for part in distributed.own_slots(12, micro_batch, Rank(rank, ranks))]
+    assert [slot for part in parts for slot in part] == list(range(12))
+    assert max(map(len, parts)) == min(micro_batch, 12 // ranks)
+    assert all(a.stop == b.start for a, b in pairwise(parts))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"dtype": "float8"}, r"hardware\.dtype=float8 is unknown. Choose one of float32, bfloat16"),
+        ({"device": "cuda:1"}, r"hardware\.device=cuda:1 is unknown.*CUDA_VISIBLE_DEVICES"),
+        ({"device": "cpu", "shard": True}, r"hardware\.shard=true needs several processes.*torchrun"),
+    ],
+)
+def test_hardware_that_this_machine_has_not(values, said):
+    with pytest.raises(ConfigError, match=said):
+        distributed.accelerator(HardwareConfig(**values))
+
+
+def test_a_batch_that_does_not_divide():
+    with pytest.raises(ConfigError, match=r"batch=7 cannot be shared by 2 processes\. Choose a multiple of 2"):
+        distributed.own_slots(7, 4, Rank(0, 2))
