@@ -49,7 +49,7 @@ def run(name: str, words: argparse.ArgumentParser, work: Callable[[argparse.Name
     """Does the work and ends with its exit code; what went wrong is told in one paragraph."""
     options = words.parse_args()
     signal.signal(signal.SIGTERM, _interrupt)
-    signals.follow()  # a flow that started it
+    signals.stop_with_parent()  # a flow that started it
     try:
         sys.exit(work(options))
     except KeyboardInterrupt:
@@ -59,7 +59,7 @@ def run(name: str, words: argparse.ArgumentParser, work: Callable[[argparse.Name
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         cure = "Make room" if full else "Mend that, or choose another place"
         print(
-            lines(f"{name}: {urls.shown(str(error.filename or 'a file'))}: {error.strerror or error}. {cure} and run the same command again."),
+            lines(f"{name}: {urls.redact_url(str(error.filename or 'a file'))}: {error.strerror or error}. {cure} and run the same command again."),
             file=sys.stderr,
         )
         sys.exit(SpaceError.exit_code if full else DataError.exit_code)

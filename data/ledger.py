@@ -9,7 +9,7 @@ from typing import Any
 from filelock import FileLock
 
 from data.storage import urls
-from data.storage.transport import write_local
+from data.storage.transport import write_atomic
 from dev2pro.errors import DataError
 
 
@@ -24,7 +24,7 @@ def record(path: str, run: str, snapshot: str, shards: list[str], epochs: float)
             return
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         lines.append({"run": run, "snapshot": snapshot, "epochs": round(epochs, 4), "finished": now, "shards": shards if epochs >= 1 else []})
-        write_local(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def consumed(path: str) -> set[str]:
@@ -59,10 +59,10 @@ def _read(path: str, fits: Callable[[Any], bool]) -> list[dict[str, Any]]:
                     raise ValueError("not what a run writes")
                 found.append(line)
     except OSError as error:
-        raise DataError(f"{urls.shown(path)} cannot be read: {error.strerror}. Correct the path.") from error
+        raise DataError(f"{urls.redact_url(path)} cannot be read: {error.strerror}. Correct the path.") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         why = urls.printable(f"{type(error).__name__}: {error}")
         raise DataError(
-            f"{urls.shown(path)} is damaged in line {len(found) + 1} ({why}). Correct the path, or take the line out, which forgets what it says."
+            f"{urls.redact_url(path)} is damaged in line {len(found) + 1} ({why}). Correct the path, or take the line out, which forgets what it says."
         ) from error
     return found

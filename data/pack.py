@@ -58,7 +58,7 @@ def find(folder: Path, table: Path | None = None) -> list[Captioned]:
     Raises DataError with the list of those that have none, or that share a name.
     """
     if not folder.is_dir():
-        raise DataError(f"{urls.shown(str(folder))} is no folder. Give one with pictures, each beside a .txt with what it shows.")
+        raise DataError(f"{urls.redact_url(str(folder))} is no folder. Give one with pictures, each beside a .txt with what it shows.")
     found = {name: folder / name for name, _, _ in listed(folder) if _is_picture(name)}
     table = table or next((folder / name for name in ("metadata.jsonl", "metadata.csv", "metadata.parquet") if (folder / name).is_file()), None)
     captions = _table(table) if table else None
@@ -75,7 +75,7 @@ def find(folder: Path, table: Path | None = None) -> list[Captioned]:
         raise refusal(folder, wrong)
     if not samples:
         raise DataError(
-            f"{urls.shown(str(folder))} holds no pictures ({', '.join(pictures.SUFFIXES)}). Put some there, each beside a .txt with what it shows."
+            f"{urls.redact_url(str(folder))} holds no pictures ({', '.join(pictures.SUFFIXES)}). Put some there, each beside a .txt with what it shows."
         )
     return samples
 
@@ -112,10 +112,10 @@ def _table(table: Path) -> dict[str, list[str]]:
             found.setdefault(str(Path(row["file_name"])), []).extend(texts or [""])
             done += 1
     except OSError as error:
-        raise DataError(f"{urls.shown(str(table))} cannot be read: {error.strerror or error}. Correct the path.") from error
+        raise DataError(f"{urls.redact_url(str(table))} cannot be read: {error.strerror or error}. Correct the path.") from error
     except (ValueError, KeyError, TypeError, NotImplementedError, RecursionError, csv.Error) as error:
         raise DataError(
-            f"{urls.shown(str(table))} is no table of captions (row {done + 1}: {type(error).__name__}, {error}). "
+            f"{urls.redact_url(str(table))} is no table of captions (row {done + 1}: {type(error).__name__}, {error}). "
             "It needs the columns file_name and text, and can be .csv, .jsonl or .parquet."
         ) from error
     return found
@@ -145,7 +145,7 @@ def refusal(folder: Path, wrong: list[str]) -> DataError:
     """The error with its list, which may be long."""
     more = f"\n  ... and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
     listed = "\n  ".join(map(urls.printable, wrong[:SHOWN]))
-    return DataError(f"{urls.shown(str(folder))} cannot be packed; mend these {len(wrong)}, or move them away:\n  {listed}{more}")
+    return DataError(f"{urls.redact_url(str(folder))} cannot be packed; mend these {len(wrong)}, or move them away:\n  {listed}{more}")
 
 
 def _looked_at(path: Path) -> tuple[str, str]:
@@ -181,13 +181,13 @@ def pack(folder: str, out: str, table: str | None = None, workers: int = 1) -> l
 
 def _must_be_free(out: Path) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise DataError(f"{urls.shown(str(out))} exists and is no empty folder. Choose another one, or remove it.")
+        raise DataError(f"{urls.redact_url(str(out))} exists and is no empty folder. Choose another one, or remove it.")
 
 
 def _check(folder: Path, samples: list[Captioned], workers: int) -> None:
     """Decodes every picture. Raises DataError with the list of those that cannot be, or are there twice."""
     seen = []
-    with commands.progress(f"checking {urls.shown(str(folder))}", len(samples)) as advance, commands.processes(workers) as pool:
+    with commands.progress(f"checking {urls.redact_url(str(folder))}", len(samples)) as advance, commands.processes(workers) as pool:
         for result in pool.map(_looked_at, [one.path for one in samples], chunksize=8):
             seen.append(result)
             advance()
@@ -238,7 +238,9 @@ def work(options: argparse.Namespace) -> int:
     if others:
         kinds = ", ".join(f"{count} {urls.printable(kind)}" for kind, count in others.most_common(SHOWN))
         print(f"pack: left out are files of other kinds: {kinds}")
-    print(f"pack: {len(made)} indexed shards in {urls.shown(options.out)}. Train on them with \"data.train=['{urls.shown(options.out)}/*.tar']\"")
+    print(
+        f"pack: {len(made)} indexed shards in {urls.redact_url(options.out)}. Train on them with \"data.train=['{urls.redact_url(options.out)}/*.tar']\""
+    )
     return 0
 
 

@@ -7,7 +7,7 @@ import os
 from data import commands, ledger
 from data.shards.snapshot import ENDING, Filters, build
 from data.storage import urls
-from data.storage.transport import ReadConfig, Transport, write_local
+from data.storage.transport import ReadConfig, Transport, write_atomic
 from dev2pro.errors import ConfigError, DataError
 
 SHOWN = 30  # lines of the table of shards that are left out
@@ -16,7 +16,7 @@ SHOWN = 30  # lines of the table of shards that are left out
 def work(options: argparse.Namespace) -> int:
     """Pins the shards and says what became of them."""
     if os.path.exists(options.out):
-        raise DataError(f"{urls.shown(options.out)} exists, and runs may depend on it. Choose another --out, or remove it.")
+        raise DataError(f"{urls.redact_url(options.out)} exists, and runs may depend on it. Choose another --out, or remove it.")
     if (options.only_new or options.new_weight > 1) and not options.ledger:
         raise ConfigError("What is new, only a ledger can tell. Give --ledger FILE with --only-new and --new-weight, or leave them out.")
     transport = Transport(ReadConfig())
@@ -32,21 +32,21 @@ def work(options: argparse.Namespace) -> int:
             shards, transport, sources=options.shards, folder=options.index, filters=filters, advance=advance,
             repeat=lambda sha256: old if sha256 in known else new, unusable=unusable,
         )  # fmt: skip
-    left = [{"shard": urls.shown(place), "reason": why} for place, why in sorted((unusable or {}).items())]
+    left = [{"shard": urls.redact_url(place), "reason": why} for place, why in sorted((unusable or {}).items())]
     commands.show("left out, as they cannot be used", ("shard", "reason"), [tuple(one.values()) for one in left], SHOWN)
     if len(made):
         made.write(options.out)
     if options.report:
         report = {"shards": len(shards), "pinned": len(made.shards), "samples": len(made), "unusable": left}
-        write_local(options.report, json.dumps(report).encode())
+        write_atomic(options.report, json.dumps(report).encode())
     if not len(made):
         if options.only_new and not made.shards:
             raise DataError(
-                f"There is nothing new: every shard is in {urls.shown(options.ledger)}, or empty. Give other shards, or leave out --only-new."
+                f"There is nothing new: every shard is in {urls.redact_url(options.ledger)}, or empty. Give other shards, or leave out --only-new."
             )
         raise DataError("There is no sample to pin: the indexes list none, or the filters leave none. Give other shards or filters.")
     fresh = f", {sum(shard.sha256 not in known for shard in made.shards):,} of them new" if options.ledger else ""
-    print(f"snapshot: {urls.shown(options.out)} pins {len(made):,} samples in {len(made.shards):,} shards{fresh} ({made.id[:12]})")
+    print(f"snapshot: {urls.redact_url(options.out)} pins {len(made):,} samples in {len(made.shards):,} shards{fresh} ({made.id[:12]})")
     return 0
 
 

@@ -53,57 +53,57 @@ def check(config: DataConfig) -> None:
         raise ConfigError(f"data.resolution={config.resolution} is no multiple of data.bucket_step={config.bucket_step}. Change one of them.")
 
 
-class Pinned:
+class RunSnapshots:
     """The snapshots of a run. Once the run has made something they are those in its folder, whatever has appeared since.
 
     `begun` says whether it has. The first process checks and writes; the others (`first` false) take what it has written.
     Raises DataError for what is not indexed, not there, or not as it was.
     """
 
-    def __init__(self, config: DataConfig, out: str, *, begun: bool, first: bool = True) -> None:
+    def __init__(self, config: DataConfig, out: str, *, resuming: bool, is_main_process: bool = True) -> None:
         check(config)
-        self.config, self.out, self.first, self.transport = config, out, first, Transport(config.read)
+        self.config, self.out, self.is_main_process, self.transport = config, out, is_main_process, Transport(config.read)
         self._sources = {"train": config.train, "heldout": config.heldout}
         self._fresh = set[str]()  # roles whose snapshot was made just now, and so was checked
-        self.train, self.heldout = (self._pin(role, begun or not first) for role in self._sources)
+        self.train, self.heldout = (self._pin(role, resuming or not is_main_process) for role in self._sources)
         judges = {shard.sha256 for shard in self.heldout.shards}
-        if both := next((shard.place for shard in self.train.shards if shard.sha256 in judges), None):
-            raise DataError(f"{urls.shown(both)} is in data.train and in data.heldout. What is trained on cannot judge: take it out of one.")
+        if both := next((shard.url for shard in self.train.shards if shard.sha256 in judges), None):
+            raise DataError(f"{urls.redact_url(both)} is in data.train and in data.heldout. What is trained on cannot judge: take it out of one.")
         if lacking := [part for part in config.stored if part not in self.train.encodings]:
             raise DataError(f"data.stored={config.stored}, but the shards of data.train hold no {lacking[0]}. Encode them with stages.encode first.")
 
     def _pin(self, role: str, begun: bool) -> Snapshot:
         file, sources = self.file(role), self._sources[role]
-        if file != _given(sources) and not (begun and os.path.exists(file)):
+        if file != _snapshot_path(sources) and not (begun and os.path.exists(file)):
             self._fresh.add(role)
-            return gather(sources, f"data.{role}", self.transport)
+            return build_snapshot(sources, f"data.{role}", self.transport)
         there = snapshot.read(file)
-        changed = [folder for folder, was in there.head["folders"].items() if self.first and _listing(folder) != was]
+        changed = [folder for folder, was in there.head["folders"].items() if self.is_main_process and _listing(folder) != was]
         if changed:
             raise ChangedError(changed[0], "its files are others")
-        return snapshot.check(there, self.transport, remote=False) if self.first else there
+        return snapshot.check(there, self.transport, remote=False) if self.is_main_process else there
 
     def file(self, role: str) -> str:
         """Where the snapshot of a role lies: the given one, or in the run's folder."""
-        return _given(self._sources[role]) or f"{self.out}/{role}{snapshot.ENDING}"
+        return _snapshot_path(self._sources[role]) or f"{self.out}/{role}{snapshot.ENDING}"
 
     def parents(self) -> dict[str, tuple[str, str]]:
         """role -> (where the snapshot lies, its id)."""
         return {"data.train": (self.file("train"), self.train.id), "data.heldout": (self.file("heldout"), self.heldout.id)}
 
-    def watched(self) -> list[str]:
+    def local_inputs(self) -> list[str]:
         """What lies on this machine and may be changed under a finished run: shards, or the folders that were packed."""
         both, packed = (self.train, self.heldout), os.path.abspath(self.config.read.cache)
         folders = [folder for one in both for folder in one.head["folders"]]
-        shards = [shard.place for one in both for shard in one.shards if not urls.remote(shard.place) and not shard.place.startswith(packed)]
+        shards = [shard.url for one in both for shard in one.shards if not urls.is_remote(shard.url) and not shard.url.startswith(packed)]
         return [os.path.relpath(place) for place in dict.fromkeys(folders + shards)]
 
-    def settle(self) -> None:
+    def write_and_verify(self) -> None:
         """Writes what is not written yet, and asks remote places whether their shards are still the same; before any model is loaded."""
         for role, pinned in (("train", self.train), ("heldout", self.heldout)):
             if role in self._fresh:
                 pinned.write(self.file(role))
-            elif self.first:
+            elif self.is_main_process:
                 snapshot.check(pinned, self.transport)
 
     def stream(self, seed: int, batch: int, rank: int = 0) -> Stream:
@@ -119,18 +119,18 @@ class Pinned:
         return _squares(self.heldout, self.config.resolution, samples, self.config.read)
 
 
-def _given(sources: Sequence[str]) -> str:
+def _snapshot_path(sources: Sequence[str]) -> str:
     """The snapshot that is given, if one is."""
     return sources[0] if len(sources) == 1 and sources[0].endswith(snapshot.ENDING) else ""
 
 
-def opened(sources: Sequence[str], what: str, transport: Transport) -> Snapshot:
+def open_snapshot(sources: Sequence[str], what: str, transport: Transport) -> Snapshot:
     """The given snapshot, checked, or one of folders and indexed tars; `what` names the setting in messages."""
-    given = _given(sources)
-    return snapshot.check(snapshot.read(given), transport) if given else gather(sources, what, transport)
+    given = _snapshot_path(sources)
+    return snapshot.check(snapshot.read(given), transport) if given else build_snapshot(sources, what, transport)
 
 
-def gather(sources: Sequence[str], what: str, transport: Transport) -> Snapshot:
+def build_snapshot(sources: Sequence[str], what: str, transport: Transport) -> Snapshot:
     """A snapshot of folders and indexed tars."""
     shards, folders = list[str](), dict[str, str]()
     for place in (place for source in sources for place in urls.expand(source, what)):
@@ -150,7 +150,7 @@ def gather(sources: Sequence[str], what: str, transport: Transport) -> Snapshot:
 def squares(sources: Sequence[str], what: str, resolution: int) -> Iterator[Batch]:
     """The squares in the middle of every picture of folders and indexed tars."""
     read = ReadConfig()
-    found = opened(sources, what, Transport(read))
+    found = open_snapshot(sources, what, Transport(read))
     return _squares(found, resolution, len(found), read)
 
 
@@ -177,20 +177,20 @@ def _packed(folder: str, listing: str, cache: str, what: str) -> list[str]:
     return sorted(str(file) for file in Path(target).glob("*.tar"))
 
 
-def described(stream: Stream) -> dict[str, Any]:
+def describe(stream: Stream) -> dict[str, Any]:
     """What a run's data amounts to, for its record."""
     found = stream.order
     buckets = [{"size": f"{w}x{h}", "samples": samples, "steps": steps} for (w, h), samples, steps, _ in found.histogram()]
     return {
         "samples": len(found.snapshot), "steps_per_epoch": found.steps_per_epoch, "left_out_per_epoch": found.dropped,
         "cropped_away": round(found.cropped_away(), 4), "buckets": buckets, "quarantined": len(stream.quarantine),
-        "waited_seconds": round(stream.waited, 1),
+        "waited_seconds": round(stream.wait_seconds, 1),
     }  # fmt: skip
 
 
-def told(stream: Stream) -> str:
+def summary_line(stream: Stream) -> str:
     """The same in a line, for people, before the training."""
-    said = described(stream)
+    said = describe(stream)
     buckets = ", ".join(f"{bucket['size']}: {bucket['samples']:,}" for bucket in said["buckets"])
     return (
         f"data: {said['samples']:,} samples ({buckets}), {said['cropped_away']:.1%} of their area cropped away; {said['steps_per_epoch']:,} steps "

@@ -58,9 +58,9 @@ class Progress:
             return
         self._said = now
         if self.events:
-            signals.say("@@" + json.dumps({"stage": self.name, "step": done, "of": self.total, "text": text}))
+            signals.emit("@@" + json.dumps({"stage": self.name, "step": done, "of": self.total, "text": text}))
         else:
-            signals.say(f"{self.name}: {done}/{self.total}  {text}")
+            signals.emit(f"{self.name}: {done}/{self.total}  {text}")
 
 
 class Log(Progress):
@@ -94,7 +94,7 @@ class Log(Progress):
     def measured(self, *points: dict[str, Any]) -> None:
         """What was measured on held-out pictures, for a flow that draws curves of it."""
         for point in points if self.main and self.events else ():
-            signals.say("@@" + json.dumps({"stage": self.name, "measured": point}))
+            signals.emit("@@" + json.dumps({"stage": self.name, "measured": point}))
 
 
 def _lines(path: Path) -> list[str]:

@@ -22,21 +22,21 @@ MARGIN = 15.0  # seconds: ranks that were asked to stop end by themselves with t
 _since = 0.0  # when the first signal came
 
 
-def _on(number: int, _frame: Any) -> None:
+def _on_signal(number: int, _frame: Any) -> None:
     global _since
-    if not _since or (time.monotonic() - _since > signals.ONE and not signals.bereaved()):  # a second wish takes this process out of its waiting
+    if not _since or (time.monotonic() - _since > signals.ONE and not signals.parent_died()):  # a second wish takes this process out of its waiting
         _since = _since or time.monotonic()
         raise SignalException(f"got {number}", signal.Signals(number))
 
 
 def main(words: list[str]) -> int:
     """Runs the ranks to their end. Returns the exit code of the rank that knows what went wrong, or that of an interruption."""
-    signals.follow()
+    signals.stop_with_parent()
     os.environ[signals.PARENT] = str(os.getpid())
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _on)
+        signal.signal(number, _on_signal)
     try:
-        run.run(run.parse_args(["--signals-to-handle=SIGHUP,SIGQUIT", f"--shutdown-timeout={patience(words):.0f}", *words]))
+        run.run(run.parse_args(["--signals-to-handle=SIGHUP,SIGQUIT", f"--shutdown-timeout={grace_seconds(words):.0f}", *words]))
     except SignalException:
         return INTERRUPTED
     except ChildFailedError as error:
@@ -44,7 +44,7 @@ def main(words: list[str]) -> int:
     return 0
 
 
-def patience(words: list[str]) -> float:
+def grace_seconds(words: list[str]) -> float:
     """Seconds from asking the ranks to stop to killing them."""
     said = [word.removeprefix(GRACE) for word in words if word.startswith(GRACE)]
     return MARGIN + (float(said[-1]) if said and said[-1].replace(".", "", 1).isdigit() else 30.0)

@@ -18,11 +18,11 @@ class TransientError(Exception):
         self.pause = pause
 
 
-def tried(once: Callable[[], T], retries: int) -> T:
+def with_retries(operation: Callable[[], T], retries: int) -> T:
     """What `once` returns; a Passing failure is met with a pause and another try, and raised when `retries` of them did not help."""
     for attempt in range(retries):
         try:
-            return once()
+            return operation()
         except TransientError as error:
             time.sleep(max(error.pause, DICE.uniform(0.1, 1) * min(LONGEST_PAUSE, 0.5 * 2**attempt)))
-    return once()
+    return operation()

@@ -19,7 +19,7 @@ def client() -> Any:
     return fsspec.filesystem("s3", cache_regions=amazon, config_kwargs={"signature_version": "s3v4"})  # newer stores and buckets know no older one
 
 
-def passing(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Whether an error of the client may not come again: the store was not reached, or could not answer, or not to the end."""
     from s3fs.core import S3_RETRYABLE_ERRORS  # an import that takes a moment, and whoever has an error has made it
 
@@ -27,12 +27,12 @@ def passing(error: Exception) -> bool:
     return isinstance(error, (*kinds, *S3_RETRYABLE_ERRORS)) and not isinstance(error, (FileNotFoundError, PermissionError))
 
 
-def shown(place: str) -> str:
+def redact_url(url: str) -> str:
     """The place for messages: without password, query and fragment, and without characters that a terminal would obey."""
-    if ADDRESS.match(place):
-        scheme, rest = place.split("://", 1)
+    if ADDRESS.match(url):
+        scheme, rest = url.split("://", 1)
         rest = re.split(r"[?#]", rest, maxsplit=1)[0]
         if re.match(r"[^/]*(@|:(?!\d*(/|$)))", rest):  # a name or a password, which may itself hold a slash
             rest = rest.rpartition("@")[2]
-        place = f"{scheme}://{rest}"
-    return printable(place)
+        url = f"{scheme}://{rest}"
+    return printable(url)

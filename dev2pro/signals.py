@@ -26,26 +26,26 @@ _timer: threading.Timer | None = None  # ends the process when they are over
 _parent = 0  # the pid of what started this process, where that is a flow or torchrun
 
 
-def listen() -> None:
+def install_handlers() -> None:
     """From now on SIGTERM and SIGINT raise KeyboardInterrupt, or wait for the step (see `finishing`)."""
     global _since
     _since = 0.0
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _on)
-    follow()
+        signal.signal(number, _on_signal)
+    stop_with_parent()
 
 
-def follow() -> None:
+def stop_with_parent() -> None:
     """A process that was started by a flow or by torchrun is asked to stop, too, when its parent dies; it ends at once when that is dead already."""
     global _parent
     if "TORCHELASTIC_RUN_ID" in os.environ or FLOW in os.environ:
         _parent = os.getppid()
-        follow_parent(signal.SIGTERM)
+        signal_at_parent_death(signal.SIGTERM)
         if os.environ.get(PARENT, str(_parent)) != str(_parent):
             _end("what started it is gone")
 
 
-def bereaved() -> bool:
+def parent_died() -> bool:
     """Whether the flow that started this process has died since this was asked last: then the signal that tells so is no second one.
 
     Prefect kills the process of a cancelled flow after 30 seconds, while its stage may still be saving. Ranks end with their launcher.
@@ -55,17 +55,17 @@ def bereaved() -> bool:
     return FLOW in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ and before not in (0, _parent)
 
 
-def follow_parent(number: int) -> None:
+def signal_at_parent_death(number: int) -> None:
     """Has the system send this process a signal when its parent dies. Linux; elsewhere nothing happens."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
-def apart() -> None:
+def ignore_signals_in_child() -> None:
     """In a child that only its parent is to end: it is deaf when all processes of a job are asked to stop, and it does not outlive the parent."""
     os.setpgid(0, 0)  # a terminal's signals do not come here
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    follow_parent(signal.SIGKILL)
+    signal_at_parent_death(signal.SIGKILL)
     if hasattr(signal, "sigwaitinfo"):  # else SIGTERM ends it, whoever sends it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # threads inherit this
         threading.Thread(target=_until_parent_ends_it, daemon=True).start()
@@ -78,7 +78,7 @@ def _until_parent_ends_it() -> None:
 
 
 @contextmanager
-def finishing(grace: float) -> Iterator[None]:
+def grace_period(grace: float) -> Iterator[None]:
     """Within, a signal is only noted (`asked`), and `grace` seconds are left to save and to come to the end of this."""
     global _held, _timer
     _held = grace
@@ -91,44 +91,44 @@ def finishing(grace: float) -> Iterator[None]:
         _timer = None
 
 
-def asked() -> bool:
+def stop_requested() -> bool:
     """Whether this process was asked to stop."""
     return _since > 0
 
 
-def say(text: str) -> None:
+def emit(text: str) -> None:
     """A line for whoever started this process. That nobody reads it any more is being asked to stop, too: a flow was killed, a window closed."""
-    if not _told(text, sys.stdout) and not asked():
-        _ask("nobody reads what it says")
+    if not _write_line(text, sys.stdout) and not stop_requested():
+        _request_stop("nobody reads what it says")
 
 
-def _on(number: int, _frame: Any) -> None:
-    _ask(signal.Signals(number).name)
+def _on_signal(number: int, _frame: Any) -> None:
+    _request_stop(signal.Signals(number).name)
 
 
-def _ask(why: str) -> None:
+def _request_stop(why: str) -> None:
     global _since, _timer
     now = time.monotonic()
-    if asked() and now - _since < ONE:
+    if stop_requested() and now - _since < ONE:
         return
     if not _held:
         _since = _since or now
         raise KeyboardInterrupt
-    if asked():
-        return None if bereaved() else _end("asked twice")
+    if stop_requested():
+        return None if parent_died() else _end("asked twice")
     _since = now
-    _told(f"asked to stop ({why}): finishing the step and saving, for up to {_held:.0f} s", sys.stderr)
+    _write_line(f"asked to stop ({why}): finishing the step and saving, for up to {_held:.0f} s", sys.stderr)
     _timer = threading.Timer(_held, _end, [f"{_held:.0f} s were not enough to save"])
     _timer.daemon = True
     _timer.start()
 
 
 def _end(why: str) -> None:
-    _told(f"stopped at once ({why}). The same command goes on from the last checkpoint, if there is one.", sys.stderr)
+    _write_line(f"stopped at once ({why}). The same command goes on from the last checkpoint, if there is one.", sys.stderr)
     os._exit(INTERRUPTED)
 
 
-def _told(text: str, stream: Any) -> bool:
+def _write_line(text: str, stream: Any) -> bool:
     """Whether a line went out. A stream that is broken leads to nowhere from then on, so that the next line raises nothing."""
     try:
         print(lines(text), file=stream, flush=True)

@@ -11,13 +11,13 @@ from dev2pro.artifacts.record import ROOT, Artifact
 from dev2pro.escape import markdown
 from flows.forms import Concept, Concepts, overrides
 from flows.generations import aliases
-from flows.plan import folder, words
-from flows.processes.launch import TRIES, at_work, launch
+from flows.plan import folder, hydra_args
+from flows.processes.launch import RETRY_OPTIONS, launch, run_context
 from flows.ui.progress import key
-from flows.ui.redact import hidden
+from flows.ui.redact import redact
 from flows.ui.verdict import show
 
-stage = task(launch, name="stage", task_run_name="{stage} {out}", cache_policy=NO_CACHE, **TRIES)
+stage = task(launch, name="stage", task_run_name="{stage} {out}", cache_policy=NO_CACHE, **RETRY_OPTIONS)
 FOR_LORA = ("experiment", "model", "hardware", "seed", "steps", "batch", "data", "optim", "adapter", "checkpoint", "probe", "publish")
 FOR_EVALUATE = ("experiment", "model", "hardware", "seed", "prompts", "seeds")
 
@@ -30,9 +30,9 @@ def one(form: Concepts, concept: Concept, recovered: str) -> Artifact:
     pictures = {f"data.{name}": value for name, value in concept.model_dump(exclude_none=True).items()}
     for arm, base in arms.items():
         place = folder(form.out, concept.name, "lora", arm)
-        stage("lora", words(asked, pictures, out=place, arm=arm, trained_on=base, guidance=1.0), place, form.processes)
+        stage("lora", hydra_args(asked, pictures, out=place, arm=arm, trained_on=base, guidance=1.0), place, form.processes)
     place, loras = folder(form.out, concept.name, "evaluate"), [folder(form.out, concept.name, "lora", arm) for arm in arms]
-    made = stage("evaluate", words(overrides(form, FOR_EVALUATE), out=place, loras=loras, recovered=recovered), place, form.processes)
+    made = stage("evaluate", hydra_args(overrides(form, FOR_EVALUATE), out=place, loras=loras, recovered=recovered), place, form.processes)
     show(made)
     return made
 
@@ -40,8 +40,8 @@ def one(form: Concepts, concept: Concept, recovered: str) -> Artifact:
 @flow(name="concepts", flow_run_name="{concepts.out}")
 def concepts(concepts: Concepts) -> State:
     """Trains a LoRA for every concept on one recovered model, and judges each as it is finished. The others go on when one fails."""
-    with at_work(), ThreadPoolTaskRunner(max_workers=concepts.at_once) as hands:
-        recovered = aliases.resolved(concepts.trained_on)
+    with run_context(), ThreadPoolTaskRunner(max_workers=concepts.at_once) as hands:
+        recovered = aliases.resolve(concepts.trained_on)
         asked = {c.name: hands.submit(one, {"form": concepts, "concept": c, "recovered": recovered}) for c in concepts.concepts}
         for future in asked.values():
             future.wait()
@@ -60,5 +60,5 @@ def summary(asked: dict[str, PrefectFuture]) -> str:
         if isinstance(made, Artifact):
             lines.append(f"| {markdown(name)} | done | {markdown(made.metrics['verdict'])} | {markdown(f'{made.uri}/report.html')} |")
         else:
-            lines.append(f"| {markdown(name)} | **{markdown(future.state.name)}** | {markdown(hidden(str(made)))} | |")
+            lines.append(f"| {markdown(name)} | **{markdown(future.state.name)}** | {markdown(redact(str(made)))} | |")
     return "\n".join(lines)

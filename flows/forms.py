@@ -61,7 +61,7 @@ else:
     Experiment, Model, Hardware, PlanName = (Literal[found(group)] for group in ("experiment", "model", "hardware", "pipeline"))
 
 
-def asked(title: str, explained: str, default: Any = None, **bounds: Any) -> Any:
+def form_field(title: str, explained: str, default: Any = None, **bounds: Any) -> Any:
     """A field; without a default it may be left empty."""
     given = {"default_factory": default} if callable(default) else {"default": default}
     return Field(title=title, description=explained if default is not None else f"{explained} Empty: as in conf/.", **given, **bounds)
@@ -90,51 +90,51 @@ class Data(Group):
     """Which pictures."""
 
     model_config = ConfigDict(title="Pictures")
-    name: Name | None = asked("Name", "Of the data set or style, for tables; in the miniature ink, chalk, sideways, poster or halftone.")
-    train: list[Place] | None = asked("Training", "A snapshot, indexed tars, or folders of captioned pictures.", min_length=1)
-    heldout: list[Place] | None = asked("Held out", "Pictures to measure on, never trained on.", min_length=1)
-    resolution: int | None = asked("Resolution", "Pixels: side of the square whose area every picture is scaled to.", ge=16, le=4096)
+    name: Name | None = form_field("Name", "Of the data set or style, for tables; in the miniature ink, chalk, sideways, poster or halftone.")
+    train: list[Place] | None = form_field("Training", "A snapshot, indexed tars, or folders of captioned pictures.", min_length=1)
+    heldout: list[Place] | None = form_field("Held out", "Pictures to measure on, never trained on.", min_length=1)
+    resolution: int | None = form_field("Resolution", "Pixels: side of the square whose area every picture is scaled to.", ge=16, le=4096)
 
 
 class Optim(Group):
     """How the weights are moved."""
 
     model_config = ConfigDict(title="Optimizer")
-    lr: float | None = asked("Learning rate", "Recovery of FLUX.1-dev: 0.00001; a LoRA: 0.0001.", gt=0, le=0.1)
-    warmup: int | None = asked("Warm-up", "Steps until the learning rate is full.", ge=0, le=1_000_000)
+    lr: float | None = form_field("Learning rate", "Recovery of FLUX.1-dev: 0.00001; a LoRA: 0.0001.", gt=0, le=0.1)
+    warmup: int | None = form_field("Warm-up", "Steps until the learning rate is full.", ge=0, le=1_000_000)
 
 
 class Checkpoint(Group):
     """When the run is written down."""
 
     model_config = ConfigDict(title="Checkpoints")
-    every: int | None = asked("Every", "Steps between two checkpoints.", ge=1, le=1_000_000)
-    keep: int | None = asked("Keep", "How many of the newest; the best one is kept besides.", ge=1, le=100)
+    every: int | None = form_field("Every", "Steps between two checkpoints.", ge=1, le=1_000_000)
+    keep: int | None = form_field("Keep", "How many of the newest; the best one is kept besides.", ge=1, le=100)
 
 
 class Probe(Group):
     """What is measured on held-out pictures while it runs."""
 
     model_config = ConfigDict(title="Measuring")
-    every: int | None = asked("Every", "Steps between two measurements.", ge=1, le=1_000_000)
-    samples: int | None = asked("Pictures", "Held-out pictures to measure on.", ge=1, le=100_000)
+    every: int | None = form_field("Every", "Steps between two measurements.", ge=1, le=1_000_000)
+    samples: int | None = form_field("Pictures", "Held-out pictures to measure on.", ge=1, le=100_000)
 
 
 class Adapter(Group):
     """The LoRA itself."""
 
     model_config = ConfigDict(title="Adapter")
-    rank: int | None = asked("Rank", "Its size.", ge=1, le=1024)
-    alpha: float | None = asked("Alpha", "Its effect is scaled by alpha / rank.", gt=0, le=4096)
-    targets: Literal["attention", "attention+mlp", "all"] | None = asked("Targets", "Which layers it goes to.")
+    rank: int | None = form_field("Rank", "Its size.", ge=1, le=1024)
+    alpha: float | None = form_field("Alpha", "Its effect is scaled by alpha / rank.", gt=0, le=4096)
+    targets: Literal["attention", "attention+mlp", "all"] | None = form_field("Targets", "Which layers it goes to.")
 
 
 class Pipeline(Group):
     """Recover, train the LoRAs, evaluate."""
 
     model_config = ConfigDict(title="pipeline")
-    plan: PlanName = asked("Plan", "What is trained and compared, from conf/pipeline/. smoke is a minute's trial of everything.", "miniature")
-    out: RunFolder = asked(
+    plan: PlanName = form_field("Plan", "What is trained and compared, from conf/pipeline/. smoke is a minute's trial of everything.", "miniature")
+    out: RunFolder = form_field(
         "Folder", "Where everything goes, below runs/. The same plan into the same folder goes on; finished stages are skipped.", "runs/demo"
     )
     seed: Seed = 0
@@ -144,86 +144,92 @@ class Stage(Group):
     """What every stage is asked."""
 
     out: RunFolder
-    experiment: Experiment = asked("Experiment", "miniature is the bundled digit world; own is your model and your pictures.", "miniature")
-    model: Model | None = asked("Model", "The base, as conf/model/ describes it.")
-    hardware: Hardware | None = asked("Hardware", "This machine, as conf/hardware/ describes it.")
-    processes: int = asked("Processes", "One for each GPU that the stage shall use.", 1, ge=1, le=64)
+    experiment: Experiment = form_field("Experiment", "miniature is the bundled digit world; own is your model and your pictures.", "miniature")
+    model: Model | None = form_field("Model", "The base, as conf/model/ describes it.")
+    hardware: Hardware | None = form_field("Hardware", "This machine, as conf/hardware/ describes it.")
+    processes: int = form_field("Processes", "One for each GPU that the stage shall use.", 1, ge=1, le=64)
     seed: Seed = 0
-    publish: Place | None = asked("Publish", "A store, such as s3://bucket/artifacts, where the finished artifact goes besides.")
+    publish: Place | None = form_field("Publish", "A store, such as s3://bucket/artifacts, where the finished artifact goes besides.")
 
 
 class Training(Stage):
     """What every training stage is asked."""
 
-    steps: int | None = asked("Steps", "Optimizer steps. With more of them a finished run goes on.", ge=1, le=10_000_000)
-    batch: int | None = asked("Batch", "Pictures per optimizer step, over all processes.", ge=1, le=65_536)
-    data: Data = asked("Pictures", "Which pictures.", Data)
-    optim: Optim = asked("Optimizer", "How the weights are moved.", Optim)
-    checkpoint: Checkpoint = asked("Checkpoints", "When the run is written down.", Checkpoint)
-    probe: Probe = asked("Measuring", "What is measured while it runs.", Probe)
+    steps: int | None = form_field("Steps", "Optimizer steps. With more of them a finished run goes on.", ge=1, le=10_000_000)
+    batch: int | None = form_field("Batch", "Pictures per optimizer step, over all processes.", ge=1, le=65_536)
+    data: Data = form_field("Pictures", "Which pictures.", Data)
+    optim: Optim = form_field("Optimizer", "How the weights are moved.", Optim)
+    checkpoint: Checkpoint = form_field("Checkpoints", "When the run is written down.", Checkpoint)
+    probe: Probe = form_field("Measuring", "What is measured while it runs.", Probe)
 
 
 class Recover(Training):
     """Fine-tunes the whole base at guidance 1.0 (dev2pro)."""
 
     model_config = ConfigDict(title="recover (dev2pro)")
-    out: RunFolder = asked("Folder", GOES, "runs/ui/recover")
-    ema: float | None = asked("Averaging", "Decay of the averaged weights; 0 is none.", ge=0, lt=1)
+    out: RunFolder = form_field("Folder", GOES, "runs/ui/recover")
+    ema: float | None = form_field("Averaging", "Decay of the averaged weights; 0 is none.", ge=0, lt=1)
 
 
 class Lora(Training):
     """Trains a LoRA on a recovered model, or on any base."""
 
     model_config = ConfigDict(title="lora")
-    out: RunFolder = asked("Folder", GOES, "runs/ui/lora")
-    trained_on: Base = asked("Trained on", "latest or best: what the recurring recovery promoted; else a model's folder or store address.", "latest")
-    arm: Name = asked("Arm", "Its name in tables.", "recovered@1")
-    guidance: float = asked("Guidance", "What the base expects in training: 1.0 for a recovered one.", 1.0, gt=0, le=30)
-    adapter: Adapter = asked("Adapter", "The LoRA itself.", Adapter)
+    out: RunFolder = form_field("Folder", GOES, "runs/ui/lora")
+    trained_on: Base = form_field(
+        "Trained on", "latest or best: what the recurring recovery promoted; else a model's folder or store address.", "latest"
+    )
+    arm: Name = form_field("Arm", "Its name in tables.", "recovered@1")
+    guidance: float = form_field("Guidance", "What the base expects in training: 1.0 for a recovered one.", 1.0, gt=0, le=30)
+    adapter: Adapter = form_field("Adapter", "The LoRA itself.", Adapter)
 
 
 class Evaluate(Stage):
     """Puts every LoRA on every base, judges the pictures and compares."""
 
     model_config = ConfigDict(title="evaluate")
-    out: RunFolder = asked("Folder", GOES, "runs/ui/evaluate")
-    loras: list[Place] = asked("LoRAs", "Folders of finished LoRAs; * stands for any name.", lambda: ["runs/ui/lora"], min_length=1)
-    recovered: Base | None = asked("Recovered", "A recovered model to put them on as well; latest and best are what the recurring recovery promoted.")
-    prompts: Place | None = asked("Prompts", "A text file with a prompt a line.")
-    seeds: int | None = asked("Seeds", "Pictures for each prompt.", ge=1, le=1000)
+    out: RunFolder = form_field("Folder", GOES, "runs/ui/evaluate")
+    loras: list[Place] = form_field("LoRAs", "Folders of finished LoRAs; * stands for any name.", lambda: ["runs/ui/lora"], min_length=1)
+    recovered: Base | None = form_field(
+        "Recovered", "A recovered model to put them on as well; latest and best are what the recurring recovery promoted."
+    )
+    prompts: Place | None = form_field("Prompts", "A text file with a prompt a line.")
+    seeds: int | None = form_field("Seeds", "Pictures for each prompt.", ge=1, le=1000)
 
 
 class Distill(Training):
     """Makes a guidance-distilled student from an undistilled teacher."""
 
     model_config = ConfigDict(title="distill")
-    out: RunFolder = asked("Folder", GOES, "runs/ui/distill")
-    teacher: Base = asked("Teacher", "A folder with an undistilled transformer.", "data/miniature/teacher")
+    out: RunFolder = form_field("Folder", GOES, "runs/ui/distill")
+    teacher: Base = form_field("Teacher", "A folder with an undistilled transformer.", "data/miniature/teacher")
 
 
 class Concept(Group):
     """A style or subject, and its pictures."""
 
     model_config = ConfigDict(title="Concept")
-    name: Name = asked("Name", "Its folder and its name in tables; in the miniature chalk, sideways, poster or halftone.", ...)
-    train: list[Place] | None = asked("Training", "Folders of captioned pictures, indexed tars, or a snapshot.", min_length=1)
-    heldout: list[Place] | None = asked("Held out", "Pictures to measure on, never trained on.", min_length=1)
+    name: Name = form_field("Name", "Its folder and its name in tables; in the miniature chalk, sideways, poster or halftone.", ...)
+    train: list[Place] | None = form_field("Training", "Folders of captioned pictures, indexed tars, or a snapshot.", min_length=1)
+    heldout: list[Place] | None = form_field("Held out", "Pictures to measure on, never trained on.", min_length=1)
 
 
 class Concepts(Training):
     """One recovered model, many LoRAs."""
 
     model_config = ConfigDict(title="concepts")
-    out: RunFolder = asked("Folder", GOES, "runs/concepts")
-    trained_on: Base = asked("Trained on", "latest or best: what the recurring recovery promoted; else a model's folder or store address.", "latest")
-    concepts: list[Concept] = asked(
+    out: RunFolder = form_field("Folder", GOES, "runs/concepts")
+    trained_on: Base = form_field(
+        "Trained on", "latest or best: what the recurring recovery promoted; else a model's folder or store address.", "latest"
+    )
+    concepts: list[Concept] = form_field(
         "Concepts", "What to train.", lambda: [Concept(name="chalk"), Concept(name="poster")], min_length=1, max_length=1000
     )
-    at_once: int = asked("At once", "Concepts that are worked on at the same time; each waits for a free GPU besides.", 2, ge=1, le=64)
-    base: Base | None = asked("Rival", "Also train each on this base, to compare: twice the work. In the miniature data/miniature/pipeline.")
-    adapter: Adapter = asked("Adapter", "The LoRA itself.", Adapter)
-    prompts: Place | None = asked("Prompts", "A text file with a prompt a line, to judge by.")
-    seeds: int | None = asked("Seeds", "Pictures for each prompt.", ge=1, le=1000)
+    at_once: int = form_field("At once", "Concepts that are worked on at the same time; each waits for a free GPU besides.", 2, ge=1, le=64)
+    base: Base | None = form_field("Rival", "Also train each on this base, to compare: twice the work. In the miniature data/miniature/pipeline.")
+    adapter: Adapter = form_field("Adapter", "The LoRA itself.", Adapter)
+    prompts: Place | None = form_field("Prompts", "A text file with a prompt a line, to judge by.")
+    seeds: int | None = form_field("Seeds", "Pictures for each prompt.", ge=1, le=1000)
 
     @field_validator("concepts")
     @classmethod
@@ -242,24 +248,24 @@ class Recurring(Group):
     """What is new is trained on, time after time, each generation on top of the one before."""
 
     model_config = ConfigDict(title="recurring recovery")
-    line: Line = asked("Line", "Of recovered models, each made from the one before; other pictures or another base are another line.", LINE)
-    shards: list[Place] = asked(
+    line: Line = form_field("Line", "Of recovered models, each made from the one before; other pictures or another base are another line.", LINE)
+    shards: list[Place] = form_field(
         "Shards", "Tars, of which there may be more every time; * stands for any name. They are indexed by the run.",
         lambda: ["data/miniature/shards/ink/train-*.tar"], min_length=1,
     )  # fmt: skip
-    heldout: list[Place] = asked(
+    heldout: list[Place] = form_field(
         "Held out", "Indexed tars or folders to measure on, always the same and never trained on.",
         lambda: ["data/miniature/shards/ink/heldout-*.tar"], min_length=1,
     )  # fmt: skip
-    index: Place = asked(
+    index: Place = form_field(
         "Indexes", f"A folder for what is in each tar, or {BESIDE}: in the tars' own folders, as `python -m data.index` does it.", INDEXES
     )
-    resolution: int | None = asked("Resolution", "Pixels: side of the square whose area every picture is scaled to.", ge=16, le=4096)
-    least: int = asked("At least", "Fewer new samples than these wait for more.", 256, ge=1, le=1_000_000_000)
-    epochs: float = asked("Epochs", "Over what is new.", 1.0, ge=1, le=1000)
-    batch: int = asked("Batch", "Pictures per optimizer step, over all processes.", 32, ge=1, le=65_536)
-    tolerance: float = asked("Tolerance", "By how much the held-out loss may grow, as a share, for a model to be promoted.", 0.01, ge=0, le=1)
-    keep: int = asked("Keep", "How many of the newest generations keep their weights; latest and best do besides.", 3, ge=1, le=10_000)
+    resolution: int | None = form_field("Resolution", "Pixels: side of the square whose area every picture is scaled to.", ge=16, le=4096)
+    least: int = form_field("At least", "Fewer new samples than these wait for more.", 256, ge=1, le=1_000_000_000)
+    epochs: float = form_field("Epochs", "Over what is new.", 1.0, ge=1, le=1000)
+    batch: int = form_field("Batch", "Pictures per optimizer step, over all processes.", 32, ge=1, le=65_536)
+    tolerance: float = form_field("Tolerance", "By how much the held-out loss may grow, as a share, for a model to be promoted.", 0.01, ge=0, le=1)
+    keep: int = form_field("Keep", "How many of the newest generations keep their weights; latest and best do besides.", 3, ge=1, le=10_000)
     experiment: Experiment = ASKED["experiment"]
     model: Model | None = ASKED["model"]
     hardware: Hardware | None = ASKED["hardware"]

@@ -6,8 +6,8 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from dev2pro.artifacts.record import ROOT
-from flows.plan import folder, words
-from flows.processes.launch import at_work, launch
+from flows.plan import folder, hydra_args
+from flows.processes.launch import launch, run_context
 
 BUNDLE = ROOT / "data" / "miniature"
 stage = task(launch, name="stage", task_run_name="{stage}", cache_policy=NO_CACHE)
@@ -19,13 +19,13 @@ def miniature(out: str = "runs/miniature") -> None:
     parts, judge, teacher, base = (folder(out, name) for name in ("parts", "judge", "teacher", "base"))
     world = {"experiment": "miniature", "model.path": f"{parts}/pipeline", "save_dtype": "bfloat16"}
     from_nothing = {"steps": 4000, "batch": 64, "ema": 0.995, "caption_dropout": 0.15, "probe.every": 500, "teacher": None}
-    with at_work():
-        judged = stage.submit("miniature", words(out=judge, part="judge"), judge)
-        stage("miniature", words(out=parts, part="pipeline"), parts)
+    with run_context():
+        judged = stage.submit("miniature", hydra_args(out=judge, part="judge"), judge)
+        stage("miniature", hydra_args(out=parts, part="pipeline"), parts)
         for name in ("shards", "pipeline", "prompts.json"):
             install(f"{parts}/{name}", name)
-        stage("recover", words(world, from_nothing, {"out": teacher}), teacher)
-        stage("distill", words(world, {"out": base, "teacher": teacher}), base)
+        stage("recover", hydra_args(world, from_nothing, {"out": teacher}), teacher)
+        stage("distill", hydra_args(world, {"out": base, "teacher": teacher}), base)
         judged.result()
     install(f"{judge}/judge", "judge")
     install(f"{teacher}/transformer", "teacher/transformer")

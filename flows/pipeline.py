@@ -13,40 +13,40 @@ from dev2pro.errors import ConfigError
 from dev2pro.escape import printable
 from flows import plan as plans
 from flows.forms import Pipeline, mistakes
-from flows.plan import Plan, folder, words
-from flows.processes.launch import TRIES, StageFailed, at_work, launch
+from flows.plan import Plan, folder, hydra_args
+from flows.processes.launch import RETRY_OPTIONS, StageFailed, launch, run_context
 from flows.ui import verdict
 
 
-@task(task_run_name="recover (dev2pro)", cache_policy=NO_CACHE, **TRIES)
+@task(task_run_name="recover (dev2pro)", cache_policy=NO_CACHE, **RETRY_OPTIONS)
 def recover(plan: Plan, seed: int, out: str) -> Artifact:
     """Fine-tunes the base at guidance 1.0."""
     place = folder(out, "recover")
-    return launch("recover", words(plan.common, plan.recover, out=place, seed=seed), place, plan.processes.get("recover", 1))
+    return launch("recover", hydra_args(plan.common, plan.recover, out=place, seed=seed), place, plan.processes.get("recover", 1))
 
 
-@task(task_run_name="lora {style} {arm}", cache_policy=NO_CACHE, **TRIES)
+@task(task_run_name="lora {style} {arm}", cache_policy=NO_CACHE, **RETRY_OPTIONS)
 def lora(plan: Plan, seed: int, out: str, style: str, arm: str, recovered: Artifact | None) -> Artifact:
     """Trains one arm's LoRA in one style."""
     place = folder(out, "lora", style, arm)
     bases = {"base": plan.base, "teacher": plan.teacher, "recovered": recovered and folder(out, "recover")}
     own = {"out": place, "seed": seed, "arm": arm, "trained_on": bases[plan.arms[arm].base], "guidance": plan.arms[arm].guidance}
-    return launch("lora", words(plan.common, plan.lora, plan.styles[style], own), place, plan.processes.get("lora", 1))
+    return launch("lora", hydra_args(plan.common, plan.lora, plan.styles[style], own), place, plan.processes.get("lora", 1))
 
 
-@task(task_run_name="evaluate", cache_policy=NO_CACHE, **TRIES)
+@task(task_run_name="evaluate", cache_policy=NO_CACHE, **RETRY_OPTIONS)
 def evaluate(plan: Plan, seed: int, out: str, recovered: Artifact, loras: list[Artifact]) -> Artifact:
     """Puts every LoRA on every inference base and compares the pictures."""
     place = folder(out, "evaluate")
     own = {"out": place, "seed": seed, "recovered": folder(out, "recover"), "loras": [folder(out, "lora", s, a) for s, a in plan.pairs()]}
-    return launch("evaluate", words(plan.common, plan.evaluate, own), place, plan.processes.get("evaluate", 1))
+    return launch("evaluate", hydra_args(plan.common, plan.evaluate, own), place, plan.processes.get("evaluate", 1))
 
 
 @flow(name="dev2pro", flow_run_name="{pipeline.plan} seed {pipeline.seed}", task_runner=ThreadPoolTaskRunner())
 def pipeline(pipeline: Pipeline) -> dict[str, Any]:
     """Recover, train the LoRAs, evaluate; finished stages are skipped. Returns where the report is and what it says."""
     what, seed, out = plans.read(pipeline.plan), pipeline.seed, pipeline.out
-    with at_work():
+    with run_context():
         recovered = recover.submit(what, seed, out)
         loras = [lora.submit(what, seed, out, style, arm, recovered if what.arms[arm].base == "recovered" else None) for style, arm in what.pairs()]
         result = evaluate(what, seed, out, recovered.result(), [one.result() for one in loras])  # the first failure ends the flow

@@ -61,7 +61,7 @@ def read(name: str) -> Plan:
     return plan
 
 
-def words(*overrides: Mapping[str, Any], **own: Any) -> list[str]:
+def hydra_args(*overrides: Mapping[str, Any], **own: Any) -> list[str]:
     """Hydra override words from values; what comes later wins. Strings are quoted, so that no value can be read as syntax."""
     merged = {key: value for some in (*overrides, own) for key, value in some.items()}
     return [f"{key}={_quoted(value)}" for key, value in merged.items()]

@@ -24,8 +24,8 @@ from dev2pro.escape import printable
 from flows.forms import BESIDE, Recurring, mistakes, overrides
 from flows.generations import aliases, history, lifecycle
 from flows.generations.lifecycle import WORSE, Generation
-from flows.plan import words
-from flows.processes.launch import TRIES, StageFailed, at_work, command, launch
+from flows.plan import hydra_args
+from flows.processes.launch import RETRY_OPTIONS, StageFailed, command, launch, run_context
 
 SKIPPED, NOT_PROMOTED = "Skipped", "Not promoted"  # names of states in which a run has completed
 REGRESSION = "dev2pro.regression"  # an event, for automations
@@ -43,7 +43,7 @@ class Found:
     unusable: list[dict[str, str]]
 
 
-@task(task_run_name="look for what is new", cache_policy=NO_CACHE, **TRIES)
+@task(task_run_name="look for what is new", cache_policy=NO_CACHE, **RETRY_OPTIONS)
 def look(form: Recurring, number: int, handle: int) -> Found:
     """Indexes the shards, and pins those that the line has not consumed in the folder of the next generation."""
     place = lifecycle.out(form.line, number)
@@ -71,7 +71,7 @@ def _reported(module: str, own: list[str], line: str, handle: int) -> dict[str, 
     return json.loads(report.read_text())
 
 
-@task(task_run_name="recover generation {one.number}", cache_policy=NO_CACHE, **TRIES)
+@task(task_run_name="recover generation {one.number}", cache_policy=NO_CACHE, **RETRY_OPTIONS)
 def recover(one: Generation) -> Artifact:
     """Trains it, from where it was interrupted."""
     return launch("recover", one.words, one.out, one.processes)
@@ -80,10 +80,10 @@ def recover(one: Generation) -> Artifact:
 @flow(name="recurring recovery", flow_run_name="{recurring.line}")
 def recurring(recurring: Recurring) -> State:
     """Trains on what is new since the last time, on top of the last promoted model, and promotes the result if its held-out loss is no worse."""
-    with lifecycle.alone(recurring.line) as handle:
+    with lifecycle.exclusive(recurring.line) as handle:
         if handle is None:
             return Completed(name=SKIPPED, message=f"Another run works on the line {recurring.line}. What is new waits for the next run.")
-        with at_work():
+        with run_context():
             return _work(recurring, handle)
 
 
@@ -91,13 +91,13 @@ def _work(form: Recurring, handle: int) -> State:
     """First what was interrupted, then what is new."""
     done, found = list[Generation](), None
     try:
-        before = lifecycle.known(form.line)
+        before = lifecycle.load_all(form.line)
         done += [_finished(one) for one in before if not one.verdict]
         found = look(form, number := before[-1].number + 1 if before else 1, handle)
         if found.samples >= form.least:
             done.append(_finished(_begun(form, number, found)))
-        lifecycle.tidied(form.line)
-        if heavy := lifecycle.heavy(form.line, form.keep):
+        lifecycle.clean_up(form.line)
+        if heavy := lifecycle.prunable(form.line, form.keep):
             command("dev2pro.artifacts", ["prune", *heavy, "--runs", "runs"])
     except Exception:
         history.show(form.line, found.unusable if found else [])
@@ -108,7 +108,7 @@ def _work(form: Recurring, handle: int) -> State:
 
 def _begun(form: Recurring, number: int, found: Found) -> Generation:
     """The next generation, written down with all that it will be made with."""
-    place, start = lifecycle.out(form.line, number), aliases.known(form.line, "latest")
+    place, start = lifecycle.out(form.line, number), aliases.target(form.line, "latest")
     own: dict[str, Any] = {
         "out": place, "steps": math.ceil(form.epochs * found.samples / form.batch), "ledger": lifecycle.ledger(form.line),
         "data.train": [f"{place}/train.snapshot"], "data.heldout": form.heldout,
@@ -116,7 +116,7 @@ def _begun(form: Recurring, number: int, found: Found) -> Generation:
     own |= {"start": start} if start else {}
     own |= {"data.resolution": form.resolution} if form.resolution else {}
     get_run_logger().info(f"generation {number} begins on {start or 'the base'}: {found.samples:,} new samples in {found.shards:,} shards")
-    said = words(overrides(form, FOR_RECOVER), own)
+    said = hydra_args(overrides(form, FOR_RECOVER), own)
     return lifecycle.write(
         Generation(form.line, number, said, form.processes, form.tolerance, found.samples, found.shards, lifecycle.now())
     )  # fmt: skip
@@ -129,16 +129,16 @@ def _finished(one: Generation) -> Generation:
     except StageFailed as error:
         if lifecycle.failed(one, error).verdict:
             get_run_logger().warning(f"generation {one.number} is given up; the next one begins anew on what it had")
-            lifecycle.tidied(one.line)
+            lifecycle.clean_up(one.line)
         raise
-    told = lifecycle.judged(one, made)
+    told = lifecycle.with_verdict(one, made)
     get_run_logger().info(history.sentence(told))
     if told.verdict == WORSE:
         emit_event(
             REGRESSION, {"prefect.resource.id": f"dev2pro.line.{one.line}", "prefect.resource.name": f"recurring recovery {one.line}"},
             payload={"message": history.sentence(told), "generation": told.number, "before": told.before, "after": told.after, "id": told.id},
         )  # fmt: skip
-    lifecycle.settled(told, made)
+    lifecycle.finalize(told, made)
     return told
 
 

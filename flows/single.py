@@ -6,19 +6,19 @@ from prefect.states import Completed, State
 
 from flows.forms import Distill, Evaluate, Lora, Recover, Stage, overrides
 from flows.generations import aliases
-from flows.plan import words
-from flows.processes.launch import TRIES, at_work, launch
+from flows.plan import hydra_args
+from flows.processes.launch import RETRY_OPTIONS, launch, run_context
 from flows.ui import verdict
 
-stage = task(launch, name="stage", task_run_name="{stage}", cache_policy=NO_CACHE, **TRIES)
+stage = task(launch, name="stage", task_run_name="{stage}", cache_policy=NO_CACHE, **RETRY_OPTIONS)
 NAMES = {"recover": "recover (dev2pro)"}  # where people meet it
 
 
 def _run(name: str, form: Stage, *models: str) -> State:
     """`models`: fields that may hold an alias, such as latest."""
-    with at_work():
-        own = {field: aliases.resolved(model) for field in models if (model := getattr(form, field))}
-        made = stage.with_options(task_run_name=NAMES.get(name, name))(name, words(overrides(form), own), form.out, form.processes)
+    with run_context():
+        own = {field: aliases.resolve(model) for field in models if (model := getattr(form, field))}
+        made = stage.with_options(task_run_name=NAMES.get(name, name))(name, hydra_args(overrides(form), own), form.out, form.processes)
     if made.kind == "evaluation":
         verdict.show(made)
     return Completed(message=f"{made.kind} {made.id[:12]} in {made.uri}")

@@ -6,7 +6,7 @@ import sys
 
 from dev2pro import signals
 
-signals.follow()  # before the imports, which take seconds: a rank whose torchrun died meanwhile would wait for it for half an hour
+signals.stop_with_parent()  # before the imports, which take seconds: a rank whose torchrun died meanwhile would wait for it for half an hour
 if sys.argv[0] == "-m":  # a stage is being started: until it listens Ctrl-C ends it, as an exception some library would swallow it
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

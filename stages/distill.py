@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import mse_loss
 
 from data import sources
-from data.sources import DataConfig, Pinned
+from data.sources import DataConfig, RunSnapshots
 from dev2pro import draws
 from dev2pro.artifacts import record, run_folder
 from dev2pro.artifacts.record import Artifact
@@ -24,7 +24,7 @@ from dev2pro.training import checkpoint_files, distributed, feed, optim
 from dev2pro.training.checkpoint import CheckpointConfig, Checkpoints
 from dev2pro.training.distributed import HardwareConfig
 from dev2pro.training.divergence_guard import GuardConfig
-from dev2pro.training.heldout_probe import Probe, ProbeConfig
+from dev2pro.training.heldout_probe import HeldoutProbe, ProbeConfig
 from dev2pro.training.optim import OptimConfig
 from dev2pro.training.preview import Preview, PreviewConfig
 from dev2pro.training.step import Training
@@ -60,50 +60,52 @@ def run(config: DistillConfig) -> Artifact:
     """Distils the teacher into a student that starts as its copy; writes `transformer/`, metrics.jsonl and artifact.json."""
     check(config)
     low, high = config.guidance
-    place = distributed.accelerator(config.hardware)
-    distributed.own_slots(config.batch, config.hardware.micro_batch, place)
-    with place.main_process_first():
-        pinned = Pinned(config.data, config.out, begun=run_folder.begun(config.out), first=place.is_main_process)
-        parents: record.Parents = {"teacher": config.teacher, **pinned.parents()}
-        finished = run_folder.begin(config.out, "distill", config, parents)
+    accelerator = distributed.accelerator(config.hardware)
+    distributed.rank_slots(config.batch, config.hardware.micro_batch, accelerator)
+    with accelerator.main_process_first():
+        snapshots = RunSnapshots(config.data, config.out, resuming=run_folder.has_output(config.out), is_main_process=accelerator.is_main_process)
+        parents: record.Parents = {"teacher": config.teacher, **snapshots.parents()}
+        finished = run_folder.acquire(config.out, "distill", config, parents)
         if finished:
             return finished
-        pinned.settle()
+        snapshots.write_and_verify()
 
     dtype, scheduler = distributed.DTYPES[config.hardware.dtype], flux1.scheduler_settings(config.model.path)
     checkpoint_files.check_start(config.out, flux1.parameters(config.teacher), config.optim, dtype, config.ema)
-    stream = pinned.stream(config.seed, config.batch, place.process_index)
-    place.print(sources.told(stream))
-    reference = pinned.reference(config.probe.samples)
-    samples, texts, held_out = feed.prepare(config.model, stream, reference, config.hardware, place)
-    teacher = flux1.load_transformer(config.teacher, dtype, config.model.variant).to(place.device).eval().requires_grad_(False)
+    stream = snapshots.stream(config.seed, config.batch, accelerator.process_index)
+    accelerator.print(sources.summary_line(stream))
+    reference = snapshots.reference(config.probe.samples)
+    samples, texts, held_out = feed.prepare(config.model, stream, reference, config.hardware, accelerator)
+    teacher = flux1.load_transformer(config.teacher, dtype, config.model.variant).to(accelerator.device).eval().requires_grad_(False)
     student = flux1.load_transformer(config.teacher, dtype, config.model.variant)
-    training = Training(place, student, config.optim, config.hardware, steps=config.steps, batch=config.batch, ema=config.ema, guard=config.guard)
-    probe = Probe(held_out, config.probe, scheduler=scheduler, seed=config.seed, batch=config.hardware.micro_batch)
-    preview = Preview(config.preview, config.model, config.hardware, held_out, texts, scheduler, place, seed=config.seed, out=config.out)
-    probe.know_teacher(teacher)
+    training = Training(
+        accelerator, student, config.optim, config.hardware, steps=config.steps, batch=config.batch, ema=config.ema, guard=config.guard
+    )
+    probe = HeldoutProbe(held_out, config.probe, scheduler=scheduler, seed=config.seed, batch=config.hardware.micro_batch)
+    preview = Preview(config.preview, config.model, config.hardware, held_out, texts, scheduler, accelerator, seed=config.seed, out=config.out)
+    probe.set_teacher(teacher)
 
-    def draw(step: int, slots: range) -> tuple[encodings.Noised, flux1.Conditioning, torch.Tensor]:
-        taken = samples.take(step, slots)
-        batch = encodings.noised(taken, texts.empty, scheduler, config.caption_dropout, config.seed, step, slots)
+    def draw(step: int, slots: range) -> tuple[encodings.NoisedBatch, flux1.Conditioning, torch.Tensor]:
+        taken = samples.get_batch(step, slots)
+        batch = encodings.noise_batch(taken, texts.empty, scheduler, config.caption_dropout, config.seed, step, slots)
         guidance = low + (high - low) * draws.uniform(config.seed, "guidance", step, slots)
-        return batch, flux1.condition(*texts.encode([""] * len(slots)), taken.grid), guidance.to(batch.x_t)
+        return batch, flux1.build_conditioning(*texts.encode([""] * len(slots)), taken.grid), guidance.to(batch.x_t)
 
-    def loss_of(drawn: tuple[encodings.Noised, flux1.Conditioning, torch.Tensor]) -> torch.Tensor:
+    def loss_of(drawn: tuple[encodings.NoisedBatch, flux1.Conditioning, torch.Tensor]) -> torch.Tensor:
         batch, nothing, guidance = drawn
-        predicted = flux1.predict(training.model, batch.x_t, batch.t, batch.said, guidance).float()
-        target = guided(teacher, batch, nothing, guidance).float()
+        predicted = flux1.predict(training.model, batch.x_t, batch.t, batch.conditioning, guidance).float()
+        target = teacher_cfg_velocity(teacher, batch, nothing, guidance).float()
         return mse_loss(predicted, target) + config.flow_weight * mse_loss(predicted, batch.velocity.float())
 
     def measured(done: int) -> dict[str, Any]:
-        with training.averaged() as model:
+        with training.ema_weights() as model:
             preview.draw(model, done, config.model.usual_guidance)
             return {"step": done, **probe.measure(model, 1.0, config.model.usual_guidance)}
 
     checkpoints = Checkpoints(config.out, training, config.checkpoint, config.steps, stream.state)
     start, curve = checkpoints.restore()
     samples.begin(start, config.steps, training.slots)
-    with Log(config.out, "distill", config.steps, place.is_main_process, start) as log, checkpoints:
+    with Log(config.out, "distill", config.steps, accelerator.is_main_process, start) as log, checkpoints:
         curve = curve or [measured(0)]
         log.measured(*curve)
         for step in range(start, config.steps):
@@ -112,13 +114,15 @@ def run(config: DistillConfig) -> Artifact:
             if (step + 1) % config.probe.every == 0 or step + 1 == config.steps:
                 curve.append(measured(step + 1))
                 log.measured(curve[-1])
-            checkpoints.after(step + 1, curve)
+            checkpoints.on_step_end(step + 1, curve)
             log.step(step + 1, loss=loss, guidance_gap=curve[-1]["guidance_gap"])
 
-    record.retract(config.out)
+    record.invalidate(config.out)
     training.save(config.out, distributed.DTYPES[config.save_dtype])
-    metrics = {**checkpoints.metrics(), "guidance": config.guidance, "curve": curve, "data": sources.described(stream)}
-    return record.publish(place, config.out, "distill", "transformer", config, parents, step=config.steps, metrics=metrics, watched=pinned.watched())
+    metrics = {**checkpoints.metrics(), "guidance": config.guidance, "curve": curve, "data": sources.describe(stream)}
+    return record.publish(
+        accelerator, config.out, "distill", "transformer", config, parents, step=config.steps, metrics=metrics, watched=snapshots.local_inputs()
+    )
 
 
 def check(config: DistillConfig) -> None:
@@ -132,11 +136,13 @@ def check(config: DistillConfig) -> None:
 
 
 @torch.no_grad()
-def guided(teacher: torch.nn.Module, batch: encodings.Noised, nothing: flux1.Conditioning, cfg_scale: torch.Tensor) -> torch.Tensor:
+def teacher_cfg_velocity(
+    teacher: torch.nn.Module, batch: encodings.NoisedBatch, nothing: flux1.Conditioning, cfg_scale: torch.Tensor
+) -> torch.Tensor:
     """The teacher's velocity (B, S, C) under true CFG of strength `cfg_scale` (B,), its own guidance input at 1."""
-    conditional = flux1.predict(teacher, batch.x_t, batch.t, batch.said, 1.0)
+    conditional = flux1.predict(teacher, batch.x_t, batch.t, batch.conditioning, 1.0)
     unconditional = flux1.predict(teacher, batch.x_t, batch.t, nothing, 1.0)
-    return flow_matching.guide(unconditional, conditional, cfg_scale)
+    return flow_matching.apply_cfg(unconditional, conditional, cfg_scale)
 
 
 if __name__ == "__main__":

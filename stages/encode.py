@@ -20,7 +20,7 @@ from dev2pro.artifacts import record, run_folder
 from dev2pro.artifacts.record import Artifact
 from dev2pro.errors import ConfigError, DataError
 from dev2pro.log import Progress
-from dev2pro.models.encodings import Texts
+from dev2pro.models.encodings import PromptEncoder
 from dev2pro.models.flux1 import Encoders, ModelConfig
 from dev2pro.training import distributed, feed
 from dev2pro.training.distributed import HardwareConfig
@@ -50,18 +50,18 @@ def run(config: EncodeConfig) -> Artifact:
     """
     if not config.parts or set(config.parts) - set(feed.MADE):
         raise ConfigError(f"parts={config.parts} cannot be encoded. Choose among {', '.join(feed.MADE)}.")
-    place = distributed.accelerator(config.hardware)
-    transport, target = Transport(config.read), urls.check(config.to)
-    with place.main_process_first():
-        source = sources.opened(config.shards, "shards", transport)
+    accelerator = distributed.accelerator(config.hardware)
+    transport, target = Transport(config.read), urls.normalize(config.to)
+    with accelerator.main_process_first():
+        source = sources.open_snapshot(config.shards, "shards", transport)
         parents: record.Parents = {"data.shards": (", ".join(config.shards), source.id), "model": config.model.path}
-        finished = run_folder.begin(config.out, "encode", config, parents)
+        finished = run_folder.acquire(config.out, "encode", config, parents)
     if finished:
         return finished
 
-    encoders = Encoders(config.model, distributed.DTYPES[config.hardware.dtype], place.device)
+    encoders = Encoders(config.model, distributed.DTYPES[config.hardware.dtype], accelerator.device)
     sizes = order.sizes(config.resolution, config.bucket_step, config.aspect)
-    texts = Texts(config.model, encoders, config.hardware.encodings_gb * 1e9)
+    texts = PromptEncoder(config.model, encoders, config.hardware.encodings_gb * 1e9)
     made = feed.fingerprints(encoders, sizes, config.parts)
 
     def members(batch: Batch) -> list[dict[str, bytes]]:
@@ -76,33 +76,33 @@ def run(config: EncodeConfig) -> Artifact:
             for i in range(len(batch.rows))
         ]
 
-    quarantine = Quarantine(source, f"{config.out}/quarantine-{place.process_index}.jsonl")
+    quarantine = Quarantine(source, f"{config.out}/quarantine-{accelerator.process_index}.jsonl")
     stream = Stream(Order(source, sizes, 0, 1, cropped=True), config.read, Augment(), quarantine, keep=True)
     shards = [(f"{target}/{number:06d}.tar", shard) for number, shard in enumerate(source.shards)]
-    mine = shards[place.process_index :: place.num_processes]
-    with Progress("encode", len(mine), place.is_main_process) as progress:
+    mine = shards[accelerator.process_index :: accelerator.num_processes]
+    with Progress("encode", len(mine), accelerator.is_main_process) as progress:
         for done, (name, shard) in enumerate(mine, 1):
-            if not _stands(name, made, transport):
-                batches = stream.stretch(shard.first, shard.first + shard.samples, feed.TOGETHER)
+            if not _already_encoded(name, made, transport):
+                batches = stream.row_range(shard.first, shard.first + shard.samples, feed.TOGETHER)
                 samples = (one for batch in batches for one in _samples(batch, source, members))
-                _write(samples, name, f"{config.out}/{place.process_index}.partial", transport)
+                _write(samples, name, f"{config.out}/{accelerator.process_index}.partial", transport)
             progress.step(done)
-    place.wait_for_everyone()
-    if place.is_main_process:
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
         pinned = snapshot.build([name for name, _ in shards], transport, sources=[config.to])
         pinned.write(f"{config.out}/encoded{snapshot.ENDING}")
-    return record.publish(place, config.out, "encode", "encodings", config, parents, step=len(shards), metrics={"samples": len(source)})
+    return record.publish(accelerator, config.out, "encode", "encodings", config, parents, step=len(shards), metrics={"samples": len(source)})
 
 
-def _stands(name: str, made: dict[str, Any], transport: Transport) -> bool:
+def _already_encoded(name: str, made: dict[str, Any], transport: Transport) -> bool:
     """Whether a shard was encoded before, in the same way."""
     try:
         there = sidecar.read(name, transport)
     except DataError:
         return False
     if len(there) and there.head["encodings"] != made:
-        raise ConfigError(f"{urls.shown(name)} was encoded in another way. Choose another to=, or remove it.")
-    return not there.stamp.differs(transport.stamp(name))
+        raise ConfigError(f"{urls.redact_url(name)} was encoded in another way. Choose another to=, or remove it.")
+    return not there.stamp.difference(transport.info(name))
 
 
 def _samples(batch: Batch, source: Snapshot, members: Callable[[Batch], list[dict[str, bytes]]]) -> Iterator[dict[str, Any]]:
@@ -124,7 +124,7 @@ def _write(samples: Iterator[dict[str, Any]], name: str, partial: str, transport
     transport.move(partial, name)
     outcome = index.index(name, transport, empty_captions=True, allow_partial=False)
     if outcome.error or outcome.rejected:
-        raise DataError(f"The encoded shard {urls.shown(name)} cannot be read back: {outcome.error or outcome.rejected[0]['reason']}")
+        raise DataError(f"The encoded shard {urls.redact_url(name)} cannot be read back: {outcome.error or outcome.rejected[0]['reason']}")
 
 
 if __name__ == "__main__":

@@ -68,47 +68,49 @@ def run(config: EvaluateConfig) -> Artifact:
     config.sampling.check()
     groups = read_prompts(config.prompts)
     loras = find_loras(config)
-    places = inferences(config)
-    for place in places:
-        flux1.check_transformer(place.path)
+    inferences = list_inferences(config)
+    for inference in inferences:
+        flux1.check_transformer(inference.path)
     references = {
         style: list(sources.squares(arms[0].config["data"]["heldout"], f"the held-out pictures of {style}", config.resolution))
         for style, arms in by_style(loras).items()
     }
-    parents = {p.name: p.path for p in places} | {"judge": config.judge, "prompts": config.prompts}
+    parents = {p.name: p.path for p in inferences} | {"judge": config.judge, "prompts": config.prompts}
     parents |= {f"{style}/{one.inference['arm']}": one.uri for style, arms in by_style(loras).items() for one in arms}
-    hands = distributed.accelerator(config.hardware)
-    with hands.main_process_first():
-        finished = run_folder.begin(config.out, "evaluate", config, parents)
+    accelerator = distributed.accelerator(config.hardware)
+    with accelerator.main_process_first():
+        finished = run_folder.acquire(config.out, "evaluate", config, parents)
     if finished:
         return finished
 
-    studio = Studio(config, groups, hands)
-    judged = {style: studio.judge.images(torch.cat([feed.pixels(some) for some in found]) / 2 + 0.5) for style, found in references.items()}
+    sampler = Sampler(config, groups, accelerator)
+    judged = {style: sampler.judge.images(torch.cat([feed.pixels(some) for some in found]) / 2 + 0.5) for style, found in references.items()}
     cells: list[Cell] = []
-    with Log(config.out, "evaluate", sum(1 for _ in plan(places, loras)), hands.is_main_process) as log:
+    with Log(config.out, "evaluate", sum(1 for _ in plan(inferences, loras)), accelerator.is_main_process) as log:
         ideal: dict[str, Tensor] = {}
-        for place, transformer in loaded(places, config, hands):
-            for style, arm, path in plan([place], loras):
-                shown = studio.photograph(transformer, place, path)
+        for inference, transformer in load_transformers(inferences, config, accelerator):
+            for style, arm, path in plan([inference], loras):
+                images = sampler.sample_cell(transformer, inference, path)
                 if arm == "ideal":
-                    ideal[style] = shown
-                values, kid = measure(studio, shown, judged[style], ideal.get(style))
-                cells.append(Cell(style, arm, place.name, place.guidance, place.cfg_scale, values, kid, thumbnails(shown, studio.meaning)))
+                    ideal[style] = images
+                values, kid = measure(sampler, images, judged[style], ideal.get(style))
+                cells.append(
+                    Cell(style, arm, inference.name, inference.guidance, inference.cfg_scale, values, kid, thumbnails(images, sampler.meaning))
+                )
                 log.step(len(cells), fidelity=values["prompt_fidelity"].mean().item())
 
     found = comparison.compare(cells, kinds(config, loras), config.bootstrap, config.seed)
     settings = {
         "model": config.model.path, "judge": config.judge, "prompts": [p for group in groups for p in group], "meanings": len(groups),
         "seeds": config.seeds, "steps": config.sampling.steps, "guidance": config.model.usual_guidance, "cfg_scale": config.sampling.cfg_scale,
-        "images_per_cell": len(studio.rows), "bootstrap": config.bootstrap, "seed": config.seed,
+        "images_per_cell": len(sampler.rows), "bootstrap": config.bootstrap, "seed": config.seed,
     }  # fmt: skip
     result = {"settings": settings, **found, "recovery": recovery(config)}
-    if hands.is_main_process:
+    if accelerator.is_main_process:
         (Path(config.out) / "metrics.json").write_text(json.dumps(result, indent=1) + "\n")
         write_report(Path(config.out), result, cells, [group[0] for group in groups])
     summary = {"verdict": found["verdict"], "gains": found["gains"]}
-    return record.publish(hands, config.out, "evaluate", "evaluation", config, parents, step=len(cells), metrics=summary)
+    return record.publish(accelerator, config.out, "evaluate", "evaluation", config, parents, step=len(cells), metrics=summary)
 
 
 # ---- what to compare ---------------------------------------------------------------------------------------------------------
@@ -162,7 +164,7 @@ def by_style(loras: list[Artifact]) -> dict[str, list[Artifact]]:
     return styles
 
 
-def inferences(config: EvaluateConfig) -> list[Inference]:
+def list_inferences(config: EvaluateConfig) -> list[Inference]:
     """The models to put LoRAs on; the teacher comes first, because its pictures are the ideal the others are held against."""
     true_cfg = {"guidance": 1.0, "cfg_scale": config.sampling.cfg_scale}
     return [
@@ -172,12 +174,12 @@ def inferences(config: EvaluateConfig) -> list[Inference]:
     ]
 
 
-def plan(places: list[Inference], loras: list[Artifact]) -> Iterator[tuple[str, str, str | None]]:
+def plan(inferences: list[Inference], loras: list[Artifact]) -> Iterator[tuple[str, str, str | None]]:
     """(style, arm, LoRA) of every cell; on the teacher only its own LoRA, the ideal."""
-    for place in places:
+    for inference in inferences:
         for style, arms in by_style(loras).items():
-            if place.name == "teacher":
-                yield from ((style, "ideal", a.uri) for a in arms if a.inference["trained_on"]["id"] == record.fingerprint(place.path))
+            if inference.name == "teacher":
+                yield from ((style, "ideal", a.uri) for a in arms if a.inference["trained_on"]["id"] == record.fingerprint(inference.path))
             else:
                 yield style, "none", None
                 yield from ((style, a.inference["arm"], a.uri) for a in arms)
@@ -189,7 +191,7 @@ def kinds(config: EvaluateConfig, loras: list[Artifact]) -> dict[str, str]:
     found = {}
     for one in loras:
         base = one.inference["trained_on"]
-        made = record.origin(store.resolve(base["path"]))
+        made = record.read_if_artifact(store.resolve(base["path"]))
         by_us = made is not None and made.stage == "recover"
         found[one.inference["arm"]] = "teacher" if base["id"] == teacher else "recovered" if by_us or base["id"] == recovered else "base"
     return found
@@ -197,95 +199,104 @@ def kinds(config: EvaluateConfig, loras: list[Artifact]) -> dict[str, str]:
 
 def recovery(config: EvaluateConfig) -> dict[str, Any] | None:
     """The recovery curve, from the recovered model's own record."""
-    made = record.origin(store.resolve(config.recovered)) if config.recovered else None
+    made = record.read_if_artifact(store.resolve(config.recovered)) if config.recovered else None
     return {key: made.metrics[key] for key in ("guidance", "recovered", "curve")} if made and made.stage == "recover" else None
 
 
 # ---- sampling and judging ------------------------------------------------------------------------------------------------------
 
 
-class Studio:
+class Sampler:
     """Everything the cells share: prompts, noise, VAE and judge. A cell's pictures are (P, R, 3, H, W) in [0, 1]."""
 
-    def __init__(self, config: EvaluateConfig, groups: list[list[str]], place: Accelerator) -> None:
-        self.config, self.place = config, place
-        self.bare: dict[str, Tensor] = {}
+    def __init__(self, config: EvaluateConfig, groups: list[list[str]], accelerator: Accelerator) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.no_lora_images: dict[str, Tensor] = {}
         prompts = [prompt for group in groups for prompt in group]
         self.meaning = torch.tensor([number for number, group in enumerate(groups) for _ in group])
         self.dtype = distributed.DTYPES[config.hardware.dtype]
-        self.encoders = flux1.Encoders(config.model, self.dtype, self.place.device)
+        self.encoders = flux1.Encoders(config.model, self.dtype, self.accelerator.device)
         self.grid, shape = self.encoders.grid((config.resolution,) * 2), self.encoders.token_shape((config.resolution,) * 2)
-        self.prompts, self.texts = prompts, encodings.Texts(config.model, self.encoders, config.hardware.encodings_gb * 1e9)
-        self.judge = Judge(config.judge, self.place.device)
-        self.asked = self.judge.prompts(prompts)
+        self.prompts, self.texts = prompts, encodings.PromptEncoder(config.model, self.encoders, config.hardware.encodings_gb * 1e9)
+        self.judge = Judge(config.judge, self.accelerator.device)
+        self.prompt_embeddings = self.judge.prompts(prompts)
         self.mu = flow_matching.shift_mu(shape[0], flux1.scheduler_settings(config.model.path))
         pairs = [(p, r) for p in range(len(prompts)) for r in range(config.seeds)]
         self.rows = torch.tensor([p for p, _ in pairs])
-        self.noise = torch.stack([sampling.start(config.seed, r, p, shape) for p, r in pairs])
+        self.noise = torch.stack([sampling.initial_noise(config.seed, r, p, shape) for p, r in pairs])
 
-    def photograph(self, transformer: FluxTransformer2DModel, place: Inference, path: str | None) -> Tensor:
+    def sample_cell(self, transformer: FluxTransformer2DModel, inference: Inference, path: str | None) -> Tensor:
         """The pictures of one cell, on the CPU of every rank; the ranks share the work. Without a LoRA they are the same for every style."""
-        if path is None and place.name in self.bare:
-            return self.bare[place.name]
+        if path is None and inference.name in self.no_lora_images:
+            return self.no_lora_images[inference.name]
         if path:
-            lora.put_on(transformer, path)
+            lora.load_lora(transformer, path)
         batches = list(enumerate(torch.arange(len(self.rows)).split(self.config.sampling.batch)))
-        mine = batches[self.place.process_index :: self.place.num_processes]
-        some = gather_object([(number, self._batch(transformer, place, rows)) for number, rows in mine])
+        mine = batches[self.accelerator.process_index :: self.accelerator.num_processes]
+        some = gather_object([(number, self._batch(transformer, inference, rows)) for number, rows in mine])
         if path:
-            lora.take_off(transformer)
-        shown = torch.cat([drawn for _, drawn in sorted(some, key=lambda pair: pair[0])]).unflatten(0, (-1, self.config.seeds))
+            lora.unload_lora(transformer)
+        images = torch.cat([drawn for _, drawn in sorted(some, key=lambda pair: pair[0])]).unflatten(0, (-1, self.config.seeds))
         if path is None:
-            self.bare[place.name] = shown
-        return shown
+            self.no_lora_images[inference.name] = images
+        return images
 
-    def _batch(self, transformer: FluxTransformer2DModel, place: Inference, rows: Tensor) -> Tensor:
-        said = flux1.condition(*self.texts.encode([self.prompts[i] for i in self.rows[rows]]), self.grid)
-        nothing = flux1.condition(*self.texts.encode([""] * len(rows)), self.grid)
-        noise = self.noise[rows].to(self.place.device)
+    def _batch(self, transformer: FluxTransformer2DModel, inference: Inference, rows: Tensor) -> Tensor:
+        conditioning = flux1.build_conditioning(*self.texts.encode([self.prompts[i] for i in self.rows[rows]]), self.grid)
+        nothing = flux1.build_conditioning(*self.texts.encode([""] * len(rows)), self.grid)
+        noise = self.noise[rows].to(self.accelerator.device)
         latents = sampling.sample(
-            transformer, noise, said, nothing, guidance=place.guidance, cfg_scale=place.cfg_scale, steps=self.config.sampling.steps, mu=self.mu
+            transformer,
+            noise,
+            conditioning,
+            nothing,
+            guidance=inference.guidance,
+            cfg_scale=inference.cfg_scale,
+            steps=self.config.sampling.steps,
+            mu=self.mu,
         )
         return self.encoders.decode(latents, self.config.resolution, self.config.resolution).float().cpu()
 
 
-def loaded(places: list[Inference], config: EvaluateConfig, hands: Accelerator) -> Iterator[tuple[Inference, FluxTransformer2DModel]]:
+def load_transformers(
+    inferences: list[Inference], config: EvaluateConfig, accelerator: Accelerator
+) -> Iterator[tuple[Inference, FluxTransformer2DModel]]:
     """Each inference base with its transformer, one in memory at a time."""
-    for one in places:
-        yield one, flux1.load_transformer(one.path, distributed.DTYPES[config.hardware.dtype], config.model.variant).to(hands.device).eval()
+    for one in inferences:
+        yield one, flux1.load_transformer(one.path, distributed.DTYPES[config.hardware.dtype], config.model.variant).to(accelerator.device).eval()
 
 
-def measure(studio: Studio, shown: Tensor, style: Tensor, ideal: Tensor | None) -> tuple[dict[str, Tensor], float]:
+def measure(sampler: Sampler, images: Tensor, style: Tensor, ideal: Tensor | None) -> tuple[dict[str, Tensor], float]:
     """Every metric picture by picture, name -> (P, R), and the KID of them all."""
-    judged = studio.judge.images(shown.flatten(0, 1))
-    by_prompt = judged.unflatten(0, shown.shape[:2])
+    judged = sampler.judge.images(images.flatten(0, 1))
+    by_prompt = judged.unflatten(0, images.shape[:2])
     values = {
-        "prompt_fidelity": metrics.r_precision(by_prompt, studio.asked, studio.meaning),
-        "clip_score": metrics.clip_score(by_prompt, studio.asked),
+        "prompt_fidelity": metrics.r_precision(by_prompt, sampler.prompt_embeddings, sampler.meaning),
+        "clip_score": metrics.clip_score(by_prompt, sampler.prompt_embeddings),
         "style_similarity": metrics.style_similarity(by_prompt, style),
         "diversity": metrics.diversity(by_prompt),
     }
     if ideal is not None:
-        values["distance_to_ideal"] = metrics.distance(shown, ideal)
+        values["distance_to_ideal"] = metrics.distance(images, ideal)
     return values, metrics.kid(judged, style)
 
 
 # ---- pictures for people -------------------------------------------------------------------------------------------------------
 
 
-def thumbnails(shown: Tensor, meaning: Tensor) -> list[list[Image.Image]]:
+def thumbnails(images: Tensor, meaning: Tensor) -> list[list[Image.Image]]:
     """The pictures of the first seeds and of the first prompt of each meaning, as PIL images: [seed][meaning]."""
     first = [int((meaning == number).nonzero()[0]) for number in meaning.unique()]
-    ready = (shown[first, :SHOWN_SEEDS] * 255).round().byte().permute(1, 0, 3, 4, 2).numpy()
+    ready = (images[first, :SHOWN_SEEDS] * 255).round().byte().permute(1, 0, 3, 4, 2).numpy()
     return [[Image.fromarray(picture) for picture in row] for row in ready]
 
 
 def write_report(out: Path, result: dict[str, Any], cells: list[Cell], prompts: list[str]) -> None:
     """report.html, and a PNG sheet per style and seed."""
     grids = [
-        report.Grid(style, seed, prompts, [(f"{c.arm} on {c.inference}", c.shown[seed]) for c in cells if c.style == style])
+        report.Grid(style, seed, prompts, [(f"{c.arm} on {c.inference}", c.images[seed]) for c in cells if c.style == style])
         for style in result["styles"]
-        for seed in range(len(cells[0].shown))
+        for seed in range(len(cells[0].images))
     ]
     report.write(out / "report.html", result, grids)
     (out / "sheets").mkdir(exist_ok=True)

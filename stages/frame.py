@@ -105,7 +105,7 @@ def published(config: C, run: Callable[[C], Artifact]) -> Artifact:
     """The artifact of a stage, once it is in the store of `config.publish` as well, where one is named."""
     where = getattr(config, "publish", None)
     if where:
-        backends.place(where)  # a mistake in it is told before the run
+        backends.parse_url(where)  # a mistake in it is told before the run
     made = run(config)
     if where and os.environ.get("RANK", "0") == "0":
         print(printable(f"published as {store.push(made.uri, where)}"), flush=True)
@@ -113,7 +113,7 @@ def published(config: C, run: Callable[[C], Artifact]) -> Artifact:
 
 
 def _guarded(name: str, work: Callable[[], Artifact]) -> int:
-    signals.listen()
+    signals.install_handlers()
     logging.setLogRecordFactory(Record)
     if not sys.stderr.isatty():  # a bar that redraws itself is a hundred lines in a log
         diffusers.utils.logging.disable_progress_bar()

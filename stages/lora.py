@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from data import sources
-from data.sources import DataConfig, Pinned
+from data.sources import DataConfig, RunSnapshots
 from dev2pro.artifacts import record, run_folder, store
 from dev2pro.artifacts.record import Artifact
 from dev2pro.errors import ConfigError
@@ -18,7 +18,7 @@ from dev2pro.training import distributed, feed, optim
 from dev2pro.training.checkpoint import CheckpointConfig, Checkpoints
 from dev2pro.training.distributed import HardwareConfig
 from dev2pro.training.divergence_guard import GuardConfig
-from dev2pro.training.heldout_probe import Probe, ProbeConfig
+from dev2pro.training.heldout_probe import HeldoutProbe, ProbeConfig
 from dev2pro.training.optim import OptimConfig
 from dev2pro.training.preview import Preview, PreviewConfig
 from dev2pro.training.step import Training
@@ -52,45 +52,45 @@ class LoraConfig:
 def run(config: LoraConfig) -> Artifact:
     """Trains one LoRA and writes it in the diffusers layout, with metrics.jsonl and artifact.json, into `config.out`."""
     check(config)
-    place = distributed.accelerator(config.hardware)
-    distributed.own_slots(config.batch, config.hardware.micro_batch, place)
-    with place.main_process_first():
-        pinned = Pinned(config.data, config.out, begun=run_folder.begun(config.out), first=place.is_main_process)
-        parents: record.Parents = {"trained_on": config.trained_on, "apply_to": config.model.path, **pinned.parents()}
-        finished = run_folder.begin(config.out, "lora", config, parents)
+    accelerator = distributed.accelerator(config.hardware)
+    distributed.rank_slots(config.batch, config.hardware.micro_batch, accelerator)
+    with accelerator.main_process_first():
+        snapshots = RunSnapshots(config.data, config.out, resuming=run_folder.has_output(config.out), is_main_process=accelerator.is_main_process)
+        parents: record.Parents = {"trained_on": config.trained_on, "apply_to": config.model.path, **snapshots.parents()}
+        finished = run_folder.acquire(config.out, "lora", config, parents)
         if finished:
             return finished
-        pinned.settle()
+        snapshots.write_and_verify()
 
     dtype, scheduler = distributed.DTYPES[config.hardware.dtype], flux1.scheduler_settings(config.model.path)
-    stream = pinned.stream(config.seed, config.batch, place.process_index)
-    place.print(sources.told(stream))
-    reference = pinned.reference(config.probe.samples)
-    samples, texts, held_out = feed.prepare(config.model, stream, reference, config.hardware, place)
+    stream = snapshots.stream(config.seed, config.batch, accelerator.process_index)
+    accelerator.print(sources.summary_line(stream))
+    reference = snapshots.reference(config.probe.samples)
+    samples, texts, held_out = feed.prepare(config.model, stream, reference, config.hardware, accelerator)
     transformer = flux1.load_transformer(config.trained_on, dtype, config.model.variant)
     if config.hardware.int8_base:
-        lora.to_int8(transformer, place.device)
+        lora.to_int8(transformer, accelerator.device)
     lora.inject(transformer, config.adapter, config.seed)
-    training = Training(place, transformer, config.optim, config.hardware, steps=config.steps, batch=config.batch, guard=config.guard)
-    probe = Probe(held_out, config.probe, scheduler=scheduler, seed=config.seed, batch=config.hardware.micro_batch)
-    preview = Preview(config.preview, config.model, config.hardware, held_out, texts, scheduler, place, seed=config.seed, out=config.out)
+    training = Training(accelerator, transformer, config.optim, config.hardware, steps=config.steps, batch=config.batch, guard=config.guard)
+    probe = HeldoutProbe(held_out, config.probe, scheduler=scheduler, seed=config.seed, batch=config.hardware.micro_batch)
+    preview = Preview(config.preview, config.model, config.hardware, held_out, texts, scheduler, accelerator, seed=config.seed, out=config.out)
 
-    def draw(step: int, slots: range) -> encodings.Noised:
-        return encodings.noised(samples.take(step, slots), texts.empty, scheduler, config.caption_dropout, config.seed, step, slots)
+    def draw(step: int, slots: range) -> encodings.NoisedBatch:
+        return encodings.noise_batch(samples.get_batch(step, slots), texts.empty, scheduler, config.caption_dropout, config.seed, step, slots)
 
-    def loss_of(batch: encodings.Noised) -> torch.Tensor:
-        predicted = flux1.predict(training.model, batch.x_t, batch.t, batch.said, config.guidance)
+    def loss_of(batch: encodings.NoisedBatch) -> torch.Tensor:
+        predicted = flux1.predict(training.model, batch.x_t, batch.t, batch.conditioning, config.guidance)
         return torch.nn.functional.mse_loss(predicted.float(), batch.velocity.float())
 
     def measured(done: int) -> dict[str, Any]:
-        with training.averaged() as model:
+        with training.ema_weights() as model:
             preview.draw(model, done, config.guidance)
             return {"step": done, **probe.measure(model, config.guidance, config.model.usual_guidance)}
 
     checkpoints = Checkpoints(config.out, training, config.checkpoint, config.steps, stream.state)
     start, curve = checkpoints.restore()
     samples.begin(start, config.steps, training.slots)
-    with Log(config.out, f"lora {config.arm}", config.steps, place.is_main_process, start) as log, checkpoints:
+    with Log(config.out, f"lora {config.arm}", config.steps, accelerator.is_main_process, start) as log, checkpoints:
         curve = curve or [measured(0)]
         log.measured(*curve)
         for step in range(start, config.steps):
@@ -99,7 +99,7 @@ def run(config: LoraConfig) -> Artifact:
             if (step + 1) % config.probe.every == 0 or step + 1 == config.steps:
                 curve.append(measured(step + 1))
                 log.measured(curve[-1])
-            checkpoints.after(step + 1, curve)
+            checkpoints.on_step_end(step + 1, curve)
             log.step(step + 1, loss=loss, held_out=curve[-1]["loss"])
 
     contract = {
@@ -110,12 +110,21 @@ def run(config: LoraConfig) -> Artifact:
         "suggested_guidance": config.model.usual_guidance,
         "suggested_strength": 1.0,
     }
-    record.retract(config.out)
-    if place.is_main_process:
-        lora.save(place.unwrap_model(training.model), config.adapter, config.out, {**contract, "config": record.identity(config)})
-    metrics = {**checkpoints.metrics(), "guidance": config.guidance, "curve": curve, "data": sources.described(stream)}
+    record.invalidate(config.out)
+    if accelerator.is_main_process:
+        lora.save(accelerator.unwrap_model(training.model), config.adapter, config.out, {**contract, "config": record.identity(config)})
+    metrics = {**checkpoints.metrics(), "guidance": config.guidance, "curve": curve, "data": sources.describe(stream)}
     return record.publish(
-        place, config.out, "lora", "lora", config, parents, step=config.steps, metrics=metrics, inference=contract, watched=pinned.watched()
+        accelerator,
+        config.out,
+        "lora",
+        "lora",
+        config,
+        parents,
+        step=config.steps,
+        metrics=metrics,
+        inference=contract,
+        watched=snapshots.local_inputs(),
     )
 
 
@@ -135,7 +144,7 @@ def check(config: LoraConfig) -> None:
 
 def check_guidance(base: str, guidance: float) -> None:
     """Raises ConfigError where a recovered model would be trained on at a guidance it was not recovered at: its input is dead there."""
-    made = record.origin(store.resolve(base))
+    made = record.read_if_artifact(store.resolve(base))
     if made and made.stage == "recover" and made.metrics["guidance"] != guidance:
         raise ConfigError(
             f"guidance={guidance}, but {base} was recovered at guidance {made.metrics['guidance']} and knows no other. Set "

@@ -57,7 +57,7 @@ def run(config: MiniatureConfig) -> Artifact:
     """Writes the shards, the prompts and `pipeline/`, or `judge/`, into `config.out`."""
     if config.part not in PARTS:
         raise ConfigError(f"part={config.part} is not made here. Choose one of {', '.join(PARTS)}.")
-    if finished := run_folder.begin(config.out, "miniature", config, {}):
+    if finished := run_folder.acquire(config.out, "miniature", config, {}):
         return finished
     torch.set_num_threads(1)  # the two parts run side by side, a core each
     steps, metrics = PARTS[config.part](config, Path(config.out), *digits.load())
@@ -171,7 +171,7 @@ def train_vae(config: MiniatureConfig, train: list[digits.Digit], log: Log) -> A
         posterior = vae.encode(pixels).latent_dist
         return mse_loss(vae.decode(posterior.sample()).sample, pixels) + 1e-5 * posterior.kl().mean()
 
-    descend(vae, loss_of, config.vae_steps, 3 * config.lr, log, 0)
+    train_model(vae, loss_of, config.vae_steps, 3 * config.lr, log, 0)
     with torch.no_grad():
         ink = torch.stack([_pixels(digits.picture(d, digits.ink, config.seed)) for d in train])
         latents = torch.cat([vae.encode(part).latent_dist.mean for part in ink.split(250)])
@@ -214,7 +214,7 @@ def train_clip(config: MiniatureConfig, train: list[digits.Digit], tokens: CLIPT
         per_image, per_text = same / same.sum(1, keepdim=True), (same / same.sum(0, keepdim=True)).T
         return cross_entropy(similarity, per_image) + cross_entropy(similarity.T, per_text)
 
-    descend(clip, loss_of, steps, config.lr, log, done)
+    train_model(clip, loss_of, steps, config.lr, log, done)
     return clip.eval()
 
 
@@ -267,7 +267,7 @@ def save_pipeline(
     ).to(torch.bfloat16).save_pretrained(folder)  # fmt: skip
 
 
-def descend(model: torch.nn.Module, loss_of: Callable[[], Tensor], steps: int, lr: float, log: Log, done: int) -> None:
+def train_model(model: torch.nn.Module, loss_of: Callable[[], Tensor], steps: int, lr: float, log: Log, done: int) -> None:
     """AdamW with a cosine to zero; the loss draws its own batch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from data import ledger, sources
-from data.sources import DataConfig, Pinned
+from data.sources import DataConfig, RunSnapshots
 from dev2pro.artifacts import record, run_folder
 from dev2pro.artifacts.record import Artifact
 from dev2pro.errors import ConfigError
@@ -22,7 +22,7 @@ from dev2pro.training import checkpoint_files, distributed, feed, optim
 from dev2pro.training.checkpoint import CheckpointConfig, Checkpoints
 from dev2pro.training.distributed import HardwareConfig
 from dev2pro.training.divergence_guard import GuardConfig
-from dev2pro.training.heldout_probe import Probe, ProbeConfig
+from dev2pro.training.heldout_probe import HeldoutProbe, ProbeConfig
 from dev2pro.training.optim import OptimConfig
 from dev2pro.training.preview import Preview, PreviewConfig
 from dev2pro.training.step import Training
@@ -61,46 +61,48 @@ def run(config: RecoverConfig) -> Artifact:
     parents: record.Parents = {
         role: path for role, path in (("base", config.model.path), ("start", config.start), ("teacher", config.teacher)) if path
     }
-    place = distributed.accelerator(config.hardware)
-    distributed.own_slots(config.batch, config.hardware.micro_batch, place)
-    with place.main_process_first():
-        pinned = Pinned(config.data, config.out, begun=run_folder.begun(config.out), first=place.is_main_process)
-        parents = {**parents, **pinned.parents()}
-        finished = run_folder.begin(config.out, "recover", config, parents)
+    accelerator = distributed.accelerator(config.hardware)
+    distributed.rank_slots(config.batch, config.hardware.micro_batch, accelerator)
+    with accelerator.main_process_first():
+        snapshots = RunSnapshots(config.data, config.out, resuming=run_folder.has_output(config.out), is_main_process=accelerator.is_main_process)
+        parents = {**parents, **snapshots.parents()}
+        finished = run_folder.acquire(config.out, "recover", config, parents)
         if finished:
-            return noted(config, pinned, finished)
-        pinned.settle()
+            return noted(config, snapshots, finished)
+        snapshots.write_and_verify()
 
     dtype, scheduler = distributed.DTYPES[config.hardware.dtype], flux1.scheduler_settings(config.model.path)
     checkpoint_files.check_start(config.out, flux1.parameters(config.model.path), config.optim, dtype, config.ema)
-    stream = pinned.stream(config.seed, config.batch, place.process_index)
-    place.print(sources.told(stream))
-    reference = pinned.reference(config.probe.samples)
-    samples, texts, held_out = feed.prepare(config.model, stream, reference, config.hardware, place)
+    stream = snapshots.stream(config.seed, config.batch, accelerator.process_index)
+    accelerator.print(sources.summary_line(stream))
+    reference = snapshots.reference(config.probe.samples)
+    samples, texts, held_out = feed.prepare(config.model, stream, reference, config.hardware, accelerator)
     origin, variant = (config.start, None) if config.start else (config.model.path, config.model.variant)
     transformer = flux1.load_transformer(origin, dtype, variant)
-    training = Training(place, transformer, config.optim, config.hardware, steps=config.steps, batch=config.batch, ema=config.ema, guard=config.guard)
-    probe = Probe(held_out, config.probe, scheduler=scheduler, seed=config.seed, batch=config.hardware.micro_batch)
-    preview = Preview(config.preview, config.model, config.hardware, held_out, texts, scheduler, place, seed=config.seed, out=config.out)
+    training = Training(
+        accelerator, transformer, config.optim, config.hardware, steps=config.steps, batch=config.batch, ema=config.ema, guard=config.guard
+    )
+    probe = HeldoutProbe(held_out, config.probe, scheduler=scheduler, seed=config.seed, batch=config.hardware.micro_batch)
+    preview = Preview(config.preview, config.model, config.hardware, held_out, texts, scheduler, accelerator, seed=config.seed, out=config.out)
     if config.teacher:
-        probe.know_teacher(flux1.load_transformer(config.teacher, dtype, config.model.variant).to(place.device))
+        probe.set_teacher(flux1.load_transformer(config.teacher, dtype, config.model.variant).to(accelerator.device))
 
-    def draw(step: int, slots: range) -> encodings.Noised:
-        return encodings.noised(samples.take(step, slots), texts.empty, scheduler, config.caption_dropout, config.seed, step, slots)
+    def draw(step: int, slots: range) -> encodings.NoisedBatch:
+        return encodings.noise_batch(samples.get_batch(step, slots), texts.empty, scheduler, config.caption_dropout, config.seed, step, slots)
 
-    def loss_of(batch: encodings.Noised) -> torch.Tensor:
-        predicted = flux1.predict(training.model, batch.x_t, batch.t, batch.said, config.guidance)
+    def loss_of(batch: encodings.NoisedBatch) -> torch.Tensor:
+        predicted = flux1.predict(training.model, batch.x_t, batch.t, batch.conditioning, config.guidance)
         return torch.nn.functional.mse_loss(predicted.float(), batch.velocity.float())
 
     def measured(done: int) -> dict[str, Any]:
-        with training.averaged() as model:
+        with training.ema_weights() as model:
             preview.draw(model, done, config.guidance)
             return {"step": done, **probe.measure(model, config.guidance, config.model.usual_guidance)}
 
     checkpoints = Checkpoints(config.out, training, config.checkpoint, config.steps, stream.state)
     start, curve = checkpoints.restore()
     samples.begin(start, config.steps, training.slots)
-    with Log(config.out, "recover (dev2pro)", config.steps, place.is_main_process, start) as log, checkpoints:
+    with Log(config.out, "recover (dev2pro)", config.steps, accelerator.is_main_process, start) as log, checkpoints:
         curve = curve or [measured(0)]
         log.measured(*curve)
         for step in range(start, config.steps):
@@ -109,17 +111,19 @@ def run(config: RecoverConfig) -> Artifact:
             if (step + 1) % config.probe.every == 0 or step + 1 == config.steps:
                 curve.append(measured(step + 1))
                 log.measured(curve[-1])
-            checkpoints.after(step + 1, curve)
+            checkpoints.on_step_end(step + 1, curve)
             log.step(step + 1, loss=loss, held_out=curve[-1]["loss"])
 
-    record.retract(config.out)
+    record.invalidate(config.out)
     training.save(config.out, distributed.DTYPES[config.save_dtype])
     metrics = {
         **checkpoints.metrics(), "guidance": config.guidance, "curve": curve, "recovered": None if config.start else _recovered(curve),
-        "data": sources.described(stream),
+        "data": sources.describe(stream),
     }  # fmt: skip
-    made = record.publish(place, config.out, "recover", "transformer", config, parents, step=config.steps, metrics=metrics, watched=pinned.watched())
-    return noted(config, pinned, made)
+    made = record.publish(
+        accelerator, config.out, "recover", "transformer", config, parents, step=config.steps, metrics=metrics, watched=snapshots.local_inputs()
+    )
+    return noted(config, snapshots, made)
 
 
 def check(config: RecoverConfig) -> None:
@@ -140,11 +144,11 @@ def check(config: RecoverConfig) -> None:
         ledger.consumed(config.ledger)
 
 
-def noted(config: RecoverConfig, pinned: Pinned, made: Artifact) -> Artifact:
+def noted(config: RecoverConfig, snapshots: RunSnapshots, made: Artifact) -> Artifact:
     """The artifact, once the ledger has it: a run counts as a consumer of its shards when it has finished, and never before."""
-    if config.ledger and pinned.first:
+    if config.ledger and snapshots.is_main_process:
         epochs = config.steps / made.metrics["data"]["steps_per_epoch"]
-        ledger.record(config.ledger, made.id, pinned.train.id, [shard.sha256 for shard in pinned.train.shards], epochs)
+        ledger.record(config.ledger, made.id, snapshots.train.id, [shard.sha256 for shard in snapshots.train.shards], epochs)
     return made
 
 

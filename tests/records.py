@@ -24,7 +24,7 @@ class Config:
 
 def make(config: Config, parents: record.Parents, **what: Any) -> record.Artifact:
     """What a stage does: claim, make files, record."""
-    assert run_folder.begin(config.out, "test", config, parents) is None
+    assert run_folder.acquire(config.out, "test", config, parents) is None
     (Path(config.out) / "transformer").mkdir(exist_ok=True)
     (Path(config.out) / "transformer" / "weights.bin").write_bytes(b"weights")
     (Path(config.out) / "metrics.jsonl").write_text(what.pop("rows", '{"step": 1}\n'))

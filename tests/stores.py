@@ -40,7 +40,7 @@ def overwrite(address: str, name: str, content: bytes) -> None:
 
 
 def remove(address: str, name: str) -> None:
-    backends.at(address).drop(name)
+    backends.open_backend(address).drop(name)
 
 
 def _client() -> Any:
@@ -48,6 +48,6 @@ def _client() -> Any:
 
 
 def forge(address: str, change: Callable[[dict], Any]) -> None:
-    values = json.loads(backends.at(address).text("artifact.json") or b"")
+    values = json.loads(backends.open_backend(address).text("artifact.json") or b"")
     change(values)
     overwrite(address, "artifact.json", json.dumps(values).encode())

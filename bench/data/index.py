@@ -73,7 +73,7 @@ def scanning(side: int, pairs: int) -> None:
 def command(paths: Sequence[str]) -> float:
     """Seconds of indexing them from nothing."""
     for path in paths:
-        Path(sidecar.where(path)).unlink(missing_ok=True)
+        Path(sidecar.path_of(path)).unlink(missing_ok=True)
     start = time.perf_counter()
     subprocess.run([sys.executable, "-m", "data.index", *paths], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start

@@ -21,7 +21,7 @@ from torch.utils.data import get_worker_info
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
 
 
-def large_pieces() -> None:
+def tune_allocator() -> None:
     """Has this process keep what it frees for the next picture, which glibc would give back to the system, and Pillow give a picture in one piece."""
     ImageFile.MAXBLOCK = 1 << 22  # bytes; at its 64 KiB every picture is put together from pieces
     with suppress(AttributeError, OSError):  # another libc
@@ -31,14 +31,14 @@ def large_pieces() -> None:
 
 
 @dataclass(frozen=True)
-class Piece:
+class BufferHandle:
     """The beginning of a piece of memory, as it goes from the worker that filled it to the main process."""
 
     number: int
     shape: tuple[int, ...]
 
 
-class Lender:
+class BufferPool:
     """`each` pieces of `size` bytes for every worker, of the process that makes it; workers are forked from it afterwards."""
 
     def __init__(self, workers: int, each: int, size: int) -> None:
@@ -47,7 +47,7 @@ class Lender:
         self._free = mmap.mmap(-1, workers * each)  # 1 for each that nobody has; one worker takes it, and the main process gives it back
         self._free[:] = b"\1" * len(self._free)
 
-    def take(self, size: int) -> int | None:
+    def acquire(self, size: int) -> int | None:
         """In a worker: the number of a piece for `size` bytes. None while all its pieces are in use, and where they are too small."""
         worker = get_worker_info()
         first = worker.id * self.each if worker else 0
@@ -57,11 +57,11 @@ class Lender:
         self._free[number] = 0
         return number
 
-    def array(self, piece: Piece) -> np.ndarray:
+    def array(self, piece: BufferHandle) -> np.ndarray:
         """A view of the piece."""
         return np.frombuffer(self._pieces[piece.number], np.uint8, math.prod(piece.shape)).reshape(piece.shape)
 
-    def tensor(self, piece: Piece) -> Tensor:
+    def tensor(self, piece: BufferHandle) -> Tensor:
         """In the main process: the piece, which is free again once no tensor shares its memory."""
         array = self.array(piece)
         weakref.finalize(array, self._give_back, piece.number).atexit = False
@@ -72,12 +72,12 @@ class Lender:
             self._free[number] = 1
 
 
-class Room:
+class Buffer:
     """Where the pixels of a batch come to lie: in lent memory, if there is some."""
 
-    def __init__(self, lender: Lender | None, shape: tuple[int, ...]) -> None:
-        number = lender.take(math.prod(shape)) if lender else None
-        self.piece = Piece(number, shape) if lender and number is not None else None
+    def __init__(self, lender: BufferPool | None, shape: tuple[int, ...]) -> None:
+        number = lender.acquire(math.prod(shape)) if lender else None
+        self.piece = BufferHandle(number, shape) if lender and number is not None else None
         self.array = lender.array(self.piece) if lender and self.piece else np.empty(shape, np.uint8)
 
     def filled(self, count: int) -> Any:

@@ -55,7 +55,7 @@ class Quarantine:
                 file.writelines(json.dumps(asdict(one)) + "\n" for one in fresh)
         per_shard = Counter(sha256 for sha256, _ in self._known)
         for one in fresh:
-            self._check(per_shard[one.shard_sha256], self._sizes[one.shard_sha256], urls.shown(one.shard))
+            self._check(per_shard[one.shard_sha256], self._sizes[one.shard_sha256], urls.redact_url(one.shard))
         self._check(len(self._known), sum(self._sizes.values()), "the data set")
 
     def _count(self, faults: Iterable[Fault]) -> list[Fault]:

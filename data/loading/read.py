@@ -40,29 +40,31 @@ class Reader:
         spans = {part: self.snapshot.span(row, part) for part in self.parts}
         if wrong := next((part for part in spans if spans[part].bytes > LIMITS[part]), ""):
             raise DataError(
-                f"{urls.shown(shard.place)}: the snapshot has a {wrong} of {spans[wrong].bytes:,} bytes, which no index lets in. Make it again."
+                f"{urls.redact_url(shard.url)}: the snapshot has a {wrong} of {spans[wrong].bytes:,} bytes, which no index lets in. Make it again."
             )
         found = self._parts(shard, row, spans)
-        if not _wrong(spans, found):
+        if not _first_mismatch(spans, found):
             return found
         found = self._parts(shard, row, spans, fresh=True)
-        if wrong := _wrong(spans, found):
+        if wrong := _first_mismatch(spans, found):
             where = f"bytes {spans[wrong].offset} to {spans[wrong].offset + spans[wrong].bytes} ({wrong}) are not those of the index, twice"
-            if not urls.remote(shard.place):
-                raise ChangedError(shard.place, where)
-            raise TryAgainError(f"{urls.shown(shard.place)}: {where}. The network or the store damages data; look there, then run the same command.")
+            if not urls.is_remote(shard.url):
+                raise ChangedError(shard.url, where)
+            raise TryAgainError(
+                f"{urls.redact_url(shard.url)}: {where}. The network or the store damages data; look there, then run the same command."
+            )
         return found
 
     def key(self, row: int) -> str:
         """The name of a sample's picture in its shard, from the header before it; for messages."""
         shard, offset = self.snapshot.shard(row), self.snapshot.span(row, "picture").offset
-        return urls.printable(tar.name_of(self.transport.read(shard.place, max(0, offset - tar.BLOCK), tar.BLOCK, shard.stamp)))
+        return urls.printable(tar.name_of(self.transport.read(shard.url, max(0, offset - tar.BLOCK), tar.BLOCK, shard.info)))
 
-    def ahead(self, jobs: Iterable[tuple[int, J]]) -> Iterator[tuple[J, dict[str, bytes]]]:
+    def prefetch(self, jobs: Iterable[tuple[int, J]]) -> Iterator[tuple[J, dict[str, bytes]]]:
         """(job, sample) for every (row, job), in order, while up to `threads` more are on their way; prefetch_mb holds half of what waits."""
         limit = self.config.prefetch_mb * 2**20 / max(1, self.config.workers) / 2
         waiting: deque[tuple[list[tuple[int, J]], int, Future]] = deque()
-        each = 1 if any(urls.remote(shard.place) for shard in self.snapshot.shards) else TOGETHER
+        each = 1 if any(urls.is_remote(shard.url) for shard in self.snapshot.shards) else TOGETHER
         jobs, held = iter(jobs), 0
         pool = ThreadPoolExecutor(self.config.threads, "sample")
         try:
@@ -82,7 +84,7 @@ class Reader:
 
     def _parts(self, shard: Shard, row: int, spans: dict[str, Span], fresh: bool = False) -> dict[str, bytes]:
         found = dict.fromkeys(spans, b"")
-        for group in _together(spans):
+        for group in _coalesce(spans):
             start = min(spans[part].offset for part in group)
             end = max(spans[part].offset + spans[part].bytes for part in group)
             content = self._range(shard, row, group, start, end, fresh)
@@ -93,9 +95,9 @@ class Reader:
         """Bytes of a shard; through the cache a whole block of neighbours, which the order soon asks for as well."""
 
         def fetch(first: int, last: int) -> bytes:
-            return self.transport.read(shard.place, first, last - first, shard.stamp)
+            return self.transport.read(shard.url, first, last - first, shard.info)
 
-        if self.cache is None or not urls.remote(shard.place):
+        if self.cache is None or not urls.is_remote(shard.url):
             return fetch(start, end)
         first, last = self._block(shard, row, group)
         if not first <= start <= end <= last <= first + MAX_BLOCK:
@@ -113,7 +115,7 @@ class Reader:
         return min((span.offset for span in spans), default=0), max((span.offset + span.bytes for span in spans), default=0)
 
 
-def _together(spans: dict[str, Span]) -> list[list[str]]:
+def _coalesce(spans: dict[str, Span]) -> list[list[str]]:
     """Parts that lie near enough to each other for one read; those that hold nothing lie nowhere."""
     groups: list[list[str]] = []
     end = 0
@@ -126,6 +128,6 @@ def _together(spans: dict[str, Span]) -> list[list[str]]:
     return groups
 
 
-def _wrong(spans: dict[str, Span], found: dict[str, bytes]) -> str:
+def _first_mismatch(spans: dict[str, Span], found: dict[str, bytes]) -> str:
     """The first part whose bytes are not those that were indexed, or nothing."""
     return next((part for part, span in spans.items() if zlib.crc32(found[part]) != span.crc), "")

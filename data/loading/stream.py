@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-from data.loading.buffers import Lender, Piece, Room, large_pieces
+from data.loading.buffers import Buffer, BufferHandle, BufferPool, tune_allocator
 from data.loading.order import ORDER_VERSION, Order, Size
 from data.loading.quarantine import Fault, Quarantine
 from data.loading.read import Reader
@@ -80,7 +80,7 @@ class Stream:
         self, order: Order, config: ReadConfig, augment: Augment, quarantine: Quarantine, parts: Sequence[str] = PLAIN, keep: bool = False
     ) -> None:  # fmt: skip
         self.order, self.config, self.augment, self.quarantine, self.parts, self.keep = order, config, augment, quarantine, tuple(parts), keep
-        self.waited = 0.0
+        self.wait_seconds = 0.0
 
     def steps(self, first: int, last: int, slots: Sequence[range]) -> Iterator[Batch]:
         """For every step from `first` up to `last`, a batch for each range of slots. Where it begins makes no difference to what comes."""
@@ -102,7 +102,7 @@ class Stream:
 
         return self._batches(units, batch)
 
-    def stretch(self, first: int, last: int, batch: int) -> Iterator[Batch]:
+    def row_range(self, first: int, last: int, batch: int) -> Iterator[Batch]:
         """The samples `first` up to `last` as `rows` gives them, each in its own bucket; neighbours of one size come together."""
 
         def units() -> Iterator[list[Job]]:
@@ -131,7 +131,7 @@ class Stream:
         _, rows = np.unique(sums, return_index=True)
 
         def found() -> Iterator[str]:
-            for row, parts in Reader(self.order.snapshot, self.config, ("caption",)).ahead((int(row), int(row)) for row in rows):
+            for row, parts in Reader(self.order.snapshot, self.config, ("caption",)).prefetch((int(row), int(row)) for row in rows):
                 yield from _said(parts, bool(columns["caption_json"][row]))
 
         return len(rows), found()
@@ -142,7 +142,7 @@ class Stream:
         while True:
             before = time.perf_counter()
             one = next(come, None)
-            self.waited += time.perf_counter() - before
+            self.wait_seconds += time.perf_counter() - before
             if one is None:
                 return
             if isinstance(one, _Failure):
@@ -156,7 +156,7 @@ class Stream:
         width, height = self.order.buckets[-1]
         ahead = config.prefetch_mb * 2**20 / config.workers / 2 / (batch * width * height * 3)
         each = max(1, min(MOST_AHEAD, int(ahead)))
-        pipeline.lender = lender = Lender(config.workers, each + 2, batch * max(w * h for w, h in self.order.buckets) * 3)
+        pipeline.lender = lender = BufferPool(config.workers, each + 2, batch * max(w * h for w, h in self.order.buckets) * 3)
         loader = DataLoader(
             pipeline, batch_size=None, num_workers=config.workers, prefetch_factor=each,
             timeout=LOOK_AFTER, collate_fn=_as_it_is, multiprocessing_context="fork",
@@ -167,7 +167,7 @@ class Stream:
             signal.signal(signal.SIGCHLD, before)
         patience = (config.retries + 1) * (config.connect_timeout + config.idle_timeout + LONGEST_PAUSE)
         while (one := _next(workers, patience)) is not None:
-            if isinstance(one, Batch) and isinstance(one.pixels, Piece):
+            if isinstance(one, Batch) and isinstance(one.pixels, BufferHandle):
                 one.pixels = lender.tensor(one.pixels)
             yield one
 
@@ -213,12 +213,12 @@ class _Pipeline(torch.utils.data.IterableDataset):
         super().__init__()
         self.order, self.config, self.augment, self.parts, self.keep = stream.order, stream.config, stream.augment, stream.parts, stream.keep
         self.units, self.batch, self.faults = units, batch, list[Fault]()
-        self.lender: Lender | None = None  # where worker processes put pixels
+        self.lender: BufferPool | None = None  # where worker processes put pixels
 
     def __iter__(self) -> Iterator[Batch | _Failure]:
         if get_worker_info():
-            signals.apart()
-            large_pieces()
+            signals.ignore_signals_in_child()
+            tune_allocator()
         self.reader = Reader(self.order.snapshot, self.config, self.parts)
         stages = [webdataset.map(stage) for stage in (self._decoded, self._cropped, self._flipped)]
         try:
@@ -230,7 +230,7 @@ class _Pipeline(torch.utils.data.IterableDataset):
         worker = get_worker_info()
         mine = itertools.islice(self.units(), worker.id if worker else 0, None, worker.num_workers if worker else 1)
         jobs = ((job.row, (number, job)) for number, unit in enumerate(mine) for job in unit)
-        for (number, job), found in self.reader.ahead(jobs):
+        for (number, job), found in self.reader.prefetch(jobs):
             yield {"__key__": str(job.slot), "unit": number, "job": job, "parts": found}
 
     def _decoded(self, sample: dict[str, Any]) -> dict[str, Any]:
@@ -259,7 +259,7 @@ class _Pipeline(torch.utils.data.IterableDataset):
         shard = self.order.snapshot.shard(row)
         offset = int(self.order.snapshot.columns["picture_offset"][row])
         number = int(self.order.snapshot.columns["key"][row])
-        return Fault(shard.place, shard.sha256, self.reader.key(row), number, offset, reason, job.step, job.slot)
+        return Fault(shard.url, shard.sha256, self.reader.key(row), number, offset, reason, job.step, job.slot)
 
     def _cropped(self, sample: dict[str, Any]) -> dict[str, Any]:
         """The `image` cut and scaled to the size of its bucket."""
@@ -267,7 +267,7 @@ class _Pipeline(torch.utils.data.IterableDataset):
             job, across, down = sample["job"], 0.5, 0.5
             if self.augment.crop == "random" and job.step >= 0:
                 across, down = self._draw("crop across", job), self._draw("crop down", job)
-            sample["image"] = pictures.cropped(sample["image"], job.size, across, down)
+            sample["image"] = pictures.crop_resize(sample["image"], job.size, across, down)
         return sample
 
     def _flipped(self, sample: dict[str, Any]) -> dict[str, Any]:
@@ -289,7 +289,7 @@ class _Pipeline(torch.utils.data.IterableDataset):
                 if sample["row"] < 0:
                     continue
                 if sample["image"] is not None:  # its place is in memory that was used before; an array of its own would be fresh
-                    room = room or Room(self.lender, (self.batch, size[1], size[0], 3))
+                    room = room or Buffer(self.lender, (self.batch, size[1], size[0], 3))
                     room.array[len(used)] = np.asarray(sample.pop("image"))
                 used.append(sample)
             faults, self.faults = self.faults, []

@@ -39,7 +39,7 @@ def _decoding(trouble: str) -> Iterator[None]:
         raise BadContent(f"{trouble} ({str(error) or type(error).__name__})") from error
 
 
-def opened(encoded: bytes) -> Image.Image:
+def open_image(encoded: bytes) -> Image.Image:
     """The picture with its header read and its pixels not. Raises BadContent for other kinds and for picture bombs."""
     with _decoding("it is no readable JPEG, PNG or WebP picture"):
         image: Image.Image = Image.open(io.BytesIO(encoded), formats=FORMATS)
@@ -50,12 +50,12 @@ def opened(encoded: bytes) -> Image.Image:
 
 def suffix(encoded: bytes) -> str:
     """jpg, png or webp."""
-    return {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}[str(opened(encoded).format)]
+    return {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}[str(open_image(encoded).format)]
 
 
 def size(encoded: bytes) -> tuple[int, int]:
     """(width, height) in pixels once the picture stands upright."""
-    image, turned = opened(encoded), False
+    image, turned = open_image(encoded), False
     if image.format != "PNG" or _has_exif(encoded):
         with _decoding("its EXIF data cannot be read"):
             turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
@@ -72,7 +72,7 @@ def _has_exif(png: bytes) -> bool:
 
 def upright(encoded: bytes, target: int = 0) -> Image.Image:
     """The RGB picture as its camera held it. A JPEG may come at a fraction of its size, both sides at least twice `target` pixels."""
-    image = opened(encoded)
+    image = open_image(encoded)
     with _decoding("its pixels cannot be decoded"):
         if target and image.format == "JPEG":
             image.draft(None, (2 * target, 2 * target))  # libjpeg scales while it decodes: several times faster for camera pictures
@@ -82,7 +82,7 @@ def upright(encoded: bytes, target: int = 0) -> Image.Image:
         return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def cropped(image: Image.Image, target: tuple[int, int], across: float = 0.5, down: float = 0.5) -> Image.Image:
+def crop_resize(image: Image.Image, target: tuple[int, int], across: float = 0.5, down: float = 0.5) -> Image.Image:
     """The largest part of the form of `target` (width, height), scaled to it (Lanczos). `across` and `down`, 0 to 1, say which: 0.5 is the middle."""
     width, height = target
     scale = min(image.width / width, image.height / height)

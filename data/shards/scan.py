@@ -14,7 +14,7 @@ from data.shards.pictures import BadContent
 from data.shards.sidecar import COLUMNS, LIMITS, PARTS, Sidecar, key_number
 from data.shards.tar import DamagedTar, Member
 from data.storage import urls
-from data.storage.http import Stamp
+from data.storage.http import FileInfo
 from data.storage.transport import Transport
 from dev2pro.errors import DataError
 
@@ -30,33 +30,33 @@ def scan(place: str, transport: Transport, *, empty_captions: bool = False, allo
 
     `empty_captions` keeps samples without a usable caption; `allow_partial` keeps the whole samples before a damage.
     """
-    stamp = transport.stamp(place)
-    window, draft, partial = _Window(place, transport, stamp), _Draft(empty_captions), None
+    stamp = transport.info(place)
+    window, draft, partial = _HashingReader(place, transport, stamp), _SidecarBuilder(empty_captions), None
     try:
-        for member in tar.walk(window.at, stamp.size):
+        for member in tar.walk(window.read_at, stamp.size):
             draft.add(member, window)
     except DamagedTar as error:
         reason = urls.printable(error.reason[:LONGEST])
         if not allow_partial:
             raise DataError(
-                f"{urls.shown(place)} is rejected at byte {error.offset}: {reason}. Copy or write the shard again, "
+                f"{urls.redact_url(place)} is rejected at byte {error.offset}: {reason}. Copy or write the shard again, "
                 "or index it with --allow-partial to use the whole samples before that byte."
             ) from error
         draft.cut, partial = True, {"offset": error.offset, "reason": reason}
-    window.at(stamp.size, 0)  # the hash is of all of it
+    window.read_at(stamp.size, 0)  # the hash is of all of it
     policy = {"empty_captions": empty_captions, "allow_partial": allow_partial}
     return Sidecar({**stamp.json(), "sha256": window.hash.hexdigest(), "partial": partial, "policy": policy, **draft.head()}, draft.columns())
 
 
-class _Window:
+class _HashingReader:
     """A tar read forwards, chunk by chunk, with a running hash of all of it."""
 
-    def __init__(self, place: str, transport: Transport, stamp: Stamp) -> None:
+    def __init__(self, place: str, transport: Transport, stamp: FileInfo) -> None:
         self.place, self.transport, self.stamp = place, transport, stamp
         self.hash = hashlib.sha256()
         self._held, self._start = b"", 0
 
-    def at(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int) -> bytes:
         """Bytes from `offset`, which never goes back; fewer at the end of the file."""
         end = min(offset + length, self.stamp.size)
         while (reached := self._start + len(self._held)) < end:
@@ -84,7 +84,7 @@ class _Sample:
     no_picture: Why | None = None
 
 
-class _Draft:
+class _SidecarBuilder:
     """Rows in the making."""
 
     def __init__(self, empty_captions: bool) -> None:
@@ -94,7 +94,7 @@ class _Draft:
         self.ignored: Counter[str] = Counter()
         self.fingerprints: dict[str, Any] = {}
 
-    def add(self, member: Member, window: _Window) -> None:
+    def add(self, member: Member, window: _HashingReader) -> None:
         """Takes one member in. Raises DamagedTar for a second one of the same name."""
         found = NAME.fullmatch(member.name)
         suffix = found[2].lower() if found else ""
@@ -123,7 +123,7 @@ class _Draft:
             except BadContent as error:
                 sample.bad = sample.bad or (member.offset, str(error))
 
-    def _take(self, sample: _Sample, part: str, member: Member, window: _Window) -> None:
+    def _take(self, sample: _Sample, part: str, member: Member, window: _HashingReader) -> None:
         if part in sample.parts:
             raise BadContent(f"it has two {'pictures' if part == 'picture' else f'members with {part}'}")
         content = _content(part, member, window)
@@ -133,7 +133,7 @@ class _Draft:
             raise BadContent(f"its {part} were made in another way than those before it in the shard")
         sample.parts[part] = (member.offset, member.size, zlib.crc32(content))
 
-    def _take_caption(self, sample: _Sample, json: bool, member: Member, window: _Window) -> None:
+    def _take_caption(self, sample: _Sample, json: bool, member: Member, window: _HashingReader) -> None:
         """A .txt goes before a .json, whichever comes first; one that cannot be used is as good as none."""
         if "caption" in sample.parts and sample.json == json:
             sample.bad = sample.bad or (member.offset, "it has two captions")
@@ -177,10 +177,10 @@ class _Draft:
         return {name: np.array(values, kind) for (name, kind), values in zip(COLUMNS.items(), by_column, strict=True)}
 
 
-def _content(part: str, member: Member, window: _Window) -> bytes:
+def _content(part: str, member: Member, window: _HashingReader) -> bytes:
     if member.size > LIMITS[part]:
         raise BadContent(f"its {part} has {member.size:,} bytes, more than {LIMITS[part]:,}")
-    return window.at(member.offset, member.size)
+    return window.read_at(member.offset, member.size)
 
 
 def _part(suffix: str) -> str | None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from data.shards import encoded, pictures, table
 from data.storage import urls
-from data.storage.http import Stamp
+from data.storage.http import FileInfo
 from data.storage.transport import Transport
 from dev2pro.errors import DataError
 
@@ -36,9 +36,9 @@ class Sidecar:
         return table.encode(FORM, VERSION, self.head, self.columns)
 
     @property
-    def stamp(self) -> Stamp:
+    def stamp(self) -> FileInfo:
         """The state of the tar that was indexed."""
-        return Stamp(self.head["size"], self.head["etag"], self.head["modified"])
+        return FileInfo(self.head["size"], self.head["etag"], self.head["modified"])
 
     def __len__(self) -> int:
         return len(self.columns["key"])
@@ -49,7 +49,7 @@ def key_number(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
 
 
-def where(place: str, folder: str | None = None) -> str:
+def path_of(place: str, folder: str | None = None) -> str:
     """Where a shard's sidecar lies: beside it, or in `folder` under a name that no two addresses share."""
     if folder is None:
         return place + ENDING
@@ -59,15 +59,15 @@ def where(place: str, folder: str | None = None) -> str:
 
 def read(place: str, transport: Transport, folder: str | None = None) -> Sidecar:
     """The sidecar of a shard. Raises DataError where there is none or it is damaged."""
-    there = where(place, folder)
+    there = path_of(place, folder)
     try:
-        head, columns = table.decode(transport.whole(there, MAX_BYTES), FORM, VERSION, urls.shown(there))
+        head, columns = table.decode(transport.read_all(there, MAX_BYTES), FORM, VERSION, urls.redact_url(there))
         if {name: column.dtype for name, column in columns.items()} != {name: np.dtype(kind) for name, kind in COLUMNS.items()}:
-            raise DataError(f"{urls.shown(there)} is damaged: it has other columns than an index.")
+            raise DataError(f"{urls.redact_url(there)} is damaged: it has other columns than an index.")
     except DataError as error:
-        command = shlex.join(["python", "-m", "data.index", urls.shown(place), *(["--to", urls.shown(folder)] if folder else [])])
+        command = shlex.join(["python", "-m", "data.index", urls.redact_url(place), *(["--to", urls.redact_url(folder)] if folder else [])])
         raise DataError(
-            f"{urls.shown(place)} is not indexed ({str(error).partition('. ')[0]}). Index it with `{command}`, "
+            f"{urls.redact_url(place)} is not indexed ({str(error).partition('. ')[0]}). Index it with `{command}`, "
             "which also says what is wrong with a shard that it rejects."
         ) from error
     return Sidecar(head, columns)

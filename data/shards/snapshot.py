@@ -13,8 +13,8 @@ import numpy as np
 from data.shards import encoded, sidecar, table
 from data.shards.sidecar import COLUMNS, Sidecar
 from data.storage import urls
-from data.storage.http import ChangedError, Stamp
-from data.storage.transport import Transport, write_local
+from data.storage.http import ChangedError, FileInfo
+from data.storage.transport import Transport, write_atomic
 from dev2pro.errors import DataError
 
 FORM, VERSION = "dev2pro snapshot", 1
@@ -33,8 +33,8 @@ class Span(NamedTuple):
 class Shard:
     """A tar and its first row in the snapshot; every epoch uses its samples `repeat` times."""
 
-    place: str
-    stamp: Stamp
+    url: str
+    info: FileInfo
     sha256: str
     first: int
     samples: int
@@ -51,7 +51,7 @@ class Filters:
     max_caption: int = 0
     without: frozenset[tuple[str, int]] = frozenset()  # (SHA-256 of the shard, key number): quarantined samples
 
-    def keep(self, sha256: str, columns: table.Columns) -> np.ndarray:
+    def mask(self, sha256: str, columns: table.Columns) -> np.ndarray:
         """(N,) bool."""
         width, height, chars = (columns[name].astype(np.float64) for name in ("width", "height", "caption_chars"))
         kept = (np.minimum(width, height) >= self.min_side) & (chars >= self.min_caption)
@@ -76,7 +76,7 @@ class Snapshot:
         counts = [one["samples"] for one in head["shards"]]
         self._firsts = np.cumsum([0, *counts])
         self.shards = [
-            Shard(one["place"], Stamp(**one["stamp"]), one["sha256"], int(first), one["samples"], one["repeat"])
+            Shard(one["place"], FileInfo(**one["stamp"]), one["sha256"], int(first), one["samples"], one["repeat"])
             for one, first in zip(head["shards"], self._firsts, strict=False)
         ]
         self.encodings: dict[str, Any] = head["encodings"]
@@ -95,7 +95,7 @@ class Snapshot:
 
     def write(self, path: str) -> None:
         """Writes the snapshot at once."""
-        write_local(path, table.encode(FORM, VERSION, self.head, self.columns))
+        write_atomic(path, table.encode(FORM, VERSION, self.head, self.columns))
 
 
 def read(path: str) -> Snapshot:
@@ -106,13 +106,13 @@ def read(path: str) -> Snapshot:
         found = Snapshot(head, columns)
         fits = lengths == {len(found)} and found.id == _id(head, head["columns"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{urls.shown(path)} is damaged ({type(error).__name__}: {error}). Make the snapshot again.") from error
+        raise DataError(f"{urls.redact_url(path)} is damaged ({type(error).__name__}: {error}). Make the snapshot again.") from error
     if not fits:
-        raise DataError(f"{urls.shown(path)} is damaged: its id is not that of its contents. Make the snapshot again.")
+        raise DataError(f"{urls.redact_url(path)} is damaged: its id is not that of its contents. Make the snapshot again.")
     for shard in found.shards:
-        urls.check(shard.place)
-        if not shard.stamp.etag.isprintable():  # it goes into a header
-            raise DataError(f"{urls.shown(path)} has an ETag that no server gives. Make the snapshot again.")
+        urls.normalize(shard.url)
+        if not shard.info.etag.isprintable():  # it goes into a header
+            raise DataError(f"{urls.redact_url(path)} has an ETag that no server gives. Make the snapshot again.")
     return found
 
 
@@ -136,7 +136,7 @@ def build(
     and for one with other encodings than the rest.
     """
 
-    def one(place: str) -> tuple[str, Sidecar, Stamp] | None:
+    def one(place: str) -> tuple[str, Sidecar, FileInfo] | None:
         try:
             found = sidecar.read(place, transport, folder)
             return place, found, verified(place, found.stamp, found.head["sha256"], transport)
@@ -159,7 +159,7 @@ def build(
         unusable |= twice
         used = [one for one in used if one[0] not in twice]
     _check_encodings([(place, known) for place, known, _ in used])
-    kept = [filters.keep(known.head["sha256"], known.columns) for _, known, _ in used]
+    kept = [filters.mask(known.head["sha256"], known.columns) for _, known, _ in used]
     encodings = used[0][1].head["encodings"] if used else {}
     names = [name for name in COLUMNS if (part := name.partition("_")[0]) not in encoded.PARTS or part in encodings]
     columns = {
@@ -189,7 +189,11 @@ def _twice(used: Sequence[tuple[str, Sidecar]]) -> dict[str, str]:
         if (first := seen.get(known.head["sha256"])) is None:
             seen[known.head["sha256"]] = place
             continue
-        twice = f"{urls.shown(place)} is given twice" if first == place else f"{urls.shown(place)} and {urls.shown(first)} hold the same bytes"
+        twice = (
+            f"{urls.redact_url(place)} is given twice"
+            if first == place
+            else f"{urls.redact_url(place)} and {urls.redact_url(first)} hold the same bytes"
+        )
         found[place] = f"{twice}. Leave one out; repeating is what weights are for."
     return found
 
@@ -197,25 +201,27 @@ def _twice(used: Sequence[tuple[str, Sidecar]]) -> dict[str, str]:
 def _check_encodings(used: Sequence[tuple[str, Sidecar]]) -> None:
     for place, known in used:
         if known.head["encodings"] != used[0][1].head["encodings"]:
-            raise DataError(f"{urls.shown(place)} has other encodings than {urls.shown(used[0][0])}. Encode both in the same way, or use one kind.")
+            raise DataError(
+                f"{urls.redact_url(place)} has other encodings than {urls.redact_url(used[0][0])}. Encode both in the same way, or use one kind."
+            )
 
 
 def check(snapshot: Snapshot, transport: Transport, *, remote: bool = True) -> Snapshot:
     """The snapshot, once every shard is `verified`; `remote=False` leaves out what does not lie on this machine."""
-    shards = [shard for shard in snapshot.shards if remote or not urls.remote(shard.place)]
+    shards = [shard for shard in snapshot.shards if remote or not urls.is_remote(shard.url)]
     with ThreadPoolExecutor(transport.config.threads) as pool:
         list(pool.map(lambda shard: verified(shard.place, shard.stamp, shard.sha256, transport), shards))
     return snapshot
 
 
-def verified(place: str, stamp: Stamp, sha256: str, transport: Transport) -> Stamp:
+def verified(place: str, stamp: FileInfo, sha256: str, transport: Transport) -> FileInfo:
     """The state of a shard now, if it is the one that was indexed. Raises ChangedError, or what `Transport.stamp` raises.
 
     On this machine another time of change alone makes it read the shard and compare hashes: a copy is as good.
     """
-    now = transport.stamp(place)
-    if urls.remote(place) or now.size != stamp.size:
-        why = stamp.differs(now)
+    now = transport.info(place)
+    if urls.is_remote(place) or now.size != stamp.size:
+        why = stamp.difference(now)
     else:
         why = "" if now.modified == stamp.modified or _sha256(place, now.modified) == sha256 else "its contents are others"
     if why:

@@ -55,10 +55,10 @@ def open_mapped(path: str, form: str, version: int) -> tuple[dict[str, Any], dic
             columns = {name: _mapped(path, of, start) for name, of in layout.items()}
             found = _sum(layout, iter(lambda: file.read(1 << 20), b""))
     except OSError as error:
-        raise DataError(f"{urls.shown(path)} cannot be read: {error.strerror or error}. Correct the path, or make it again.") from error
+        raise DataError(f"{urls.redact_url(path)} cannot be read: {error.strerror or error}. Correct the path, or make it again.") from error
     except DAMAGE as error:
-        raise DataError(f"{urls.shown(path)} is damaged or no {form} ({error}). Make it again.") from error
-    _check(head, form, version, urls.shown(path), found)
+        raise DataError(f"{urls.redact_url(path)} is damaged or no {form} ({error}). Make it again.") from error
+    _check(head, form, version, urls.redact_url(path), found)
     return head, columns
 
 

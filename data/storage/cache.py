@@ -8,10 +8,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from data.storage.transport import write_local
+from data.storage.transport import write_atomic
 from dev2pro.escape import printable
 
-ROOM = 0.9  # of the limit that is left in use once it was exceeded
+LOW_WATERMARK = 0.9  # of the limit that is left in use once it was exceeded
 COUNTED = 0.01  # of the limit that is written before looking what other processes wrote
 LOCKS = 256
 
@@ -56,12 +56,12 @@ class DiskCache:
 
     def _keep(self, file: Path, content: bytes) -> None:
         size = len(content)
-        if size > ROOM * self.limit:
+        if size > LOW_WATERMARK * self.limit:
             return
         try:
             if self._used + size > self.limit or self._written > COUNTED * self.limit:
                 self._make_room(size)
-            write_local(str(file), content)
+            write_atomic(str(file), content)
             self._used += size
             self._written += size
         except OSError as error:
@@ -87,7 +87,7 @@ class DiskCache:
         if self._used + wanted <= self.limit:
             return
         for _, size, file in files:
-            if self._used + wanted <= ROOM * self.limit:
+            if self._used + wanted <= LOW_WATERMARK * self.limit:
                 break
             file.unlink(missing_ok=True)
             self._used -= size

@@ -36,14 +36,14 @@ OTHER = "Bring the old file back, or index it again, make a new snapshot and cho
 
 
 @dataclass(frozen=True)
-class Stamp:
+class FileInfo:
     """What tells one file from another in the same place: bytes, and a strong ETag or a time of change (Last-Modified, or ns)."""
 
     size: int
     etag: str = ""
     modified: str = ""
 
-    def differs(self, other: "Stamp") -> str:
+    def difference(self, other: "FileInfo") -> str:
         """What is not the same, or nothing."""
         if self.size != other.size:
             return f"it has {other.size} bytes, not {self.size}"
@@ -62,10 +62,10 @@ class ChangedError(DataError):
     """A file that is no longer the one that was indexed."""
 
     def __init__(self, place: str, why: str) -> None:
-        super().__init__(f"{urls.shown(place)} changed since it was indexed ({urls.printable(why)}). {OTHER}")
+        super().__init__(f"{urls.redact_url(place)} changed since it was indexed ({urls.printable(why)}). {OTHER}")
 
 
-class Web:
+class RangeClient:
     """Connections that are kept and shared by the threads of one process. Times in seconds."""
 
     def __init__(self, connections: int, connect_timeout: float, idle_timeout: float) -> None:
@@ -74,7 +74,7 @@ class Web:
         self._pool = _Guarded(num_pools=16, maxsize=connections)
         self._signed = functools.lru_cache(4096)(_sign)
 
-    def ask(self, place: str, start: int, length: int, stamp: Stamp | None = None) -> tuple[bytes, Stamp]:
+    def get_range(self, place: str, start: int, length: int, stamp: FileInfo | None = None) -> tuple[bytes, FileInfo]:
         """The range, shorter at the end of the file, and the stamp of the file it is from.
 
         Raises Passing where another try may do better, DataError where it will not: a file that is not there or not the stamped one.
@@ -88,19 +88,19 @@ class Web:
                 timeout=self._patience,
             )  # fmt: skip
             try:
-                found = self._judged(place, answer, start, stamp)
+                found = self._check_response(place, answer, start, stamp)
                 return self._body(answer, max(0, min(length, found.size - start))), found
             finally:
                 answer.close()  # by now a connection whose answer was read to its end is back among those that are kept
         except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise _meant(place, error) from None  # its own text may hold a signed address
+            raise _translate_error(place, error) from None  # its own text may hold a signed address
 
     def _address(self, place: str) -> str:
         return self._signed(place, int(time.time() // SIGNED_ANEW)) if place.startswith("s3://") else place
 
-    def _judged(self, place: str, answer: urllib3.BaseHTTPResponse, start: int, stamp: Stamp | None) -> Stamp:
+    def _check_response(self, place: str, answer: urllib3.BaseHTTPResponse, start: int, stamp: FileInfo | None) -> FileInfo:
         """The stamp of the file, if the answer is what was asked for."""
-        status, said, name = answer.status, answer.headers, urls.shown(place)
+        status, said, name = answer.status, answer.headers, urls.redact_url(place)
         if status in PASSING or status >= 500:
             raise TransientError(f"HTTP status {status}", _asked_pause(said))
         if status == 412:
@@ -116,8 +116,8 @@ class Web:
         if not (of := RANGE.fullmatch(given)):
             raise TransientError(f"a Content-Range of {given[:80]!r}")
         etag = STRONG.fullmatch(said.get("ETag", ""))
-        found = Stamp(int(of[2]), etag[1] if etag else "", said.get("Last-Modified", ""))
-        if stamp and (why := stamp.differs(found)):
+        found = FileInfo(int(of[2]), etag[1] if etag else "", said.get("Last-Modified", ""))
+        if stamp and (why := stamp.difference(found)):
             raise ChangedError(place, why)
         if status == 206 and of[1] != str(start):
             raise TransientError(f"another range than asked for, {given[:80]}")
@@ -150,20 +150,22 @@ def _sign(place: str, _when: int) -> str:
 def s3_trouble(place: str, error: Exception) -> Exception:
     """What an error of fsspec's s3 means: Passing, or DataError. Its own text may name keys, so only its kind is told."""
     kind = type(error).__name__
-    if s3.passing(error):
+    if s3.is_transient(error):
         return TransientError(f"s3 was not reached, {kind}")
     return DataError(
-        f"{urls.shown(place)} cannot be had from s3 ({kind}). Check the address, and {s3.CURE} What anybody may read has an https:// address."
+        f"{urls.redact_url(place)} cannot be had from s3 ({kind}). Check the address, and {s3.CURE} What anybody may read has an https:// address."
     )
 
 
-def _meant(place: str, error: Exception) -> Exception:
+def _translate_error(place: str, error: Exception) -> Exception:
     if isinstance(error, _Forbidden):
-        return DataError(f"{urls.shown(place)} leads to {error}, where clouds keep their machines' credentials; nothing is read there.")
+        return DataError(f"{urls.redact_url(place)} leads to {error}, where clouds keep their machines' credentials; nothing is read there.")
     if isinstance(error, urllib3.exceptions.LocationValueError):
-        return DataError(f"{urls.shown(place)} is no address that can be asked. Correct it.")
+        return DataError(f"{urls.redact_url(place)} is no address that can be asked. Correct it.")
     if isinstance(error, urllib3.exceptions.SSLError) and isinstance(error.args[0], ssl.SSLCertVerificationError):
-        return DataError(f"{urls.shown(place)} has a certificate that is not trusted. Check the address and the clock, or install its authority.")
+        return DataError(
+            f"{urls.redact_url(place)} has a certificate that is not trusted. Check the address and the clock, or install its authority."
+        )
     return TransientError(f"{next(words for kind, words in TROUBLES if isinstance(error, kind))}, {type(error).__name__}")
 
 

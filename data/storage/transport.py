@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, TypeVar
 
 from data.storage import http, urls
-from data.storage.http import ChangedError, Stamp, Web
+from data.storage.http import ChangedError, FileInfo, RangeClient
 from dev2pro import retry, s3
 from dev2pro.errors import DataError, SpaceError, TryAgainError
 from dev2pro.retry import LONGEST_PAUSE as LONGEST_PAUSE
@@ -43,63 +43,63 @@ class Transport:
 
     def __init__(self, config: ReadConfig) -> None:
         self.config = config
-        self._web = Web(2 * config.threads, config.connect_timeout, config.idle_timeout)
+        self._web = RangeClient(2 * config.threads, config.connect_timeout, config.idle_timeout)
         self._hands = ThreadPoolExecutor(2 * config.threads, "read")
 
-    def stamp(self, place: str) -> Stamp:
+    def info(self, place: str) -> FileInfo:
         """The state of a file now. Raises DataError where there is none."""
-        if urls.remote(place):
-            return self._tried(place, lambda: self._web.ask(place, 0, 1))[1]
-        found = self._tried(place, lambda: _state(place))
-        return Stamp(found.st_size, modified=str(found.st_mtime_ns))
+        if urls.is_remote(place):
+            return self._with_retries(place, lambda: self._web.get_range(place, 0, 1))[1]
+        found = self._with_retries(place, lambda: _state(place))
+        return FileInfo(found.st_size, modified=str(found.st_mtime_ns))
 
-    def read(self, place: str, start: int, length: int, stamp: Stamp | None = None) -> bytes:
+    def read(self, place: str, start: int, length: int, stamp: FileInfo | None = None) -> bytes:
         """Exactly `length` bytes from `start`, of the file that `stamp` describes.
 
         Raises DataError where the file is not there, not allowed or not that file; TryAgainError where it could not be had for long.
         """
         if length == 0:
             return b""
-        ask = self._hedged if urls.remote(place) else _local
-        found = self._tried(place, lambda: ask(place, start, length, stamp))
+        ask = self._hedged if urls.is_remote(place) else _local
+        found = self._with_retries(place, lambda: ask(place, start, length, stamp))
         if len(found) < length:
             raise ChangedError(place, f"it ends before byte {start + length}")
         return found
 
-    def whole(self, place: str, limit: int) -> bytes:
+    def read_all(self, place: str, limit: int) -> bytes:
         """A small file of up to `limit` bytes."""
-        stamp = self.stamp(place)
+        stamp = self.info(place)
         if stamp.size > limit:
-            raise DataError(f"{urls.shown(place)} has {stamp.size:,} bytes, more than the {limit:,} such a file may have.")
+            raise DataError(f"{urls.redact_url(place)} has {stamp.size:,} bytes, more than the {limit:,} such a file may have.")
         return self.read(place, 0, stamp.size, stamp)
 
     def write(self, place: str, content: bytes) -> None:
         """A small file, at once: a reader sees the old one or the new one."""
         once = _write_s3 if _writable(place) else _write_here
-        self._tried(place, lambda: once(place, content), "written")
+        self._with_retries(place, lambda: once(place, content), "written")
 
     def move(self, file: str, place: str) -> None:
         """A finished file of this machine to its place, at once."""
         once = _move_to_s3 if _writable(place) else _move_here
-        self._tried(place, lambda: once(file, place), "written")
+        self._with_retries(place, lambda: once(file, place), "written")
 
-    def _tried(self, place: str, once: Callable[[], T], done: str = "read") -> T:
+    def _with_retries(self, place: str, once: Callable[[], T], done: str = "read") -> T:
         """What `once` returns; failures that may pass are met with pauses and more tries."""
         try:
-            return retry.tried(once, self.config.retries)
+            return retry.with_retries(once, self.config.retries)
         except TransientError as error:
             last = error
         raise TryAgainError(
-            f"{urls.shown(place)} could not be {done} in {self.config.retries + 1} tries (the last: {urls.printable(str(last))}). "
+            f"{urls.redact_url(place)} could not be {done} in {self.config.retries + 1} tries (the last: {urls.printable(str(last))}). "
             "Nothing was skipped: the same command goes on from the last checkpoint once the place answers again."
         )
 
-    def _hedged(self, place: str, start: int, length: int, stamp: Stamp | None) -> bytes:
+    def _hedged(self, place: str, start: int, length: int, stamp: FileInfo | None) -> bytes:
         """One read and, when it takes long, a second one beside it: the first good answer wins."""
-        asked = {self._hands.submit(self._web.ask, place, start, length, stamp)}
+        asked = {self._hands.submit(self._web.get_range, place, start, length, stamp)}
         done, _ = wait(asked, timeout=self.config.hedge + length / STEADY)
         if not done:
-            asked.add(self._hands.submit(self._web.ask, place, start, length, stamp))
+            asked.add(self._hands.submit(self._web.get_range, place, start, length, stamp))
         while asked:
             done, asked = wait(asked, return_when=FIRST_COMPLETED)
             last = min(done, key=lambda one: one.exception() is not None)
@@ -110,9 +110,9 @@ class Transport:
 
 def _writable(place: str) -> bool:
     """Whether a place is in s3; raises DataError for http."""
-    if urls.remote(place) and not place.startswith("s3://"):
-        raise DataError(f"{urls.shown(place)} cannot be written: http is for reading. Choose a folder on this machine, or s3.")
-    return urls.remote(place)
+    if urls.is_remote(place) and not place.startswith("s3://"):
+        raise DataError(f"{urls.redact_url(place)} cannot be written: http is for reading. Choose a folder on this machine, or s3.")
+    return urls.is_remote(place)
 
 
 def _write_s3(place: str, content: bytes) -> None:
@@ -138,25 +138,25 @@ def _move_here(file: str, place: str) -> None:
         except OSError as error:
             if error.errno != errno.EXDEV:  # the place is on another disk
                 raise
-            with open(file, "rb") as source, _whole(place) as target:
+            with open(file, "rb") as source, _atomic_file(place) as target:
                 shutil.copyfileobj(source, target, 1 << 20)
             os.unlink(file)
 
 
 def _write_here(place: str, content: bytes) -> None:
     with _explained(place):
-        write_local(place, content)
+        write_atomic(place, content)
 
 
-def write_local(place: str, content: bytes) -> None:
+def write_atomic(place: str, content: bytes) -> None:
     """Writes beside and renames, so that a file with this name is always whole."""
     os.makedirs(os.path.dirname(place) or ".", exist_ok=True)
-    with _whole(place) as file:
+    with _atomic_file(place) as file:
         file.write(content)
 
 
 @contextmanager
-def _whole(place: str) -> Iterator[BinaryIO]:
+def _atomic_file(place: str) -> Iterator[BinaryIO]:
     """A file to be written, which takes its place at the end of the block, or is gone where that fails."""
     partial = f"{place}.{os.getpid()}-{threading.get_ident()}.partial"
     try:
@@ -188,7 +188,7 @@ class _File:
 _opened = functools.lru_cache(256)(_File)
 
 
-def _local(place: str, start: int, length: int, _stamp: Stamp | None) -> bytes:
+def _local(place: str, start: int, length: int, _stamp: FileInfo | None) -> bytes:
     state, parts = _state(place), list[bytes]()
     with _explained(place):
         file = _opened(place, state.st_ino)
@@ -202,14 +202,14 @@ def _state(place: str) -> os.stat_result:
     with _explained(place):
         found = os.stat(place)
     if not stat.S_ISREG(found.st_mode):
-        raise DataError(f"{urls.shown(place)} is a {'folder' if stat.S_ISDIR(found.st_mode) else 'device or pipe'}, where a file was expected.")
+        raise DataError(f"{urls.redact_url(place)} is a {'folder' if stat.S_ISDIR(found.st_mode) else 'device or pipe'}, where a file was expected.")
     return found
 
 
 @contextmanager
 def _explained(place: str) -> Iterator[None]:
     """Turns the errors of a place that is not there or not allowed into DataErrors, of a full disk into SpaceErrors, other ones into Passing."""
-    name = urls.shown(place)
+    name = urls.redact_url(place)
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:

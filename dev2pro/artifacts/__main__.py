@@ -22,7 +22,7 @@ from dev2pro.artifacts.lineage import Parent
 from dev2pro.artifacts.record import Artifact
 from dev2pro.errors import INTERRUPTED, ConfigError, DataError, SpaceError, StageError
 from dev2pro.escape import lines, printable
-from dev2pro.s3 import shown
+from dev2pro.s3 import redact_url
 
 SHORT = 12  # digits of an id that are shown
 DEEPEST = 20_000  # calls: a recurring recovery has a generation every day; with 100,000 a deeply nested record of others ends the process
@@ -48,7 +48,7 @@ def main() -> NoReturn:
     except OSError as error:
         full = errors.out_of_space(error)
         cure = "Make room" if full else "Mend that, or choose another place"
-        where = shown(str(error.filename or "a file"))
+        where = redact_url(str(error.filename or "a file"))
         code = _fail(f"{where}: {error.strerror or error}. {cure}, and run the same command again.", (SpaceError if full else ConfigError).exit_code)
     except Exception:
         print(lines(traceback.format_exc()), file=sys.stderr, end="", flush=True)
@@ -104,8 +104,8 @@ def _opened(path: str) -> Artifact:
     """The artifact in a folder or, without its files, in a store."""
     if not record.STORED.fullmatch(path):
         return record.read(path)
-    if (made := store.look(path.rstrip("/"))) is None:
-        raise ConfigError(f"{shown(path)} is no finished artifact: {record.RECORD} is missing. Correct the address.")
+    if (made := store.read_record(path.rstrip("/"))) is None:
+        raise ConfigError(f"{redact_url(path)} is no finished artifact: {record.RECORD} is missing. Correct the address.")
     return made
 
 
@@ -129,7 +129,7 @@ def verify_command(options: argparse.Namespace) -> int:
 def _verify(made: Artifact, why: str) -> tuple[int, list[Parent]]:
     """(problems, parents). `why` an ancestor is looked at, too."""
     pruned = record.pruned(made.uri) if why else frozenset()
-    problems = list(verify.faults(made, without=pruned))
+    problems = list(verify.find_problems(made, without=pruned))
     parents = list(lineage.parents(made))
     for parent in parents:
         if parent.state == lineage.CHANGED:
@@ -140,7 +140,7 @@ def _verify(made: Artifact, why: str) -> tuple[int, list[Parent]]:
             _say(f"{made.uri}: its {parent.role}, {parent.uri}, is {parent.state}, and was not looked at.")
     for problem in problems:
         _say(problem)
-    strangers = verify.strangers(made)
+    strangers = verify.untracked_files(made)
     if strangers:
         _say(f"{made.uri}: {len(strangers)} files are there that are no part of it ({', '.join(strangers[:5])}).")
     if not problems:
@@ -157,13 +157,13 @@ def show(options: argparse.Namespace) -> int:
     """The record for people."""
     made = _opened(options.path)
     facts = {
-        "kind": made.kind, "stage": made.stage, "id": made.id, "where": shown(made.uri), "created": made.created, "steps": made.step,
+        "kind": made.kind, "stage": made.stage, "id": made.id, "where": redact_url(made.uri), "created": made.created, "steps": made.step,
         "git revision": made.git_revision, "command": f"python -m stages.{made.stage} {shlex.join(made.command)}",
         "packages": ", ".join(f"{name} {version}" for name, version in made.packages.items()),
     }  # fmt: skip
     for name, value in facts.items():
         _say(f"{name:<14}{value}")
-    _part("made from", [f"{p['role']:<14}{p['id'][:SHORT]}  {shown(p['uri'])}" for p in made.parents])
+    _part("made from", [f"{p['role']:<14}{p['id'][:SHORT]}  {redact_url(p['uri'])}" for p in made.parents])
     _part("how to use it", _yaml(made.inference))
     _part("configuration", _yaml(made.config))
     _part("metrics", _yaml(_of_interest(made.metrics)))
@@ -212,7 +212,7 @@ def _size(bytes_: int) -> str:
 def tree(options: argparse.Namespace) -> int:
     """Drawn with rich; without colours where nobody looks."""
     made = _opened(options.path)
-    root = Tree(_label((f"{made.kind} {made.id[:SHORT]}", "bold"), (f"  {shown(made.uri)}", "")))
+    root = Tree(_label((f"{made.kind} {made.id[:SHORT]}", "bold"), (f"  {redact_url(made.uri)}", "")))
     usual = sys.getrecursionlimit()
     sys.setrecursionlimit(DEEPEST)
     try:
@@ -229,15 +229,15 @@ def tree(options: argparse.Namespace) -> int:
 def _grow(node: Tree, made: Artifact, drawn: set[str]) -> None:
     """A parent that was drawn before is named and not drawn again, and so a circle has an end."""
     for path, state in lineage.watched(made):
-        node.add(_label(("watched  ", ""), (state, STYLES[state]), (f"  {shown(path)}", "")))
+        node.add(_label(("watched  ", ""), (state, STYLES[state]), (f"  {redact_url(path)}", "")))
     for parent in lineage.parents(made):
         kind = f"{parent.made.kind} " if parent.made else ""
-        moved = f" (was {shown(parent.uri)})" if parent.place != parent.uri else ""
+        moved = f" (was {redact_url(parent.uri)})" if parent.place != parent.uri else ""
         id = parent.id[:SHORT] if record.HASH.fullmatch(parent.id) else ""
         again = parent.made is not None and parent.id in drawn
         label = _label(
             (f"{parent.role}  ", ""), (f"{kind}{id}".strip(), "bold"), ("  " if id else "", ""), (parent.state, STYLES[parent.state]),
-            (f"  {shown(parent.place)}{moved}{'  (see above)' if again else ''}", ""),
+            (f"  {redact_url(parent.place)}{moved}{'  (see above)' if again else ''}", ""),
         )  # fmt: skip
         branch = node.add(label)
         if parent.made and not again:
@@ -274,20 +274,20 @@ def prune(options: argparse.Namespace) -> int:
     for path in options.paths:
         made = record.read(path)
         freed, why = (0, "an unfinished run was given it") if needed(made) else gc.prune(made)
-        _say(f"{shown(made.uri)}: {f'left as it is: {why}' if why else f'{_size(freed)} removed; its record stays'}")
+        _say(f"{redact_url(made.uri)}: {f'left as it is: {why}' if why else f'{_size(freed)} removed; its record stays'}")
     return 0
 
 
 def gc_command(options: argparse.Namespace) -> int:
     """A line for each artifact that may go."""
-    found = gc.find(options.folders, options.keep)
+    found = gc.plan_gc(options.folders, options.keep)
     for note in dict.fromkeys(found.notes):
         _say(f"note: {note}")
     freed, word = 0, "removed" if options.delete else "unneeded"
     for made in found.unneeded:
         freed += (size := gc.bytes_of(made))
         left = gc.remove(made) if options.delete else []
-        _say(f"{word:<9} {made.id[:SHORT]}  {made.kind:<12} {_size(size):>9}  {shown(made.uri)}")
+        _say(f"{word:<9} {made.id[:SHORT]}  {made.kind:<12} {_size(size):>9}  {redact_url(made.uri)}")
         if left:
             _say(f"          still there, as no part of it: {', '.join(left[:3])}{f' and {len(left) - 3} more' if len(left) > 3 else ''}")
     _say(f"{len(found.unneeded)} {word}, {_size(freed)}; {len(found.kept)} kept, or needed by what is kept")

@@ -19,7 +19,7 @@ WEIGHTS = ".safetensors"
 
 
 @dataclass
-class Finding:
+class GcPlan:
     """What may go, what stays, and what had to be guessed."""
 
     unneeded: list[Artifact] = field(default_factory=list)
@@ -29,10 +29,10 @@ class Finding:
 
 def artifacts(place: str) -> list[Artifact]:
     """Every finished artifact in a folder and below it, or in a store in s3. Raises ConfigError where there is no such place."""
-    where = backends.place(place)
+    where = backends.parse_url(place)
     if where.startswith("s3://"):
         if record.STORED.fullmatch(where):
-            return [made] if (made := store.look(where.rstrip("/"))) else []
+            return [made] if (made := store.read_record(where.rstrip("/"))) else []
         return list(store.listed(where))
     if not Path(where).is_dir():
         raise ConfigError(f"{place} is no folder. Correct the path.")
@@ -46,7 +46,7 @@ def _readable(folder: str) -> Artifact | None:
         return None
 
 
-def find(folders: list[str], keep: list[str]) -> Finding:
+def plan_gc(folders: list[str], keep: list[str]) -> GcPlan:
     """What lies in `folders` and is neither kept, nor an ancestor of what is kept, nor in use.
 
     Raises ConfigError for a place to keep that holds no artifact, TryAgainError where a parent's store is not reached: it may have parents here.
@@ -69,10 +69,10 @@ def needed(folders: list[str]) -> Callable[[Artifact], bool]:
     return lambda made: made.id in begun or any(_at_or_below(one, made) for one in begun)
 
 
-def _reached(candidates: list[Artifact], wanted: list[Artifact]) -> Finding:
+def _reached(candidates: list[Artifact], wanted: list[Artifact]) -> GcPlan:
     """Goes up from what is wanted, by id, and by place where a record names a file in an artifact's folder or another artifact lies in it."""
     known = {made.id: made for made in [*candidates, *wanted]}
-    found, ids, seen = Finding(), set[str](), set[str]()
+    found, ids, seen = GcPlan(), set[str](), set[str]()
     todo = list(wanted)
     while todo:
         made = todo.pop()
@@ -121,9 +121,9 @@ _realpath = functools.lru_cache(None)(os.path.realpath)
 
 def _unfinished(place: str) -> Iterator[str]:
     """The ids and the places that runs name which were begun."""
-    if backends.place(place).startswith("s3://"):
+    if backends.parse_url(place).startswith("s3://"):
         return
-    for folder, _, files in os.walk(backends.place(place)):
+    for folder, _, files in os.walk(backends.parse_url(place)):
         if CONFIG in files and RECORD not in files and (run := _claim(Path(folder))):
             yield from _words([run["config"], run["parents"]])
 
@@ -158,7 +158,7 @@ def bytes_of(made: Artifact) -> int:
 def remove(made: Artifact) -> list[str]:
     """Takes the record away, then the files it names and what comes and goes beside them. Returns what it left: files that were never part of it."""
     if "://" in made.uri:
-        away = backends.at(made.uri)
+        away = backends.open_backend(made.uri)
         for name in (RECORD, *(one["path"] for one in made.files)):
             away.drop(name)
         return []
@@ -191,7 +191,7 @@ def prune(made: Artifact) -> tuple[int, str]:
         record.write_json(folder / record.PRUNED, {"files": weights, "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
         for file in gone:
             file.unlink(missing_ok=True)
-        record.sweep(folder, keep=0)
+        record.remove_temporary(folder, keep=0)
     return size, ""
 
 

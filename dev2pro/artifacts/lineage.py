@@ -60,7 +60,7 @@ def _stored(place: str, id: str) -> tuple[str, Artifact | None]:
     if not record.HASH.fullmatch(place.rstrip("/").rpartition("/")[2]):
         return GONE, None
     try:
-        there = store.look(place)
+        there = store.read_record(place)
     except TryAgainError:
         return AWAY, None
     except (ConfigError, DataError):
@@ -70,7 +70,7 @@ def _stored(place: str, id: str) -> tuple[str, Artifact | None]:
 
 def _origin(path: str) -> Artifact | None:
     try:
-        return record.origin(path)
+        return record.read_if_artifact(path)
     except ConfigError:
         return None
 

@@ -99,7 +99,7 @@ def identity(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(values))
 
 
-def identify(kind: str, stage: str, config_digest: str, parents: list[dict[str, str]], files: list[dict[str, Any]]) -> str:
+def compute_id(kind: str, stage: str, config_digest: str, parents: list[dict[str, str]], files: list[dict[str, Any]]) -> str:
     """The id of an artifact: what it was made from and how, and the contents of its files."""
     content = [f for f in files if not UNIDENTIFYING.match(f["path"])]
     return digest([kind, stage, config_digest, [p["id"] for p in parents], content])
@@ -122,14 +122,14 @@ def write(
     `watched`: local files and folders whose change means that the stage must look again (see `stands`).
     """
     folder = Path(out)
-    sweep(folder)  # before the record: a folder that has one is at rest
+    remove_temporary(folder)  # before the record: a folder that has one is at rest
     files = [entry(folder, f) for f in sorted(folder.rglob("*")) if f.is_file() and proper(str(f.relative_to(folder)))]
     asked = identity(config)
     lineage = [{"role": role, "uri": uri, "id": known} for role, (uri, known) in known(parents).items()]
     record = Artifact(
         kind=kind,
         stage=stage,
-        id=identify(kind, stage, digest(asked), lineage, files),
+        id=compute_id(kind, stage, digest(asked), lineage, files),
         config=asked,
         config_digest=digest(asked),
         parents=lineage,
@@ -150,7 +150,7 @@ def write(
     return dataclasses.replace(record, uri=out)
 
 
-def sweep(folder: Path, keep: int = 1) -> None:
+def remove_temporary(folder: Path, keep: int = 1) -> None:
     """Removes what a finished run needs no more: all but `keep` checkpoints, the last one for more steps to go on from, and what killed ones left."""
     there = sorted((int(name[1]), place) for place in folder.iterdir() if (name := CHECKPOINT.fullmatch(place.name)))
     for _, place in there[: len(there) - keep]:
@@ -161,7 +161,7 @@ def sweep(folder: Path, keep: int = 1) -> None:
         shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
-def retract(out: str) -> None:
+def invalidate(out: str) -> None:
     """What is in the folder is no artifact any more, until `write`: before files of a finished one are written over."""
     for name in (RECORD, PRUNED):
         (Path(out) / name).unlink(missing_ok=True)
@@ -173,12 +173,12 @@ def pruned(path: str) -> frozenset[str]:
     return frozenset(map(str, read_json(note).get("files", ()))) if note.is_file() else frozenset()
 
 
-def publish(place: Any, out: str, stage: str, kind: str, config: Any, parents: Parents, **what: Any) -> Artifact:
+def publish(accelerator: Any, out: str, stage: str, kind: str, config: Any, parents: Parents, **what: Any) -> Artifact:
     """`write` on the main process, once every rank is there; every rank gets the record. `place` is accelerate's."""
-    place.wait_for_everyone()
-    if place.is_main_process:
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
         write(out, stage, kind, config, parents, **what)
-    place.wait_for_everyone()
+    accelerator.wait_for_everyone()
     return read(out)
 
 
@@ -245,7 +245,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def origin(path: str) -> Artifact | None:
+def read_if_artifact(path: str) -> Artifact | None:
     """The artifact in a folder, or None where the folder, file or hub id is no artifact of ours."""
     return read(path) if (Path(path) / RECORD).is_file() else None
 

@@ -18,13 +18,13 @@ PATIENCE = 5.0  # seconds to wait for a folder that is in use
 ELSEWHERE = ("ledger", "publish")  # keys of what a stage does besides its artifact: only it knows whether that is done
 
 
-def begun(out: str) -> bool:
+def has_output(out: str) -> bool:
     """Whether a run has made something in `out`; if not, whoever comes next may have the folder."""
     folder = Path(out)
     return folder.is_dir() and any(f.name not in STARTED and f.suffix != ".partial" for f in folder.iterdir())
 
 
-def begin(out: str, stage: str, config: Any, parents: record.Parents) -> Artifact | None:
+def acquire(out: str, stage: str, config: Any, parents: record.Parents) -> Artifact | None:
     """Claims the folder `out` for one configuration, and on the first rank holds it until `release` or the end of the process.
 
     Returns the finished artifact if this configuration with these parents already made it and its files are whole; None when
@@ -35,7 +35,7 @@ def begin(out: str, stage: str, config: Any, parents: record.Parents) -> Artifac
     claim = {"stage": stage, "config": record.identity(config), "parents": {role: known for role, (_, known) in record.known(parents).items()}}
     folder.mkdir(parents=True, exist_ok=True)
     _hold(folder)
-    if not begun(out):
+    if not has_output(out):
         if not (folder / record.CONFIG).exists() or record.read_json(folder / record.CONFIG) != claim:  # other ranks find it written
             record.write_json(folder / record.CONFIG, claim)
         return None
@@ -129,16 +129,16 @@ def _differences(there: dict, here: dict) -> list[tuple[str, Any, Any]]:
 
 
 def _finished(folder: Path) -> Artifact | None:
-    found = record.origin(str(folder))
-    return found if found and not any(verify.faults(found)) else None
+    found = record.read_if_artifact(str(folder))
+    return found if found and not any(verify.find_problems(found)) else None
 
 
-def stands(out: str, command: list[str]) -> Artifact | None:
+def up_to_date(out: str, command: list[str]) -> Artifact | None:
     """The finished artifact in `out` if this very command made it, from conf/ and parents that are still the same, and it is whole.
 
     What lets a flow skip a stage without starting a process. None means: start the stage, it knows.
     """
-    made = record.origin(out)
+    made = record.read_if_artifact(out)
     if made is None or (made.command, made.conf) != (command, record.conf_digest()):
         return None
     if any(word.partition("=")[0] in ELSEWHERE for word in command):

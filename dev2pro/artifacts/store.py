@@ -13,11 +13,11 @@ from filelock import FileLock, Timeout
 
 from dev2pro import s3
 from dev2pro.artifacts import backends, record, verify
-from dev2pro.artifacts.backends import Shelf, Told
+from dev2pro.artifacts.backends import Backend, ProgressCallback
 from dev2pro.artifacts.record import RECORD, Artifact
 from dev2pro.errors import ConfigError, DataError, SpaceError
 from dev2pro.log import Progress
-from dev2pro.s3 import shown
+from dev2pro.s3 import redact_url
 
 CACHE = "runs/cache/artifacts"
 MB = 1_000_000
@@ -26,7 +26,7 @@ LONG = 100  # MB from which on progress is told
 
 def resolve(path: str) -> str:
     """A path on this machine: an artifact in s3 is pulled, anything else is returned as it is. Raises ConfigError for other addresses."""
-    where = backends.place(path)
+    where = backends.parse_url(path)
     return pull(where) if where.startswith("s3://") else where
 
 
@@ -39,8 +39,8 @@ def push(out: str, store: str) -> str:
     known = _states(made)
     with _progress("check", made) as told:
         verify.check(made, told)
-    address = f"{backends.place(store).rstrip('/')}/{made.id}"
-    target = backends.at(address)
+    address = f"{backends.parse_url(store).rstrip('/')}/{made.id}"
+    target = backends.open_backend(address)
     with _alone(address):
         if _published(target, address):
             return address
@@ -52,13 +52,13 @@ def push(out: str, store: str) -> str:
     return address
 
 
-def _published(target: Shelf, address: str) -> bool:
+def _published(target: Backend, address: str) -> bool:
     """Whether the artifact is there, whole. A record that promises more than is there is taken away before anything else is done."""
     try:
-        there = look(address)
+        there = read_record(address)
         if there is None:
             return False
-        if not verify.forged(there) and all(target.holds(one) for one in there.files):
+        if not verify.record_mismatch(there) and all(target.holds(one) for one in there.files):
             return True
     except DataError:
         pass
@@ -66,7 +66,7 @@ def _published(target: Shelf, address: str) -> bool:
     return False
 
 
-def _send(made: Artifact, target: Shelf, told: Told) -> None:
+def _send(made: Artifact, target: Backend, told: ProgressCallback) -> None:
     for before, one in _with_bytes_before(made):
         if not target.holds(one):
             target.put(Path(made.uri) / one["path"], one, _from(before, told))
@@ -80,7 +80,7 @@ def _with_bytes_before(made: Artifact) -> Iterator[tuple[int, dict[str, Any]]]:
         before += one["bytes"]
 
 
-def _from(before: int, told: Told) -> Told:
+def _from(before: int, told: ProgressCallback) -> ProgressCallback:
     return lambda done: told(before + done)
 
 
@@ -92,9 +92,9 @@ def _states(made: Artifact) -> list[Any]:
 # ---- look and pull ------------------------------------------------------------------------------------------------------------------
 
 
-def look(address: str) -> Artifact | None:
+def read_record(address: str) -> Artifact | None:
     """What the record at an address says, or None where there is none. Raises DataError for a damaged one."""
-    text, path = backends.at(address).text(RECORD), shown(f"{address}/{RECORD}")
+    text, path = backends.open_backend(address).text(RECORD), redact_url(f"{address}/{RECORD}")
     if text is None:
         return None
     try:
@@ -110,10 +110,10 @@ def look(address: str) -> Artifact | None:
 
 def listed(store: str) -> Iterator[Artifact]:
     """The finished artifacts in a store in s3; what is damaged or half pushed is none."""
-    names = backends.asked(store, lambda: s3.client().ls(store, detail=False, refresh=True), "listed")
+    names = backends.call_s3(store, lambda: s3.client().ls(store, detail=False, refresh=True), "listed")
     for name in sorted(names):
         try:
-            if record.HASH.fullmatch(name.rpartition("/")[2]) and (made := look(f"s3://{name}")):
+            if record.HASH.fullmatch(name.rpartition("/")[2]) and (made := read_record(f"s3://{name}")):
                 yield made
         except DataError:
             continue
@@ -121,10 +121,10 @@ def listed(store: str) -> Iterator[Artifact]:
 
 def pull(address: str, cache: str = CACHE) -> str:
     """A folder of this machine with the artifact of an address: fetched beside, verified, renamed. At once where it was pulled before."""
-    where = backends.place(address).rstrip("/")
+    where = backends.parse_url(address).rstrip("/")
     id = where.rpartition("/")[2]
     if not record.HASH.fullmatch(id):
-        raise ConfigError(f"{shown(where)} names no artifact in a store: such an address ends with an id, 64 digits, as push prints it.")
+        raise ConfigError(f"{redact_url(where)} names no artifact in a store: such an address ends with an id, 64 digits, as push prints it.")
     folder = Path(cache) / id
     if not _there(folder):
         with _alone(str(folder)):
@@ -136,19 +136,19 @@ def pull(address: str, cache: str = CACHE) -> str:
 def _there(folder: Path) -> bool:
     """Whether an artifact lies in the cache, as far as names and sizes tell: it was verified when it came."""
     try:
-        made = record.origin(str(folder))
+        made = record.read_if_artifact(str(folder))
         return made is not None and made.id == folder.name and all((folder / f["path"]).stat().st_size == f["bytes"] for f in made.files)
     except (ConfigError, OSError):
         return False
 
 
 def _fetch(where: str, folder: Path) -> None:
-    made = look(where)
+    made = read_record(where)
     if made is None:
-        raise ConfigError(f"{shown(where)} is no finished artifact: {RECORD} is missing. Correct the address, or push the artifact there.")
-    if why := verify.forged(made) or (f"it is that of {made.id[:12]}" if made.id != folder.name else ""):
-        raise DataError(f"{shown(where)}/{RECORD}: {why}. The record was changed or damaged: do not use it, and ask who pushed it.")
-    partial, source = folder.with_name(f"{folder.name}.partial"), backends.at(where)
+        raise ConfigError(f"{redact_url(where)} is no finished artifact: {RECORD} is missing. Correct the address, or push the artifact there.")
+    if why := verify.record_mismatch(made) or (f"it is that of {made.id[:12]}" if made.id != folder.name else ""):
+        raise DataError(f"{redact_url(where)}/{RECORD}: {why}. The record was changed or damaged: do not use it, and ask who pushed it.")
+    partial, source = folder.with_name(f"{folder.name}.partial"), backends.open_backend(where)
     with backends.on_disk(str(partial)):
         partial.mkdir(exist_ok=True)
         _room(made, partial)
@@ -170,9 +170,9 @@ def _room(made: Artifact, partial: Path) -> None:
         raise SpaceError(f"{made.id[:12]} needs {need / 1e9:.3g} GB more in {partial.parent}, and {free / 1e9:.3g} GB are free. Make room there.")
 
 
-def _fetch_file(source: Shelf, one: dict[str, Any], folder: Path, told: Told) -> None:
+def _fetch_file(source: Backend, one: dict[str, Any], folder: Path, told: ProgressCallback) -> None:
     """A file that is there and right stays; one that was begun is gone on with, and where that comes out wrong, fetched anew."""
-    if not verify.fault(folder, one):
+    if not verify.file_problem(folder, one):
         return
     target = folder / one["path"]
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -183,12 +183,12 @@ def _fetch_file(source: Shelf, one: dict[str, Any], folder: Path, told: Told) ->
             return
         partial.unlink()
     raise DataError(
-        f"{shown(source.place)}/{one['path']} has other contents than the record says (another SHA-256), and was thrown away. The store is damaged: "
+        f"{redact_url(source.url)}/{one['path']} has other contents than the record says (another SHA-256), and was thrown away. The store is damaged: "
         "remove that file there and push the artifact again, or make it again."
     )
 
 
-def _filled(source: Shelf, one: dict[str, Any], partial: Path, told: Told) -> str:
+def _filled(source: Backend, one: dict[str, Any], partial: Path, told: ProgressCallback) -> str:
     """Brings the rest of a file; the SHA-256 of all of it."""
     found, done = hashlib.sha256(), 0
     with partial.open("a+b") as file:
@@ -228,7 +228,7 @@ def _alone(path: str) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            print(f"waiting for another process that works on {shown(str(path))}", file=sys.stderr, flush=True)
+            print(f"waiting for another process that works on {redact_url(str(path))}", file=sys.stderr, flush=True)
             lock.acquire()
     try:
         yield
@@ -237,7 +237,7 @@ def _alone(path: str) -> Iterator[None]:
 
 
 @contextmanager
-def _progress(what: str, made: Artifact) -> Iterator[Told]:
+def _progress(what: str, made: Artifact) -> Iterator[ProgressCallback]:
     """A line for what takes long: megabytes done, and in all."""
     total = sum(one["bytes"] for one in made.files) // MB
     if total < LONG:

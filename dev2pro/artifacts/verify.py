@@ -11,31 +11,31 @@ from dev2pro.errors import DataError
 CURE = "Bring the old file back, pull the artifact again, or make it again."
 
 
-def forged(made: Artifact) -> str:
+def record_mismatch(made: Artifact) -> str:
     """How a record contradicts itself, or nothing: its id is computed from its own contents."""
     if record.digest(made.config) != made.config_digest:
         return "its configuration is not the one it was written with"
-    if (found := record.identify(made.kind, made.stage, made.config_digest, made.parents, made.files)) != made.id:
+    if (found := record.compute_id(made.kind, made.stage, made.config_digest, made.parents, made.files)) != made.id:
         return f"its contents give the id {found[:12]}, not {made.id[:12]}"
     return ""
 
 
-def faults(made: Artifact, told: Callable[[int], None] = lambda _bytes: None, without: Collection[str] = ()) -> Iterator[str]:
+def find_problems(made: Artifact, on_progress: Callable[[int], None] = lambda _bytes: None, without: Collection[str] = ()) -> Iterator[str]:
     """What is not as the record says, a sentence for each with its cure. `told` hears how many bytes are looked through.
 
     Files `without` which it may be are only wrong if they are there.
     """
-    if why := forged(made):
+    if why := record_mismatch(made):
         yield f"{Path(made.uri) / record.RECORD}: {why}. The record was changed or damaged; bring the old one back, or make the artifact again."
     done = 0
     for one in made.files:
         there = (Path(made.uri) / one["path"]).exists()
-        if (there or one["path"] not in without) and (why := fault(Path(made.uri), one)):
+        if (there or one["path"] not in without) and (why := file_problem(Path(made.uri), one)):
             yield f"{Path(made.uri) / one['path']}: {why}. {CURE}"
-        told(done := done + one["bytes"])
+        on_progress(done := done + one["bytes"])
 
 
-def fault(folder: Path, one: dict[str, Any]) -> str:
+def file_problem(folder: Path, one: dict[str, Any]) -> str:
     """What is wrong with a file of a record, or nothing."""
     file = folder / one["path"]
     if not file.is_file():
@@ -56,11 +56,11 @@ def leads_inside(folder: Path, file: Path) -> bool:
 
 def check(made: Artifact, told: Callable[[int], None] = lambda _bytes: None) -> None:
     """Raises DataError for an artifact that is not whole."""
-    if wrong := list(faults(made, told)):
+    if wrong := list(find_problems(made, told)):
         raise DataError(wrong[0] + (f" {len(wrong) - 1} more of its files are not as they were." if len(wrong) > 1 else ""))
 
 
-def strangers(made: Artifact) -> list[str]:
+def untracked_files(made: Artifact) -> list[str]:
     """Files in an artifact's folder that its record does not name, without what comes and goes there, and without artifacts that lie in it."""
     folder, known = Path(made.uri), {one["path"] for one in made.files}
     nested = {path.parent for path in folder.rglob(record.RECORD)} - {folder}

@@ -23,7 +23,7 @@ class Cell:
     cfg_scale: float
     values: dict[str, Tensor]
     kid: float
-    shown: list[list[Image.Image]] = field(default_factory=list)
+    images: list[list[Image.Image]] = field(default_factory=list)
 
 
 def compare(cells: list[Cell], kinds: dict[str, str], draws: int, seed: int) -> dict[str, Any]:

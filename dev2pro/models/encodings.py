@@ -9,13 +9,13 @@ from torch import Tensor
 
 from dev2pro import draws
 from dev2pro.models import flow_matching
-from dev2pro.models.flux1 import Conditioning, Encoders, ModelConfig, condition
+from dev2pro.models.flux1 import Conditioning, Encoders, ModelConfig, build_conditioning
 
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedBatch:
     """Samples of one size: latent means and deviations (B, S, C) float32, prompts (B, L, D), pooled prompts (B, P).
 
     `grid`: tokens down and across, S in all. `captions`: what the prompts say in words, where somebody is to read it.
@@ -32,13 +32,13 @@ class Encoded:
         return len(self.mean)
 
 
-def joined(batches: Sequence[Encoded]) -> Encoded:
+def joined(batches: Sequence[EncodedBatch]) -> EncodedBatch:
     """Batches of one size as one."""
     mean, std, prompt, pooled = (torch.cat([getattr(one, name) for one in batches]) for name in ("mean", "std", "prompt", "pooled"))
-    return Encoded(mean, std, prompt, pooled, batches[0].grid, tuple(caption for one in batches for caption in one.captions))
+    return EncodedBatch(mean, std, prompt, pooled, batches[0].grid, tuple(caption for one in batches for caption in one.captions))
 
 
-class Texts:
+class PromptEncoder:
     """Captions as the text encoders see them. Each is encoded once, and alone: what is encoded beside it would change its last bits.
 
     Up to `limit` bytes are kept, the longest unused going first. `empty`: the prompt (L, D) and pooled prompt (P) of no caption.
@@ -53,12 +53,12 @@ class Texts:
         prompt, pooled = self._one("")
         self.empty = prompt.to(self.device), pooled.to(self.device)
 
-    def ahead(self, captions: Iterable[str]) -> None:
+    def precompute(self, captions: Iterable[str]) -> None:
         """Encodes what will be asked for, and lets go of the encoders."""
         for caption in captions:
             self._one(caption)
         assert self._encoders is not None
-        self._encoders.forget(*TEXT_PARTS)
+        self._encoders.free(*TEXT_PARTS)
         self._encoders = None
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -79,14 +79,14 @@ class Texts:
 
 
 @dataclass(frozen=True)
-class Noised:
+class NoisedBatch:
     """One micro-batch ready for the transformer: x_t, noise and x_0 (B, S, C), t (B,), and what is said about them."""
 
     x_t: Tensor
     x0: Tensor
     noise: Tensor
     t: Tensor
-    said: Conditioning
+    conditioning: Conditioning
 
     @property
     def velocity(self) -> Tensor:
@@ -94,7 +94,9 @@ class Noised:
         return flow_matching.velocity(self.x0, self.noise)
 
 
-def noised(batch: Encoded, empty: tuple[Tensor, Tensor], scheduler: dict, dropout: float, seed: int, step: int, slots: Sequence[int]) -> Noised:
+def noise_batch(
+    batch: EncodedBatch, empty: tuple[Tensor, Tensor], scheduler: dict, dropout: float, seed: int, step: int, slots: Sequence[int]
+) -> NoisedBatch:
     """Draws everything random about the slots of one step: posterior, noise, logit-normal shifted time, caption dropout.
 
     `empty`: what is said in the place of a dropped caption; `scheduler`: the settings that hold the resolution shift.
@@ -105,5 +107,5 @@ def noised(batch: Encoded, empty: tuple[Tensor, Tensor], scheduler: dict, dropou
     t = flow_matching.training_timesteps(draws.normal(seed, "time", step, slots), flow_matching.shift_mu(shape[0], scheduler)).to(x0)
     keep = (draws.uniform(seed, "caption dropout", step, slots) >= dropout).to(x0.device)
     prompt = torch.where(keep[:, None, None], batch.prompt, empty[0])
-    said = condition(prompt, torch.where(keep[:, None], batch.pooled, empty[1]), batch.grid)
-    return Noised(flow_matching.interpolate(x0, noise, t), x0, noise, t, said)
+    conditioning = build_conditioning(prompt, torch.where(keep[:, None], batch.pooled, empty[1]), batch.grid)
+    return NoisedBatch(flow_matching.interpolate(x0, noise, t), x0, noise, t, conditioning)

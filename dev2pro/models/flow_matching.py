@@ -44,7 +44,7 @@ def sampling_timesteps(steps: int, mu: float) -> Tensor:
     return torch.cat([shift(torch.linspace(1, 1 / steps, steps), mu), torch.zeros(1)])
 
 
-def guide(unconditional: Tensor, conditional: Tensor, cfg_scale: Tensor | float) -> Tensor:
+def apply_cfg(unconditional: Tensor, conditional: Tensor, cfg_scale: Tensor | float) -> Tensor:
     """True classifier-free guidance: v_uncond + s (v_cond - v_uncond); s a number or (B,)."""
     if isinstance(cfg_scale, Tensor):
         cfg_scale = cfg_scale.view(-1, *[1] * (conditional.ndim - 1))

@@ -37,26 +37,26 @@ class Conditioning:
     image_ids: Tensor
 
 
-def condition(prompt: Tensor, pooled: Tensor, grid: tuple[int, int]) -> Conditioning:
+def build_conditioning(prompt: Tensor, pooled: Tensor, grid: tuple[int, int]) -> Conditioning:
     """What to tell about samples of `grid` (down, across) tokens: their prompts (B, L, D) and pooled prompts (B, P), and where everything is."""
     return Conditioning(prompt, pooled, prompt.new_zeros(prompt.shape[1], 3), image_ids(*grid, prompt.device, prompt.dtype))
 
 
-def predict(transformer: torch.nn.Module, x_t: Tensor, t: Tensor, said: Conditioning, guidance: Tensor | float) -> Tensor:
+def predict(transformer: torch.nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance: Tensor | float) -> Tensor:
     """The predicted velocity (B, S, C) for packed latents x_t (B, S, C) at times t (B,) in [0, 1].
 
     `guidance` is the guidance INPUT of the transformer, a number or (B,); it is not a CFG scale.
     """
-    x_t = x_t.to(said.prompt.dtype)  # latents are kept in float32, the prompt is in the model's precision
+    x_t = x_t.to(conditioning.prompt.dtype)  # latents are kept in float32, the prompt is in the model's precision
     guidance = torch.as_tensor(guidance, dtype=x_t.dtype, device=x_t.device).expand(x_t.shape[0])
     return transformer(
         hidden_states=x_t,
         timestep=t.to(x_t),
         guidance=guidance,
-        encoder_hidden_states=said.prompt,
-        pooled_projections=said.pooled,
-        txt_ids=said.text_ids,
-        img_ids=said.image_ids,
+        encoder_hidden_states=conditioning.prompt,
+        pooled_projections=conditioning.pooled,
+        txt_ids=conditioning.text_ids,
+        img_ids=conditioning.image_ids,
         return_dict=False,
     )[0]
 
@@ -191,7 +191,7 @@ class Encoders:
                 whole.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
         return whole.hexdigest()
 
-    def forget(self, *parts: str) -> None:
+    def free(self, *parts: str) -> None:
         """Lets go of parts that are needed no more."""
         for part in parts:
             setattr(self.pipeline, part, None)

@@ -109,7 +109,7 @@ def read(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return weights, contract
 
 
-def put_on(transformer: FluxTransformer2DModel, path: str, strength: float = 1.0) -> None:
+def load_lora(transformer: FluxTransformer2DModel, path: str, strength: float = 1.0) -> None:
     """Puts a LoRA file on the transformer; `take_off` restores it exactly."""
     weights, _ = read(path)
     modules = {f"transformer.{name}" for name, _ in transformer.named_modules()}
@@ -128,6 +128,6 @@ def put_on(transformer: FluxTransformer2DModel, path: str, strength: float = 1.0
         ) from error
 
 
-def take_off(transformer: FluxTransformer2DModel) -> None:
+def unload_lora(transformer: FluxTransformer2DModel) -> None:
     """Removes the LoRA of `put_on`."""
     transformer.unload_lora()

@@ -26,7 +26,7 @@ class SamplingConfig:
             raise ConfigError(f"sampling.steps={self.steps} and sampling.batch={self.batch} must be 1 or more.")
 
 
-def start(seed: int, repetition: int, prompt: int, shape: tuple[int, int]) -> Tensor:
+def initial_noise(seed: int, repetition: int, prompt: int, shape: tuple[int, int]) -> Tensor:
     """The noise (S, C) a picture starts from: the same in every cell for the same seed, repetition and prompt."""
     return draws.normal(seed, "picture", repetition, [prompt], shape)[0]
 
@@ -35,8 +35,8 @@ def start(seed: int, repetition: int, prompt: int, shape: tuple[int, int]) -> Te
 def sample(
     transformer: torch.nn.Module,
     noise: Tensor,
-    said: Conditioning,
-    nothing: Conditioning,
+    conditioning: Conditioning,
+    null_conditioning: Conditioning,
     *,
     guidance: float,
     cfg_scale: float,
@@ -52,8 +52,8 @@ def sample(
     times = flow_matching.sampling_timesteps(steps, mu)
     for t, after in pairwise(times):
         now = t.expand(len(x)).to(x)
-        v = predict(transformer, x, now, said, guidance)
+        v = predict(transformer, x, now, conditioning, guidance)
         if cfg_scale != 1:
-            v = flow_matching.guide(predict(transformer, x, now, nothing, guidance), v, cfg_scale)
+            v = flow_matching.apply_cfg(predict(transformer, x, now, null_conditioning, guidance), v, cfg_scale)
         x = x + (after - t).to(x) * v
     return x

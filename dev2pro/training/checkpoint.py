@@ -52,23 +52,27 @@ class Checkpoints:
     def __init__(self, out: str, training: Training, config: CheckpointConfig, steps: int, data: dict[str, Any]) -> None:
         self.out, self.training, self.config, self.steps, self.data = Path(out), training, config, steps, data
         self.stalled, self.written = 0.0, 0
-        self._ranks, self._rank, self._main = training.place.num_processes, training.place.process_index, training.place.is_main_process
+        self._ranks, self._rank, self._main = (
+            training.accelerator.num_processes,
+            training.accelerator.process_index,
+            training.accelerator.is_main_process,
+        )
         self._group = dist.new_group(backend="gloo") if self._ranks > 1 else None  # of its own, for the thread that writes
         self._hands, self._writing = ThreadPoolExecutor(1, "checkpoint"), None
         self._around = ExitStack()
-        training.stop_wanted = lambda: signals.asked() or self._failed()
+        training.stop_requested = lambda: signals.stop_requested() or self._failed()
 
     _writing: Future | None
 
     def __enter__(self) -> Self:
-        self._around.enter_context(signals.finishing(self.config.grace))
+        self._around.enter_context(signals.grace_period(self.config.grace))
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         with self._around, suppress(Exception) if kind else ExitStack():
             self.wait()
 
-    def after(self, step: int, curve: list[dict[str, Any]]) -> None:
+    def on_step_end(self, step: int, curve: list[dict[str, Any]]) -> None:
         """After every step: writes one when it is due, or when a rank was asked to stop, which ends in InterruptedRun.
 
         Raises DivergedError where the curve's new point is none to go on from.
@@ -111,11 +115,13 @@ class Checkpoints:
     def _write(self, step: int, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         partial = self.out / f"checkpoint-{step}.partial"
         try:
-            self._agreed(lambda: self._begin(partial, tensors))
-            self._agreed(lambda: _save(tensors, partial, self._group))
-            mine = self._agreed(lambda: {file.name: checkpoint_files.sealed(file) for file in sorted(partial.glob(f"shard-{self._rank + 1:05d}-*"))})
+            self._on_all_ranks(lambda: self._begin(partial, tensors))
+            self._on_all_ranks(lambda: _save(tensors, partial, self._group))
+            mine = self._on_all_ranks(
+                lambda: {file.name: checkpoint_files.sealed(file) for file in sorted(partial.glob(f"shard-{self._rank + 1:05d}-*"))}
+            )
             numbers["files"] = {name: entry for files in self._gathered(mine) for name, entry in files.items()}
-            self._agreed(lambda: self._publish(partial, step, numbers))
+            self._on_all_ranks(lambda: self._publish(partial, step, numbers))
         except BaseException:
             if self._main:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -124,9 +130,9 @@ class Checkpoints:
     def _begin(self, partial: Path, tensors: dict[str, Tensor]) -> None:
         if self._main:
             need = sum(value.numel() * value.element_size() for value in tensors.values())
-            if not checkpoint_files.room(self.out, need):
+            if not checkpoint_files.has_space(self.out, need):
                 checkpoint_files.prune(self.out, 1)
-            checkpoint_files.check_room(self.out, need)
+            checkpoint_files.check_space(self.out, need)
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
 
@@ -134,14 +140,14 @@ class Checkpoints:
         if self._main:
             file = partial / checkpoint_files.NUMBERS
             file.write_text(json.dumps({**numbers, "digest": digest(numbers)}, indent=1, sort_keys=True))
-            checkpoint_files.to_disk(file, partial)
+            checkpoint_files.fsync_paths(file, partial)
             whole = self.out / f"checkpoint-{step}"
             checkpoint_files.remove(whole)
             partial.rename(whole)
-            checkpoint_files.to_disk(self.out)
+            checkpoint_files.fsync_paths(self.out)
             checkpoint_files.prune(self.out, self.config.keep)
 
-    def _agreed(self, work: Any) -> Any:
+    def _on_all_ranks(self, work: Any) -> Any:
         """What `work` returns. If it fails on one rank it fails on all, with the same kind of error."""
         found, error = None, ""
         try:
@@ -171,13 +177,13 @@ class Checkpoints:
         if self._main:
             for left in self.out.glob("checkpoint-*.partial"):
                 shutil.rmtree(left)
-        self.training.place.wait_for_everyone()
-        there = checkpoint_files.found(self.out)
+        self.training.accelerator.wait_for_everyone()
+        there = checkpoint_files.list_checkpoints(self.out)
         for step in sorted(there, reverse=True):
             why = next((why for why in self._gathered(checkpoint_files.damage(there[step], self._rank, self._ranks)) if why), "")
             if not why:
                 return self._load(there[step])
-            self.training.place.print(printable(f"{there[step]} is damaged ({why}) and is left out"), flush=True)
+            self.training.accelerator.print(printable(f"{there[step]} is damaged ({why}) and is left out"), flush=True)
         if there:
             raise ConfigError(f"Every checkpoint in {self.out} is damaged. Look at that disk; to start from the beginning, remove them.")
         return 0, []
@@ -196,13 +202,13 @@ class Checkpoints:
         training.guard.recent = numbers["recent"]
         training.schedule.load_state_dict({**training.schedule.state_dict(), "last_epoch": numbers["step"] - 1})
         training.schedule.step()
-        training.place.print(f"going on after step {numbers['step']} of {self.steps}", flush=True)
+        training.accelerator.print(f"going on after step {numbers['step']} of {self.steps}", flush=True)
         return numbers["step"], numbers["curve"]
 
 
 def _tensors(training: Training) -> dict[str, Any]:
     """Every tensor that makes the run what it is, by name; the live ones."""
-    named = [(name, p) for name, p in training.place.unwrap_model(training.model).named_parameters() if p.requires_grad]
+    named = [(name, p) for name, p in training.accelerator.unwrap_model(training.model).named_parameters() if p.requires_grad]
     found = {f"model/{name}": p.detach() for name, p in named}
     if training.ema:
         found |= {f"ema/{name}": average for (name, _), average in zip(named, training.ema.shadow_params, strict=True)}
@@ -223,7 +229,7 @@ def _read(tensors: dict[str, Any], folder: Path, group: Any) -> None:
             warnings.simplefilter("ignore", UserWarning)  # that there is only one process
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=group, no_dist=not group)
     except CheckpointException as error:  # what came up within, an interruption too
-        raise KeyboardInterrupt if signals.asked() else RuntimeError(f"{folder} cannot be read: {error}") from error
+        raise KeyboardInterrupt if signals.stop_requested() else RuntimeError(f"{folder} cannot be read: {error}") from error
 
 
 def _save(tensors: dict[str, Any], folder: Path, group: Any) -> None:

@@ -21,12 +21,12 @@ MARGIN = 1.05  # what files need beyond their tensors
 
 def sealed(file: Path) -> list[Any]:
     """[bytes, SHA-256] of a file that is on the disk."""
-    to_disk(file)
+    fsync_paths(file)
     with file.open("rb") as content:
         return [file.stat().st_size, hashlib.file_digest(content, "sha256").hexdigest()]
 
 
-def to_disk(*places: Path) -> None:
+def fsync_paths(*places: Path) -> None:
     """Files and folders, until a power cut cannot take them back."""
     for place in places:
         handle = os.open(place, os.O_RDONLY)
@@ -34,14 +34,14 @@ def to_disk(*places: Path) -> None:
         os.close(handle)
 
 
-def found(out: Path) -> dict[int, Path]:
+def list_checkpoints(out: Path) -> dict[int, Path]:
     """step -> folder of every checkpoint that was published."""
     return {int(name[1]): folder for folder in out.glob("checkpoint-*") if (name := CHECKPOINT.fullmatch(folder.name))}
 
 
 def prune(out: Path, keep: int) -> None:
     """Removes all but the newest ones and the one with the lowest held-out loss."""
-    there = found(out)
+    there = list_checkpoints(out)
     scored = [(score, step) for step, folder in there.items() if (score := _held_out(folder)) is not None]
     kept = {*sorted(there)[-keep:], *(step for _, step in sorted(scored)[:1])}
     for step in there.keys() - kept:
@@ -63,14 +63,14 @@ def remove(folder: Path) -> None:
         shutil.rmtree(going)
 
 
-def room(out: Path, need: float) -> bool:
+def has_space(out: Path, need: float) -> bool:
     """Whether `need` bytes fit."""
     return shutil.disk_usage(out).free >= MARGIN * need
 
 
-def check_room(out: Path, need: float) -> None:
+def check_space(out: Path, need: float) -> None:
     """Raises SpaceError where `need` bytes do not fit."""
-    if not room(out, need):
+    if not has_space(out, need):
         free = shutil.disk_usage(out).free
         raise SpaceError(
             f"A checkpoint needs {MARGIN * need / 1e9:.3g} GB in {out}, and {free / 1e9:.3g} GB are free. Make room, or choose another out=."
@@ -80,7 +80,7 @@ def check_room(out: Path, need: float) -> None:
 def check_start(out: str, parameters: int, optim: OptimConfig, dtype: torch.dtype, ema: float) -> None:
     """Raises SpaceError where no checkpoint of a full fine-tune would fit: weights, their average, two moments."""
     moment = 1 if optim.name == "adamw_8bit" else dtype.itemsize
-    check_room(Path(out), parameters * (dtype.itemsize * (2 if ema else 1) + 2 * moment))
+    check_space(Path(out), parameters * (dtype.itemsize * (2 if ema else 1) + 2 * moment))
 
 
 def damage(folder: Path, rank: int, ranks: int) -> str:

@@ -65,11 +65,11 @@ def check_dtype(key: str, name: str) -> None:
         raise ConfigError(f"{key}={name} is unknown. Choose one of {', '.join(DTYPES)}.")
 
 
-def own_slots(batch: int, micro_batch: int, place: Accelerator) -> list[range]:
+def rank_slots(batch: int, micro_batch: int, accelerator: Accelerator) -> list[range]:
     """This rank's slots of the global batch, cut into micro-batches. Raises ConfigError for a batch that does not divide."""
-    ranks = place.num_processes
+    ranks = accelerator.num_processes
     if batch % ranks:
         raise ConfigError(f"batch={batch} cannot be shared by {ranks} processes. Choose a multiple of {ranks}.")
     share = batch // ranks
-    first = place.process_index * share
+    first = accelerator.process_index * share
     return [range(first + i, first + min(i + micro_batch, share)) for i in range(0, share, micro_batch)]

@@ -19,13 +19,13 @@ class GuardConfig:
     collapse: float = 0.0  # times the lowest held-out loss so far
 
 
-class Guard:
+class DivergenceGuard:
     """`recent`: the last losses, oldest first; part of a checkpoint."""
 
     def __init__(self, config: GuardConfig) -> None:
         self.config, self.recent = config, list[float]()
 
-    def look(self, step: int, loss: float, norm: float) -> None:
+    def check_step(self, step: int, loss: float, norm: float) -> None:
         """At a step's loss and gradient norm, before the optimizer uses them. Raises DivergedError."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise DivergedError(f"The loss ({loss}) or the gradient ({norm}) of step {step} is not finite. {CURE}")

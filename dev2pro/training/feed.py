@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dev2pro.errors import DataError
 from dev2pro.log import Progress
-from dev2pro.models.encodings import TEXT_PARTS, Encoded, Texts, joined
+from dev2pro.models.encodings import TEXT_PARTS, EncodedBatch, PromptEncoder, joined
 from dev2pro.models.flux1 import Encoders, ModelConfig
 from dev2pro.training.distributed import DTYPES, HardwareConfig
 
@@ -49,37 +49,37 @@ class Source(Protocol):
         """About how many different captions there are, and all of them."""
 
 
-class Live:
+class StreamingFeed:
     """Encodes each batch as it comes from the stream, or takes what was stored beside the pictures."""
 
-    def __init__(self, stream: Source, encoders: Encoders, texts: Texts) -> None:
+    def __init__(self, stream: Source, encoders: Encoders, texts: PromptEncoder) -> None:
         self.stream, self.encoders, self.texts = stream, encoders, texts
 
     def begin(self, first: int, last: int, slots: Sequence[range]) -> None:
         """Starts the stream at a step."""
         self._batches = self.stream.steps(first, last, slots)
 
-    def take(self, step: int, slots: range) -> Encoded:
+    def get_batch(self, step: int, slots: range) -> EncodedBatch:
         """The samples for the next slots; they come in order."""
         return encode(next(self._batches), self.encoders, self.texts)
 
 
-class Held:
+class CachedFeed:
     """Looks up what was encoded ahead: sample -> (mean, deviation, caption)."""
 
-    def __init__(self, stream: Source, known: Mapping[int, tuple[Tensor, Tensor, str]], texts: Texts, side: int) -> None:
+    def __init__(self, stream: Source, known: Mapping[int, tuple[Tensor, Tensor, str]], texts: PromptEncoder, side: int) -> None:
         self.order, self.known, self.texts, self.side = stream.order, known, texts, side
 
     def begin(self, first: int, last: int, slots: Sequence[range]) -> None:
         """There is nothing to start."""
 
-    def take(self, step: int, slots: range) -> Encoded:
+    def get_batch(self, step: int, slots: range) -> EncodedBatch:
         """The samples for any slots of any step; one that could not be read is replaced as the stream would replace it."""
         asked = self.order.step(step)
         found = [self._usable(int(asked.rows[slot]), step, slot) for slot in slots]
         means, deviations, captions = zip(*found, strict=True)
         mean, std = (torch.stack(some).to(self.texts.device) for some in (means, deviations))
-        return Encoded(mean, std, *self.texts.encode(captions), (asked.size[1] // self.side, asked.size[0] // self.side))
+        return EncodedBatch(mean, std, *self.texts.encode(captions), (asked.size[1] // self.side, asked.size[0] // self.side))
 
     def _usable(self, row: int, step: int, slot: int) -> tuple[Tensor, Tensor, str]:
         for attempt in range(ATTEMPTS):
@@ -89,22 +89,24 @@ class Held:
         raise DataError(f"Step {step}: neither its sample nor {ATTEMPTS} substitutes could be used. See the quarantine file, and index again.")
 
 
-Feed = Live | Held
+Feed = StreamingFeed | CachedFeed
 
 
-def prepare(model: ModelConfig, stream: Source, heldout: Iterator[Any], hardware: HardwareConfig, place: Accelerator) -> tuple[Feed, Texts, Encoded]:
+def prepare(
+    model: ModelConfig, stream: Source, heldout: Iterator[Any], hardware: HardwareConfig, accelerator: Accelerator
+) -> tuple[Feed, PromptEncoder, EncodedBatch]:
     """The feed, the captions' encoder, and all of `heldout`, batches of one size, encoded.
 
     What fits into `hardware.encodings_gb` is encoded now and its encoders let go, before a transformer needs the room: all captions if they
     fit, and all latents too if nothing about a sample is drawn. Raises ConfigError for sizes that do not fit the VAE, DataError for stored
     encodings that were made in another way.
     """
-    encoders, limit = Encoders(model, DTYPES[hardware.dtype], place.device), hardware.encodings_gb * 1e9
+    encoders, limit = Encoders(model, DTYPES[hardware.dtype], accelerator.device), hardware.encodings_gb * 1e9
     for size in stream.order.buckets:
         encoders.grid(size)
     stored = {part for part in MADE if part in stream.parts}
     check_stored({part: stream.order.snapshot.encodings[part] for part in stored}, fingerprints(encoders, stream.order.buckets, stored))
-    texts = Texts(model, encoders, limit)
+    texts = PromptEncoder(model, encoders, limit)
     if not (references := [encode(batch, encoders, texts) for batch in heldout if len(batch.rows)]):
         raise DataError("No held-out picture could be read. Look at the pictures of data.heldout.")
     count, captions = stream.captions()
@@ -112,13 +114,13 @@ def prepare(model: ModelConfig, stream: Source, heldout: Iterator[Any], hardware
     tokens, channels = encoders.token_shape(stream.order.buckets[-1])
     latent_bytes = 2 * 4 * tokens * channels * len(stream.order.snapshot)
     if text_bytes <= limit:
-        texts.ahead(captions if text_bytes else [])
+        texts.precompute(captions if text_bytes else [])
     if stream.fixed and text_bytes + latent_bytes <= limit:
-        feed: Feed = Held(stream, _all_latents(stream, encoders, place.is_main_process), texts, encoders.pixels_per_token)
+        feed: Feed = CachedFeed(stream, _all_latents(stream, encoders, accelerator.is_main_process), texts, encoders.pixels_per_token)
     else:
-        feed = Live(stream, encoders, texts)
-    if isinstance(feed, Held) or "latents" in stored:
-        encoders.forget("vae")
+        feed = StreamingFeed(stream, encoders, texts)
+    if isinstance(feed, CachedFeed) or "latents" in stored:
+        encoders.free("vae")
     return feed, texts, joined(references)
 
 
@@ -152,12 +154,12 @@ def _all_latents(stream: Source, encoders: Encoders, main: bool) -> dict[int, tu
     return known
 
 
-def encode(batch: Batch, encoders: Encoders, texts: Texts) -> Encoded:
+def encode(batch: Batch, encoders: Encoders, texts: PromptEncoder) -> EncodedBatch:
     """What the frozen parts say about a batch, or said when it was stored."""
     stored, device = batch.stored, texts.device
     mean, std = (stored["latents.mean"], stored["latents.std"]) if "latents.mean" in stored else encoders.encode_images(pixels(batch))
     prompt, pooled = (stored["text.prompt"], stored["text.pooled"]) if "text.prompt" in stored else texts.encode(batch.captions)
-    return Encoded(
+    return EncodedBatch(
         mean.to(device, torch.float32),
         std.to(device, torch.float32),
         prompt.to(device, texts.dtype),

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from dev2pro import draws
 from dev2pro.models import flow_matching
-from dev2pro.models.encodings import Encoded
-from dev2pro.models.flux1 import Conditioning, condition, predict
+from dev2pro.models.encodings import EncodedBatch
+from dev2pro.models.flux1 import Conditioning, build_conditioning, predict
 
 PURPOSE = "probe"
 
@@ -23,13 +23,13 @@ class ProbeConfig:
     bins: int  # timesteps for each of them
 
 
-class Probe:
+class HeldoutProbe:
     """Measures transformers on the first held-out pictures at fixed times, the quantiles of the training distribution.
 
     The mean over bins therefore estimates the training loss on held-out pictures; the bins tell where on the way it comes from.
     """
 
-    def __init__(self, data: Encoded, config: ProbeConfig, *, scheduler: dict, seed: int, batch: int) -> None:
+    def __init__(self, data: EncodedBatch, config: ProbeConfig, *, scheduler: dict, seed: int, batch: int) -> None:
         rows = range(min(config.samples, len(data)))
         self.data, self.batch, self.bins, self.count = data, batch, config.bins, len(rows)
         quantiles = torch.special.ndtri((torch.arange(config.bins) + 0.5) / config.bins)
@@ -39,7 +39,7 @@ class Probe:
         self._teacher: list[Tensor] | None = None
 
     @torch.no_grad()
-    def know_teacher(self, teacher: torch.nn.Module) -> None:
+    def set_teacher(self, teacher: torch.nn.Module) -> None:
         """Remembers the teacher's predictions at guidance 1; from then on `measure` reports the distance to them."""
         self._teacher = [v for _, v in self._predictions(teacher, 1.0)]
 
@@ -80,10 +80,10 @@ class Probe:
                 rows = slice(first, min(first + self.batch, self.count))
                 times = t.expand(rows.stop - rows.start).to(self.x0)
                 x_t = flow_matching.interpolate(self.x0[rows], self.noise[rows], times)
-                yield rows, predict(transformer, x_t, times, self._said(rows), guidance)
+                yield rows, predict(transformer, x_t, times, self._conditioning(rows), guidance)
 
-    def _said(self, rows: slice) -> Conditioning:
-        return condition(self.data.prompt[rows], self.data.pooled[rows], self.data.grid)
+    def _conditioning(self, rows: slice) -> Conditioning:
+        return build_conditioning(self.data.prompt[rows], self.data.pooled[rows], self.data.grid)
 
 
 def _mse(a: Tensor, b: Tensor) -> float:

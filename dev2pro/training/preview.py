@@ -14,7 +14,7 @@ from torch import Tensor
 from dev2pro import contact_sheet
 from dev2pro.artifacts import record
 from dev2pro.models import flow_matching, flux1, sampling
-from dev2pro.models.encodings import Encoded, Texts
+from dev2pro.models.encodings import EncodedBatch, PromptEncoder
 from dev2pro.models.flux1 import Conditioning, ModelConfig
 from dev2pro.training import checkpoint_files
 from dev2pro.training.distributed import HardwareConfig
@@ -40,20 +40,26 @@ class Preview:
     """
 
     def __init__(
-        self, config: PreviewConfig, model: ModelConfig, hardware: HardwareConfig, data: Encoded, texts: Texts, scheduler: dict, place: Accelerator,
+        self, config: PreviewConfig, model: ModelConfig, hardware: HardwareConfig, data: EncodedBatch, texts: PromptEncoder, scheduler: dict, accelerator: Accelerator,
         *, seed: int, out: str,
     ) -> None:  # fmt: skip
-        self.config, self.usual_guidance, self.grid, self.out, self.main = config, model.usual_guidance, data.grid, Path(out), place.is_main_process
+        self.config, self.usual_guidance, self.grid, self.out, self.main = (
+            config,
+            model.usual_guidance,
+            data.grid,
+            Path(out),
+            accelerator.is_main_process,
+        )
         count, (tokens, channels) = min(config.pictures, len(data)), data.mean.shape[1:]
         rows = [i * len(data) // count for i in range(count)]  # neighbours are often alike
         self.captions, self.mu = [data.captions[row] for row in rows], flow_matching.shift_mu(tokens, scheduler)
         self.batches: list[tuple[Tensor, Conditioning, Conditioning]] = []  # noise, what is said, nothing
         for first in range(0, count, hardware.micro_batch):
             some = rows[first : first + hardware.micro_batch]
-            noise = torch.stack([sampling.start(seed, 0, first + i, (tokens, channels)) for i in range(len(some))]).to(data.mean)
+            noise = torch.stack([sampling.initial_noise(seed, 0, first + i, (tokens, channels)) for i in range(len(some))]).to(data.mean)
             prompt, pooled = (one.expand(len(some), *one.shape) for one in texts.empty)
-            said = flux1.condition(data.prompt[some], data.pooled[some], data.grid)
-            self.batches.append((noise, said, flux1.condition(prompt, pooled, data.grid)))
+            conditioning = flux1.build_conditioning(data.prompt[some], data.pooled[some], data.grid)
+            self.batches.append((noise, conditioning, flux1.build_conditioning(prompt, pooled, data.grid)))
         self.vae = flux1.load_vae(model, texts.dtype) if count and self.main else None
 
     def draw(self, transformer: torch.nn.Module, step: int, guidance: float) -> None:
@@ -81,7 +87,7 @@ class Preview:
         partial, whole = self.out / "preview.partial", self.out / record.PREVIEWS / f"{step:06d}.jpg"
         whole.parent.mkdir(exist_ok=True)
         partial.write_bytes(data)
-        checkpoint_files.to_disk(partial)
+        checkpoint_files.fsync_paths(partial)
         partial.rename(whole)
 
 

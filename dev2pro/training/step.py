@@ -17,7 +17,7 @@ from torch import Tensor
 from dev2pro import signals
 from dev2pro.training import distributed, optim
 from dev2pro.training.distributed import HardwareConfig
-from dev2pro.training.divergence_guard import Guard, GuardConfig
+from dev2pro.training.divergence_guard import DivergenceGuard, GuardConfig
 from dev2pro.training.optim import OptimConfig
 
 B = TypeVar("B")
@@ -31,7 +31,7 @@ class Training:
 
     def __init__(
         self,
-        place: Accelerator,
+        accelerator: Accelerator,
         model: FluxTransformer2DModel,
         config: OptimConfig,
         hardware: HardwareConfig,
@@ -41,43 +41,43 @@ class Training:
         ema: float = 0.0,
         guard: GuardConfig | None = None,
     ) -> None:
-        self.place, self.config = place, config
-        self.slots = distributed.own_slots(batch, hardware.micro_batch, place)
+        self.accelerator, self.config = accelerator, config
+        self.slots = distributed.rank_slots(batch, hardware.micro_batch, accelerator)
         self.batch = batch
         if hardware.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         model.train()
         optimizer = optim.optimizer(config, [p for p in model.parameters() if p.requires_grad])
-        self.model, self.optimizer = place.prepare(model, optimizer)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.schedule = optim.schedule(config, self.optimizer.optimizer, steps)
         self.ema = EMAModel(self.parameters, decay=ema) if ema else None
-        self.clock, self.guard = Clock(), Guard(guard or GuardConfig())
-        self.stop_wanted: Callable[[], bool] = signals.asked  # by this rank; `stopping`: by any, which all know after the same step
+        self.clock, self.guard = StepTimer(), DivergenceGuard(guard or GuardConfig())
+        self.stop_requested: Callable[[], bool] = signals.stop_requested  # by this rank; `stopping`: by any, which all know after the same step
         self.stopping = False
 
-    def step(self, step: int, draw: Callable[[range], B], loss_of: Callable[[B], Tensor]) -> tuple[float, float]:
+    def step(self, step: int, make_batch: Callable[[range], B], compute_loss: Callable[[B], Tensor]) -> tuple[float, float]:
         """One optimizer step: (mean loss, gradient norm before clipping), the same on every rank.
 
         `draw(slots)` makes the micro-batch for some slots of this step, `loss_of` its mean loss. Raises DivergedError when the
         guard says so; the weights are then those of the step before.
         """
-        total = torch.zeros((), device=self.place.device)
+        total = torch.zeros((), device=self.accelerator.device)
         for i, slots in enumerate(self.slots):
             last = i == len(self.slots) - 1
-            with nullcontext() if last else self.place.no_sync(self.model):
-                share = len(slots) * self.place.num_processes / self.batch
-                batch = draw(slots)
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                share = len(slots) * self.accelerator.num_processes / self.batch
+                batch = make_batch(slots)
                 with self.clock.compute():
-                    loss = loss_of(batch) * share
-                    self.place.backward(loss)
+                    loss = compute_loss(batch) * share
+                    self.accelerator.backward(loss)
                 total += loss.detach()
         with self.clock.compute():
-            norm = self.place.clip_grad_norm_(self.parameters, self.config.clip)
-            told = torch.stack([total, total.new_tensor(float(self.stop_wanted()))])
-            (mean, wanted), size = self.place.reduce(told, "mean").tolist(), _whole(norm)
+            norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.clip)
+            told = torch.stack([total, total.new_tensor(float(self.stop_requested()))])
+            (mean, wanted), size = self.accelerator.reduce(told, "mean").tolist(), _whole(norm)
             self.stopping = wanted > 0
-            self.guard.look(step, mean, size)
+            self.guard.check_step(step, mean, size)
             torch.manual_seed(step)  # stochastic rounding draws from here, and has to draw the same after a kill
             self.optimizer.step()
             self.schedule.step()
@@ -94,11 +94,11 @@ class Training:
 
     def save(self, out: str, dtype: torch.dtype) -> None:
         """Writes the model, with the averaged weights where there are any, as `out`/transformer in diffusers layout."""
-        with self.averaged() as model:
-            state = self.place.get_state_dict(model)
-            if self.place.is_main_process:
+        with self.ema_weights() as model:
+            state = self.accelerator.get_state_dict(model)
+            if self.accelerator.is_main_process:
                 with torch.device("meta"):
-                    copy = FluxTransformer2DModel.from_config(self.place.unwrap_model(model).config)
+                    copy = FluxTransformer2DModel.from_config(self.accelerator.unwrap_model(model).config)
                 copy.load_state_dict({name: value.to(dtype) for name, value in state.items()}, assign=True)
                 whole, partial = Path(out) / "transformer", Path(out) / "transformer.partial"
                 shutil.rmtree(partial, ignore_errors=True)
@@ -109,7 +109,7 @@ class Training:
                 partial.rename(whole)
 
     @contextmanager
-    def averaged(self) -> Iterator[torch.nn.Module]:
+    def ema_weights(self) -> Iterator[torch.nn.Module]:
         """The model in evaluation mode, with the averaged weights when there are any."""
         self.model.eval()
         if self.ema:
@@ -124,7 +124,7 @@ class Training:
             self.model.train()
 
 
-class Clock:
+class StepTimer:
     """How fast the steps went and what share of their time was not forward, backward or optimizer."""
 
     def __init__(self) -> None:

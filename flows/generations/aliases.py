@@ -23,18 +23,18 @@ def promote(line: str, alias: str, uri: str, id: str) -> None:
     record.write_json(folder(line) / f"{alias}.json", {"uri": uri, "id": id})
 
 
-def known(line: str, alias: str) -> str | None:
+def target(line: str, alias: str) -> str | None:
     """The folder of the artifact that the alias names, as a path below the root, or None where nothing was promoted yet."""
     file = folder(line) / f"{alias}.json"
     return str(record.read_json(file)["uri"]) if file.is_file() else None
 
 
-def resolved(base: str) -> str:
+def resolve(base: str) -> str:
     """The place itself, or what an alias stands for. Raises ConfigError for an alias without a model."""
     if not (named := ALIAS.fullmatch(base)):
         return base
     line, alias = named[1] or LINE, named[2]
-    if (uri := known(line, alias)) is None:
+    if (uri := target(line, alias)) is None:
         raise ConfigError(
             f"{base} names no model yet: nothing was promoted in {folder(line)}. Let the recurring recovery run first, or give a folder."
         )

@@ -10,7 +10,7 @@ from dev2pro.escape import markdown, printable
 from flows.generations import aliases, lifecycle
 from flows.generations.aliases import ALIASES
 from flows.generations.lifecycle import PROMOTED, Generation
-from flows.ui.redact import hidden
+from flows.ui.redact import redact
 
 ROWS, SHARDS = 100, 30  # of the newest generations, and of shards
 SHORT = 12  # digits of an id that are shown
@@ -34,8 +34,8 @@ def show(line: str, unusable: Sequence[dict[str, str]]) -> None:
 
 def page(line: str, unusable: Sequence[dict[str, str]]) -> str:
     """The page in markdown."""
-    every = lifecycle.known(line)
-    lines = [f"- **{alias}** is {_code(aliases.known(line, alias) or 'nothing yet')}" for alias in ALIASES]
+    every = lifecycle.load_all(line)
+    lines = [f"- **{alias}** is {_code(aliases.target(line, alias) or 'nothing yet')}" for alias in ALIASES]
     lines += ["", "| generation | begun | new samples | held-out loss before | after | verdict | id |", "|---|---|---|---|---|---|---|"]
     lines += [_row(one) for one in every[: -ROWS - 1 : -1]]
     lines += ["", f"{len(every) - ROWS:,} older ones are not shown."] if len(every) > ROWS else []
@@ -59,4 +59,4 @@ def _code(text: str) -> str:
 
 def _plain(text: str) -> str:
     """Names and messages come from outside."""
-    return markdown(hidden(text))
+    return markdown(redact(text))

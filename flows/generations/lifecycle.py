@@ -63,7 +63,7 @@ def ledger(line: str) -> str:
     return str((folder(line) / "ledger.jsonl").relative_to(ROOT))
 
 
-def known(line: str) -> list[Generation]:
+def load_all(line: str) -> list[Generation]:
     """All that were begun, the oldest first. Raises ConfigError for a damaged record."""
     records = sorted((int(file.stem), file) for file in folder(line).glob("*.json") if RECORD.fullmatch(file.name))
     try:
@@ -84,7 +84,7 @@ def now() -> str:
 
 
 @contextmanager
-def alone(line: str) -> Iterator[int | None]:
+def exclusive(line: str) -> Iterator[int | None]:
     """Within, the line is this process's, and that of processes which inherit the handle; None where it is another's."""
     folder(line).mkdir(parents=True, exist_ok=True)
     patience = time.monotonic() + PATIENCE
@@ -100,7 +100,7 @@ def alone(line: str) -> Iterator[int | None]:
 # ---- what came of it ------------------------------------------------------------------------------------------------------------------
 
 
-def judged(one: Generation, made: Artifact) -> Generation:
+def with_verdict(one: Generation, made: Artifact) -> Generation:
     """The generation with its verdict.
 
     It is compared with the model it began with, and with the best one where that was measured in the same way: many small
@@ -116,7 +116,7 @@ def judged(one: Generation, made: Artifact) -> Generation:
     return replace(told, verdict=WORSE, why=f"its held-out loss is {after:.5f}, more than {100 * one.tolerance:g}% above the {limit:.5f} of {than}")
 
 
-def settled(one: Generation, made: Artifact) -> None:
+def finalize(one: Generation, made: Artifact) -> None:
     """Has the aliases name a promoted generation, then writes its verdict down. Doing that again changes nothing."""
     if one.verdict == PROMOTED:
         best = _best(one.line, made)
@@ -134,8 +134,8 @@ def losses(made: Artifact) -> tuple[float, float]:
 
 def _best(line: str, made: Artifact) -> float | None:
     """The held-out loss of the best model, where there is one and the numbers can be compared."""
-    place = aliases.known(line, "best")
-    best = record.origin(str(ROOT / place)) if place else None
+    place = aliases.target(line, "best")
+    best = record.read_if_artifact(str(ROOT / place)) if place else None
     return losses(best)[1] if best and _measured(best) == _measured(made) else None
 
 
@@ -158,11 +158,11 @@ def failed(one: Generation, error: StageFailed) -> Generation:
 # ---- what is kept ---------------------------------------------------------------------------------------------------------------------
 
 
-def tidied(line: str) -> None:
+def clean_up(line: str) -> None:
     """Removes what finished generations need no more: checkpoints; of failed ones all that a run would go on from; and what was half written."""
     for left in folder(line).glob("*.partial"):
         left.unlink()
-    for one in known(line):
+    for one in load_all(line):
         place = ROOT / one.out
         if one.verdict == FAILED and (place / record.CONFIG).exists():
             kept = {file for pattern in REMAINS for file in place.glob(pattern)}
@@ -170,13 +170,13 @@ def tidied(line: str) -> None:
                 shutil.rmtree(there) if there.is_dir() else there.unlink()
             (place / record.CONFIG).unlink()
         elif one.verdict and any(place.glob("checkpoint-*")):
-            record.sweep(place, keep=0)
+            record.remove_temporary(place, keep=0)
 
 
-def heavy(line: str, keep: int) -> list[str]:
+def prunable(line: str, keep: int) -> list[str]:
     """The folders of old generations that still have their weights, though they are none of the `keep` newest and no alias names them."""
-    finished = [one.out for one in known(line) if one.verdict in (PROMOTED, WORSE)]
-    kept = {*finished[-keep:], *(aliases.known(line, alias) for alias in ALIASES)}
+    finished = [one.out for one in load_all(line) if one.verdict in (PROMOTED, WORSE)]
+    kept = {*finished[-keep:], *(aliases.target(line, alias) for alias in ALIASES)}
     return [place for place in finished if place not in kept and any((ROOT / place).rglob(WEIGHTS))]
 
 

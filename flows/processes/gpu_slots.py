@@ -40,7 +40,7 @@ def names() -> tuple[str, ...]:
 
 
 @contextmanager
-def held(count: int, what: str, stopping: Callable[[], bool], tell: Callable[[str], None]) -> Iterator[Slots | None]:
+def acquire(count: int, what: str, stopping: Callable[[], bool], tell: Callable[[str], None]) -> Iterator[Slots | None]:
     """Within, `count` of them are taken for `what`; None when `stopping` said so before they were free.
 
     Whoever starts a process within passes the handles on: then they stay taken until that process has ended, even if this one dies.

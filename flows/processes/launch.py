@@ -21,8 +21,8 @@ from dev2pro.errors import INTERRUPTED, TryAgainError
 from dev2pro.escape import printable
 from flows.processes import gpu_slots, liveness, trust
 from flows.processes.gpu_slots import Slots
-from flows.ui.progress import Watch
-from flows.ui.redact import hidden
+from flows.ui.progress import ProgressReporter
+from flows.ui.redact import redact
 
 GRACE = 25.0  # seconds a cancelled flow waits for its stages; Prefect kills it after 30
 SAVING = "checkpoint.grace=600"  # a stage may take longer to save: it outlives its flow
@@ -49,7 +49,7 @@ def again(_task: Task, _run: TaskRun, state: State) -> bool:
     return isinstance(failure, StageFailed) and failure.exit_code == TryAgainError.exit_code
 
 
-TRIES: dict[str, Any] = {"retries": 3, "retry_delay_seconds": [10, 60, 600], "retry_jitter_factor": 0.2, "retry_condition_fn": again}
+RETRY_OPTIONS: dict[str, Any] = {"retries": 3, "retry_delay_seconds": [10, 60, 600], "retry_jitter_factor": 0.2, "retry_condition_fn": again}
 
 
 def launch(stage: str, words: list[str], out: str, processes: int = 1) -> Artifact:
@@ -59,15 +59,15 @@ def launch(stage: str, words: list[str], out: str, processes: int = 1) -> Artifa
     """
     log, place = get_run_logger(), ROOT / out
     words = [*words, SAVING] if stage in SAVES else words
-    if made := run_folder.stands(str(place), words):
+    if made := run_folder.up_to_date(str(place), words):
         log.info("%s: finished before, skipped", out)
         return made
     starter = ["-m", "dev2pro.ranks", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    with gpu_slots.held(processes, f"{stage} {out}", _stopping.is_set, log.info) as got:
+    with gpu_slots.acquire(processes, f"{stage} {out}", _stopping.is_set, log.info) as got:
         if got is None:
             raise StageFailed(f"{stage} was stopped before it began", INTERRUPTED)
-        log.info(hidden(printable(f"python -m stages.{stage} {' '.join(words)}")))
-        watch = Watch(f"{stage} {out}", place, log.warning)
+        log.info(redact(printable(f"python -m stages.{stage} {' '.join(words)}")))
+        watch = ProgressReporter(f"{stage} {out}", place, log.warning)
         try:
             _follow(stage, [*starter, "-m", f"stages.{stage}", *words], got, watch, log.info)
         finally:
@@ -78,12 +78,12 @@ def launch(stage: str, words: list[str], out: str, processes: int = 1) -> Artifa
 def command(module: str, words: list[str], handles: tuple[int, ...] = ()) -> None:
     """Runs `python -m <module> <words>`, a cheap one that needs no slot; the handles are open until it has ended. Raises StageFailed."""
     log = get_run_logger()
-    log.info(hidden(printable(f"python -m {module} {' '.join(words)}")))
+    log.info(redact(printable(f"python -m {module} {' '.join(words)}")))
     _follow(module, ["-m", module, *words], Slots(handles, {}), None, log.info)
 
 
 @contextmanager
-def at_work() -> Iterator[None]:
+def run_context() -> Iterator[None]:
     """Around all that a flow launches: the flow counts as alive, and when it fails or is cancelled its stages are asked to stop.
 
     A cancelled flow leaves a stage alone that is still saving when its own time is over.
@@ -119,7 +119,7 @@ def _stop(grace: float | None) -> None:
             )
 
 
-def _follow(what: str, words: list[str], got: Slots, watch: Watch | None, say: Callable[[str], None]) -> None:
+def _follow(what: str, words: list[str], got: Slots, watch: ProgressReporter | None, say: Callable[[str], None]) -> None:
     """Runs Python with these words to its end. Raises StageFailed with its last ones."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "DEV2PRO_"))} | got.environment | {
         "DEV2PRO_EVENTS": "1", "DEV2PRO_PARENT": str(os.getpid()), "PYTHONUNBUFFERED": "1",
@@ -145,17 +145,17 @@ def _follow(what: str, words: list[str], got: Slots, watch: Watch | None, say: C
         raise StageFailed(f"{what} ended with exit code {code}: {' '.join(last) or 'it said nothing'}", code)
 
 
-def _listen(child: subprocess.Popen, watch: Watch | None, say: Callable[[str], None], last: deque[str]) -> None:
+def _listen(child: subprocess.Popen, watch: ProgressReporter | None, say: Callable[[str], None], last: deque[str]) -> None:
     said = 0.0
     assert child.stdout is not None
     for line in child.stdout:
         if (event := _event(line)) is None:
             if line.strip():
-                last.append(hidden(printable(line.rstrip())))
+                last.append(redact(printable(line.rstrip())))
                 say(last[-1])
             continue
         if watch:
-            watch.tell(event)
+            watch.on_event(event)
         if "measured" in event:
             continue
         percent = 100 * event["step"] / event["of"]

@@ -18,7 +18,7 @@ FOLDER = ROOT / "runs" / ".flow-runs"
 
 
 @dataclass(frozen=True)
-class Life:
+class RunProcess:
     """A flow run that has begun here. `pid` is 0 when its process is dead."""
 
     run: UUID
@@ -40,7 +40,7 @@ def this_run() -> Iterator[None]:
             os.close(handle)
 
 
-def begun() -> list[Life]:
+def started_runs() -> list[RunProcess]:
     """Flow runs of this process's server that began on this machine and have not ended by themselves."""
     return [life for file in sorted(FOLDER.glob(f"{gethostname()}-*.json")) if (life := _life(file))]
 
@@ -50,15 +50,15 @@ def forget(run: UUID) -> None:
     _file(run).unlink(missing_ok=True)
 
 
-def _life(file: Path) -> Life | None:
+def _life(file: Path) -> RunProcess | None:
     try:
         run, told = UUID(file.stem.removeprefix(f"{gethostname()}-")), json.loads(file.read_text())
         if told["server"] != _server():
             return None
         if (handle := run_folder.lock(file)) is not None:
             os.close(handle)
-            return Life(run, 0)
-        return Life(run, int(told["pid"]))
+            return RunProcess(run, 0)
+        return RunProcess(run, int(told["pid"]))
     except (OSError, ValueError, KeyError, TypeError):  # it has just ended, or just begun
         return None
 

@@ -53,7 +53,7 @@ class Child:
         self.process: subprocess.Popen | None = None
         self.began, self.pause, self.next = 0.0, 1.0, 0.0
 
-    def keep(self) -> None:
+    def ensure_running(self) -> None:
         """Starts it if it does not run, after a pause that grows while it dies at once."""
         now = time.monotonic()
         if self.process and self.process.poll() is None:
@@ -98,7 +98,7 @@ def main() -> int:
         print(f"serve: {address.netloc} is in use, perhaps by another `make serve`. Stop that, or set PREFECT_API_URL in .env.", file=sys.stderr)
         return 2
     try:
-        who_may = password.settle()
+        who_may = password.configure()
         check_origins()
     except ConfigError as error:
         print(f"serve: {error}", file=sys.stderr)
@@ -108,7 +108,7 @@ def main() -> int:
         signal.signal(number, lambda *_: asked.__setitem__(0, True))
     server, runners = Child("server"), [Child("training"), Child("cheap")]
     os.environ["PREFECT_CLIENT_MAX_RETRIES"] = "1"  # here alone: whoever waits for the server cannot start it again
-    server.keep()
+    server.ensure_running()
     if not wait(answers, START, lambda: asked[0] or server.process.poll() is not None):  # type: ignore[union-attr]
         server.end(signal.SIGINT)
         if not asked[0]:
@@ -119,26 +119,26 @@ def main() -> int:
     from flows.serve import deployments, notify, reconcile
 
     with get_client(sync_client=True) as client:
-        eye = reconcile.Truth(client)
-        for sentence in deployments.put_right(client):
+        eye = reconcile.Reconciler(client)
+        for sentence in deployments.restore_code_fields(client):
             say(sentence)
         if resumed := eye.resume(deployments.names()):
             say(f"going on with runs that were cut off: {', '.join(resumed)}")
         if notify.arrange(client):
             say(f"failures and regressions are told to the address in {notify.WEBHOOK}")
         for child in runners:
-            child.keep()
-        quietly(lambda: wait(lambda: {one.name for one in client.read_deployments()} >= set(deployments.names()), START, lambda: asked[0]))
+            child.ensure_running()
+        log_errors(lambda: wait(lambda: {one.name for one in client.read_deployments()} >= set(deployments.names()), START, lambda: asked[0]))
         say(f"ready after {time.monotonic() - began:.0f} s: http://{address.netloc}/v2/deployments   (Ctrl-C stops; logs are in {LOGS})")
         print(who_may, flush=True)
         while not asked[0]:
             for child in (server, *runners):
-                child.keep()
-            quietly(eye.look)
+                child.ensure_running()
+            log_errors(eye.reconcile)
             wait(lambda: asked[0], LOOK)
-        quietly(eye.look)  # who was cancelled a moment ago is not to go on
+        log_errors(eye.reconcile)  # who was cancelled a moment ago is not to go on
         ended = stopped(runners)
-        quietly(lambda: eye.resume(deployments.names(), ended))
+        log_errors(lambda: eye.resume(deployments.names(), ended))
     server.end(signal.SIGINT)
     return 0
 
@@ -159,7 +159,7 @@ def stopped(runners: list[Child]) -> list[UUID]:
     engines = {engine.pid for child in runners if child.process for engine in psutil.Process(child.process.pid).children() if is_run(engine)}
     for child in runners:
         child.end(signal.SIGKILL)  # asked nicely it would cancel its runs; they are to go on
-    living = [life for life in liveness.begun() if life.pid]
+    living = [life for life in liveness.started_runs() if life.pid]
     engines |= {life.pid for life in living}
     say(f"stopping; runs that save and go on at the next start: {len(engines)}")
     for pid in engines:
@@ -176,7 +176,7 @@ def is_run(process: psutil.Process) -> bool:
     return False
 
 
-def quietly(work: Callable[[], object]) -> None:
+def log_errors(work: Callable[[], object]) -> None:
     """The server may be gone for a moment."""
     try:
         work()
@@ -217,12 +217,12 @@ def child(name: str) -> None:
     """The work of one of the processes."""
     address = urlparse(os.environ["PREFECT_API_URL"])
     if name == "server":
-        signals.follow_parent(signal.SIGTERM)
+        signals.signal_at_parent_death(signal.SIGTERM)
         from flows.serve import server
 
         server.run(address.hostname or "127.0.0.1", address.port or 4200)
         return
-    signals.follow_parent(signal.SIGKILL)  # its runs go on without it; asked nicely it would cancel them
+    signals.signal_at_parent_death(signal.SIGKILL)  # its runs go on without it; asked nicely it would cancel them
     from flows.serve import deployments
 
     deployments.run(name)

@@ -56,7 +56,7 @@ def names() -> list[str]:
     return [one.name for runner in (TRAINING, CHEAP) for one in of(runner)]
 
 
-def put_right(client: SyncPrefectClient) -> list[str]:
+def restore_code_fields(client: SyncPrefectClient) -> list[str]:
     """Takes out what others have told the server about the code of our deployments. Returns a sentence for each that was changed."""
     told = []
     for one in (*of(TRAINING), *of(CHEAP)):

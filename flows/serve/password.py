@@ -13,7 +13,7 @@ FILE = "password"  # in PREFECT_HOME
 EXAMPLE = "choose-a-password"  # as .env.example has it
 
 
-def settle() -> str:
+def configure() -> str:
     """Puts USER:PASSWORD where server, runners and runs of this process find it. Returns what to tell the operator. Raises ConfigError.
 
     The password itself is in that text only when it has just been made, and only where it goes to a terminal: logs are read by others.

@@ -19,20 +19,20 @@ OPEN = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
 LINGER = 20.0  # seconds for Prefect's own runner to notice first
 
 
-class Truth:
+class Reconciler:
     """Looks again and again; remembers since when something was odd."""
 
     def __init__(self, client: SyncPrefectClient) -> None:
         self.client, self._since, self._told, self._cancelled = client, dict[UUID, float](), set[UUID](), set[UUID]()
 
-    def look(self) -> None:
+    def reconcile(self) -> None:
         """At every run that began on this machine: the state of a dead one is put right; a living one that is to be cancelled is told so."""
         for run in [run for told in self._told if (run := self._run(told)) and run.state and run.state.is_final()]:
             self._told.discard(run.id)
             if run.state and run.state.is_crashed():  # as its process has it, which knows of a signal alone
                 self.client.set_flow_run_state(run.id, Cancelled(message="It has saved and ended."), force=True)
         self._cancelled.clear()  # one that was cancelled may have been tried again
-        for life in liveness.begun():
+        for life in liveness.started_runs():
             run = self._run(life.run)
             if run and run.state and run.state.is_cancelling():
                 self._cancelled.add(run.id)
@@ -56,7 +56,7 @@ class Truth:
         runs = self.client.read_flow_runs(
             flow_run_filter=chosen, deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=list(deployments)))
         )
-        living = {life.run for life in liveness.begun() if life.pid}
+        living = {life.run for life in liveness.started_runs() if life.pid}
         gone = [run for run in runs if run.id not in living]
         gone += [run for one in ended if (run := self._run(one)) and run.state and run.state.is_crashed()]
         for run in gone:
@@ -72,14 +72,14 @@ class Truth:
     def _is_cancelled(self, run: FlowRun) -> bool:
         return run.id in self._cancelled or bool(run.state and run.state.is_cancelling())
 
-    def _tell(self, life: liveness.Life) -> None:
+    def _tell(self, life: liveness.RunProcess) -> None:
         """Its runner is not there any more, or was started anew and does not know it."""
         with suppress(ProcessLookupError, PermissionError):
             os.kill(life.pid, signal.SIGTERM)
         self._told.add(life.run)
         self._since[life.run] = time.monotonic() + 60
 
-    def _settled(self, life: liveness.Life) -> None:
+    def _settled(self, life: liveness.RunProcess) -> None:
         self._since.pop(life.run, None)
         if not life.pid:
             liveness.forget(life.run)

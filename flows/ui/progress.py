@@ -31,7 +31,7 @@ LARGEST = 1 << 20  # bytes of a picture that goes into the server's database
 PATIENCE = 20.0  # seconds for the last look
 
 
-class Watch:
+class ProgressReporter:
     """Looks after one stage that writes into `out`, from a thread of its own, until `end`. `tell` takes its progress events."""
 
     def __init__(self, stage: str, out: Path, warn: Callable[[str], None]) -> None:
@@ -46,7 +46,7 @@ class Watch:
         self._thread = threading.Thread(target=contextvars.copy_context().run, args=[self._work], daemon=True)  # the run is in the context
         self._thread.start()
 
-    def tell(self, event: dict[str, Any]) -> None:
+    def on_event(self, event: dict[str, Any]) -> None:
         """Where the stage says that it is, or what it has measured."""
         if "measured" in event:
             self.curve = {**self.curve, event["measured"]["step"]: event["measured"]}

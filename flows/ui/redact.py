@@ -15,7 +15,7 @@ FORMS = (
 )  # fmt: skip
 
 
-def hidden(text: str) -> str:
+def redact(text: str) -> str:
     """The text without them."""
     for value in _values():
         text = text.replace(value, HIDDEN)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data.shards.snapshot import Snapshot
-from data.storage.http import Web
+from data.storage.http import RangeClient
 from tests.servers import Server, impatient
 from tests.streams import BAD, pinned
 
@@ -27,8 +27,8 @@ def web(tmp_path: Path) -> Iterator[Server]:
 
 
 @pytest.fixture
-def asks() -> Web:
-    return Web(connections=4, connect_timeout=0.5, idle_timeout=0.5)
+def asks() -> RangeClient:
+    return RangeClient(connections=4, connect_timeout=0.5, idle_timeout=0.5)
 
 
 @pytest.fixture

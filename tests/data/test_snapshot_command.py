@@ -91,7 +91,7 @@ def test_what_cannot_be_used_is_left_out_and_reported(tmp_path):
     assert left.keys() == why.keys()
     assert all(why[name] in reason for name, reason in left.items()), left
     assert {key: report[key] for key in ("shards", "pinned", "samples")} == {"shards": 5, "pinned": 1, "samples": 2}
-    assert [Path(one.place).name for one in read(str(tmp_path / "a.snapshot")).shards] == ["1.tar"]
+    assert [Path(one.url).name for one in read(str(tmp_path / "a.snapshot")).shards] == ["1.tar"]
 
 
 def test_a_shard_that_is_mended_is_there_again(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 from data import index, sources
 from data.shards import snapshot
-from data.sources import DataConfig, Pinned
+from data.sources import DataConfig, RunSnapshots
 from data.storage.http import ChangedError
 from data.storage.transport import ReadConfig, Transport
 from dev2pro.errors import ConfigError, DataError
@@ -43,10 +43,10 @@ def config(tmp_path, read) -> DataConfig:
     return DataConfig(name="x", train=[f"{tmp_path}/train-*.tar"], heldout=[pictures(tmp_path / "held")], resolution=64, read=read)
 
 
-def pin(config: DataConfig, out: Path, begun: bool = False, first: bool = True) -> Pinned:
-    made = Pinned(config, str(out), begun=begun, first=first)
+def pin(config: DataConfig, out: Path, begun: bool = False, first: bool = True) -> RunSnapshots:
+    made = RunSnapshots(config, str(out), resuming=begun, is_main_process=first)
     out.mkdir(exist_ok=True)
-    made.settle()
+    made.write_and_verify()
     return made
 
 
@@ -57,7 +57,7 @@ def test_tars_and_folders_are_pinned_in_the_run_s_folder(config, tmp_path):
     assert made.parents() == {
         "data.train": (f"{tmp_path}/out/train.snapshot", made.train.id), "data.heldout": (f"{tmp_path}/out/heldout.snapshot", made.heldout.id),
     }  # fmt: skip
-    assert [os.path.abspath(place) for place in made.watched()] == [f"{tmp_path}/held", f"{tmp_path}/train-0.tar"]
+    assert [os.path.abspath(place) for place in made.local_inputs()] == [f"{tmp_path}/held", f"{tmp_path}/train-0.tar"]
 
 
 def test_a_shard_that_appears_is_ignored_by_a_run_that_has_begun(config, tmp_path):
@@ -159,11 +159,11 @@ def test_the_stream_of_a_run_is_described(config, tmp_path):
     made = pin(replace(config, aspect=2.0), tmp_path / "out")
     stream = made.stream(0, 4)
     assert [len(batch.rows) for batch in stream.steps(0, 2, [range(4)])] == [4, 4]
-    said = sources.described(stream)
+    said = sources.describe(stream)
     assert (said["steps_per_epoch"], said["left_out_per_epoch"], said["quarantined"]) == (1, 2, 0)
     assert [bucket["samples"] for bucket in said["buckets"]] == [6]
     assert said["cropped_away"] == pytest.approx(0.25)  # pictures of 32x24 in a square
-    assert sources.told(stream) == (
+    assert sources.summary_line(stream) == (
         "data: 6 samples (64x64: 6), 25.0% of their area cropped away; 1 steps an epoch, 2 samples left out of each in turn"
     )
     json.dumps(said)

@@ -48,7 +48,7 @@ def test_an_interruption_is_one(tmp_path):
     [([], 45), (["checkpoint.grace=600"], 615), (["checkpoint.grace=5", "checkpoint.grace=7.5"], 22.5), (["checkpoint.grace=x"], 45)],
 )
 def test_ranks_have_their_grace_before_they_are_killed(said, seconds):
-    assert ranks.patience(["-m", "stages.recover", *said]) == seconds
+    assert ranks.grace_seconds(["-m", "stages.recover", *said]) == seconds
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_what_was_filled_in_reaches_the_stage(form):
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     said = overrides(form(**FILLED[form]))
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        config = frame.typed(schema, compose(name, overrides=plan.words(said)))
+        config = frame.typed(schema, compose(name, overrides=plan.hydra_args(said)))
     for key, value in said.items():
         if key not in GROUPS:
             found: Any = config

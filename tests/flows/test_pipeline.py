@@ -121,13 +121,13 @@ def test_bad_parameters_are_refused_before_anything_starts(words, home):
 
 def test_stock_diffusers_loads_what_was_written_and_draws_the_same(first):
     """The transformer and the LoRA through diffusers alone: the same pictures as evaluate's, within 1e-3 of a pixel's range."""
-    from stages.evaluate import Inference, Studio
+    from stages.evaluate import Inference, Sampler
 
     loaded = FluxTransformer2DModel.from_pretrained(ROOT / OUT / "recover", subfolder="transformer", dtype=torch.float32)
     style = str(ROOT / OUT / "lora/chalk/recovered@1")
     for transformer, path, guidance in ((None, BASE, 3.5), (loaded, str(ROOT / OUT / "recover"), 1.0)):
-        studio = Studio(evaluate_config(), [["a handwritten two"], ["a handwritten six"]], Accelerator(cpu=True))
-        ours = studio.photograph(
+        studio = Sampler(evaluate_config(), [["a handwritten two"], ["a handwritten six"]], Accelerator(cpu=True))
+        ours = studio.sample_cell(
             FluxTransformer2DModel.from_pretrained(path, subfolder="transformer", dtype=torch.float32), Inference("x", path, guidance, 1.0), style
         )
         stock = FluxPipeline.from_pretrained(BASE, dtype=torch.float32, **({"transformer": transformer} if transformer else {}))

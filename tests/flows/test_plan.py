@@ -35,7 +35,7 @@ def composed(**values: object) -> dict[str, object]:
     """What a stage gets: the words through Hydra and OmegaConf."""
     ConfigStore.instance().store(name="test_plan", node={"seed": 5, "text": "", "some": [], "number": 0.0, "flag": False})
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        return OmegaConf.to_container(compose("test_plan", overrides=plan.words(values)), resolve=True)
+        return OmegaConf.to_container(compose("test_plan", overrides=plan.hydra_args(values)), resolve=True)
 
 
 # ---- words: no value is read as anything but itself --------------------------------------------------------------------------------------
@@ -43,14 +43,14 @@ def composed(**values: object) -> dict[str, object]:
 
 @given(text=texts.filter(lambda text: "${" not in text))  # OmegaConf has another word to say on those, see below
 def test_a_string_is_read_back_by_hydra_s_parser(text):
-    found = parsed(plan.words({"data.name": text}))
+    found = parsed(plan.hydra_args({"data.name": text}))
     assert {key: str(value) for key, value in found.items()} == {"data.name": text}
     assert isinstance(found["data.name"], str)
 
 
 @given(some=st.lists(texts.filter(lambda text: "${" not in text), max_size=4))
 def test_a_list_of_strings_is_read_back(some):
-    found = parsed(plan.words({"loras": some}))["loras"]
+    found = parsed(plan.hydra_args({"loras": some}))["loras"]
     assert [str(value) for value in found] == some
     assert all(isinstance(value, str) for value in found)
 
@@ -74,7 +74,7 @@ def test_no_string_is_an_interpolation(text):
 @example(-0.0)
 @example(math.inf)
 def test_numbers_and_constants_are_read_back(value):
-    found = parsed(plan.words({"optim.lr": value}))["optim.lr"]
+    found = parsed(plan.hydra_args({"optim.lr": value}))["optim.lr"]
     assert found == value
     assert type(found) is type(value)
 
@@ -86,13 +86,13 @@ def test_numbers_reach_the_stage():
 
 def test_what_comes_later_wins():
     common, own = {"steps": 1, "seed": 0, "data.name": "ink"}, {"steps": 2}
-    assert plan.words(common, own, seed=7) == ["steps=2", "seed=7", "data.name=ink"]
+    assert plan.hydra_args(common, own, seed=7) == ["steps=2", "seed=7", "data.name=ink"]
     assert common == {"steps": 1, "seed": 0, "data.name": "ink"}
-    assert plan.words() == []
+    assert plan.hydra_args() == []
 
 
 def test_plain_words_stay_readable():
-    assert plan.words(out="runs/demo/lora", trained_on="data/miniature/pipeline", steps=3) == [
+    assert plan.hydra_args(out="runs/demo/lora", trained_on="data/miniature/pipeline", steps=3) == [
         "out=runs/demo/lora",
         "trained_on=data/miniature/pipeline",
         "steps=3",

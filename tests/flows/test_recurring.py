@@ -171,13 +171,13 @@ def test_a_year_in_small(server, shards, form):
     # the first is made from the base; a damaged shard is told
     state = run(form())
     assert state.name == "Completed", state
-    first = lifecycle.known(LINE)[0]
+    first = lifecycle.load_all(LINE)[0]
     assert (first.verdict, first.samples, first.shards) == ("promoted", 12, 1)
     assert "1 shards cannot be used" in state.message
     last = record.read(str(ROOT / first.out))
     assert [parent["role"] for parent in last.parents] == ["base", "teacher", "data.train", "data.heldout"]
     assert last.step == 3
-    assert aliases.resolved(f"{LINE}:latest") == first.out
+    assert aliases.resolve(f"{LINE}:latest") == first.out
     page = history()
     assert r"b\_\|\_\`x\`.tar is rejected at byte" in page.replace(str(shards).replace("_", r"\_") + "/", "")
     assert re.search(rf"\| 1 \| [0-9-]+ [0-9:]+ UTC \| 12 \| .* \| promoted \| `{first.id[:12]}` \|", page)
@@ -200,10 +200,10 @@ def test_a_year_in_small(server, shards, form):
     (shards / "b_|_`x`.tar").write_bytes(tar([(f"b{i}.{end}", part) for i in range(3) for end, part in (("jpg", jpeg(50 + i)), ("txt", b"a two"))]))
     state = run(form(tolerance=0.0, optim={"lr": 3e-3, "warmup": 0}))
     assert state.name == "Not promoted", state
-    second = lifecycle.known(LINE)[1]
+    second = lifecycle.load_all(LINE)[1]
     assert (second.verdict, second.samples, second.shards) == ("not promoted", 6, 2)
     assert second.before == pytest.approx(first.after, rel=1e-4)
-    assert aliases.resolved(f"{LINE}:latest") == aliases.resolved(f"{LINE}:best") == first.out
+    assert aliases.resolve(f"{LINE}:latest") == aliases.resolve(f"{LINE}:best") == first.out
     start = next(parent for parent in record.read(str(ROOT / second.out)).parents if parent["role"] == "start")
     assert (start["uri"], start["id"]) == (first.out, first.id)
     lines = [json.loads(line) for line in (ROOT / lifecycle.ledger(LINE)).read_text().splitlines()]

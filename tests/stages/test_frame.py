@@ -77,7 +77,7 @@ def test_done_then_skipped_then_refused_to_another_configuration(run, words, tmp
     assert [row["step"] for row in rows] == [1, 2]
     assert [row["step"] for row in made[0].metrics["curve"]] == [0, 2]
     assert made[0].command == command(words)  # so that a flow can tell that it stands
-    assert run_folder.stands(made[0].uri, command(words)) == made[0]
+    assert run_folder.up_to_date(made[0].uri, command(words)) == made[0]
 
     assert run(words, work).code == 0
     assert made[1] == made[0]

@@ -31,7 +31,7 @@ def test_a_lora_is_trained_on_what_recover_published(words, tmp_path, run_stage,
         assert run_stage("recover", *recover)[0] == 0  # it is finished, and published already
         made = json.loads((tmp_path / "recover/artifact.json").read_text())
         address = f"{shelf}/{made['id']}"
-        assert store.look(address).files == made["files"]
+        assert store.read_record(address).files == made["files"]
         try:
             lora = ["arm=recovered@1", "adapter.rank=2"]
             code, said = run_stage("lora", *words, *lora, f"trained_on={address}", f"out={tmp_path}/far")

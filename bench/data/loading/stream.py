@@ -99,7 +99,7 @@ def _decode(pictures: Callable[[], Iterator[bytes]], start: Any, found: Any) -> 
 
 def on_disk(known: Snapshot) -> Iterator[bytes]:
     """The pictures of a snapshot from their tars, in our order, with one system call each."""
-    files, order = [os.open(shard.place, os.O_RDONLY) for shard in known.shards], Order(known, [(64, 64)], 0, 64)
+    files, order = [os.open(shard.url, os.O_RDONLY) for shard in known.shards], Order(known, [(64, 64)], 0, 64)
     for row in (int(row) for number in itertools.count() for row in order.step(number).rows):
         span = known.span(row, "picture")
         yield os.pread(files[known.shards.index(known.shard(row))], span.bytes, span.offset)
@@ -112,7 +112,7 @@ def stream(known: Snapshot, side: int, batch: int, config: ReadConfig) -> Stream
 def ours(known: Snapshot, side: int, batch: int) -> Speed:
     """Every picture whole, in the shuffled order, read from its tar and checked."""
     made = stream(known, side, batch, ReadConfig(workers=WORKERS))
-    return measured(made.steps(0, 1 << 30, [range(batch)]), lambda one: len(one.rows), lambda: made.waited)
+    return measured(made.steps(0, 1 << 30, [range(batch)]), lambda one: len(one.rows), lambda: made.wait_seconds)
 
 
 def theirs(paths: Sequence[str], batch: int) -> Speed:
@@ -129,7 +129,7 @@ def busy(known: Snapshot, side: int, batch: int, rate: float) -> float:
         time.sleep(batch / rate)
         return batch
 
-    return measured(made.steps(0, 1 << 30, [range(batch)]), trained, lambda: made.waited).waited
+    return measured(made.steps(0, 1 << 30, [range(batch)]), trained, lambda: made.wait_seconds).waited
 
 
 def throughput(side: int, samples: int, batch: int, pairs: int) -> None:
@@ -164,7 +164,7 @@ def reads(known: Snapshot, config: ReadConfig) -> float:
     """Samples a second of reading ahead, undecoded."""
     order = Order(known, [(64, 64)], 0, 64)
     jobs = ((int(row), None) for step in itertools.count() for row in order.step(step).rows)
-    return measured(Reader(known, config, ("picture", "caption")).ahead(jobs), lambda _: 1).rate
+    return measured(Reader(known, config, ("picture", "caption")).prefetch(jobs), lambda _: 1).rate
 
 
 def latency(pairs: int) -> None:

@@ -40,7 +40,7 @@ def bench(name: str, model: FluxTransformer2DModel, times: int) -> None:
     x, prompt, pooled = torch.randn(BATCH, 16, 16), torch.randn(BATCH, 8, 64), torch.randn(BATCH, 64)
 
     def loss_of(_: range) -> torch.Tensor:
-        return flux1.predict(training.model, x, torch.full((BATCH,), 0.5), flux1.condition(prompt, pooled, (4, 4)), 1.0).square().mean()
+        return flux1.predict(training.model, x, torch.full((BATCH,), 0.5), flux1.build_conditioning(prompt, pooled, (4, 4)), 1.0).square().mean()
 
     def step(number: int) -> float:
         before = time.perf_counter()
@@ -54,14 +54,14 @@ def bench(name: str, model: FluxTransformer2DModel, times: int) -> None:
         alone, beside, stalls, written, waiting = [step(number) for number in range(5)], list[float](), list[float](), list[float](), list[float]()
         for number in range(times):
             before = time.perf_counter()
-            kept.after(2 * number + 1, [])
+            kept.on_step_end(2 * number + 1, [])
             stalls.append(since(before))
             while kept._writing and not kept._writing.done():
                 beside.append(step(number))
             written.append(since(before))
             kept.wait()
             before = time.perf_counter()
-            kept.after(2 * number + 2, [])
+            kept.on_step_end(2 * number + 2, [])
             kept.wait()
             waiting.append(since(before))
         size = sum(file.stat().st_size for folder in os.scandir(out) for file in os.scandir(folder.path))

@@ -14,7 +14,7 @@ import torch
 
 import stages  # noqa: F401  (quiets the libraries)
 from dev2pro.models import encodings, flow_matching, flux1
-from dev2pro.models.encodings import Encoded
+from dev2pro.models.encodings import EncodedBatch
 from dev2pro.training import distributed, optim
 from dev2pro.training.distributed import HardwareConfig
 from dev2pro.training.optim import OptimConfig
@@ -25,33 +25,33 @@ STEPS, BATCH, TOKENS, CHANNELS = 20, 32, 16, 16
 OPTIM = OptimConfig(lr=1e-4)
 
 
-def data() -> Encoded:
+def data() -> EncodedBatch:
     """Random encodings of the miniature's shapes."""
     mean = torch.randn(BATCH, TOKENS, CHANNELS)
-    return Encoded(mean, torch.full_like(mean, 0.1), torch.randn(BATCH, 8, 64), torch.randn(BATCH, 64), (4, 4))
+    return EncodedBatch(mean, torch.full_like(mean, 0.1), torch.randn(BATCH, 8, 64), torch.randn(BATCH, 64), (4, 4))
 
 
-def ours(known: Encoded) -> float:
+def ours(known: EncodedBatch) -> float:
     hardware = HardwareConfig(device="cpu", micro_batch=BATCH, threads=1)
     training = Training(distributed.accelerator(hardware), flux1.load_transformer(BASE), OPTIM, hardware, steps=STEPS + 2, batch=BATCH, ema=0.99)
     scheduler, empty = flux1.scheduler_settings(BASE), (torch.zeros(8, 64), torch.zeros(64))
 
-    def loss_of(batch: encodings.Noised) -> torch.Tensor:
-        v = flux1.predict(training.model, batch.x_t, batch.t, batch.said, 1.0)
+    def loss_of(batch: encodings.NoisedBatch) -> torch.Tensor:
+        v = flux1.predict(training.model, batch.x_t, batch.t, batch.conditioning, 1.0)
         return torch.nn.functional.mse_loss(v, batch.velocity)
 
     def step(n: int) -> None:
-        training.step(n, lambda slots: encodings.noised(known, empty, scheduler, 0.1, 0, n, slots), loss_of)
+        training.step(n, lambda slots: encodings.noise_batch(known, empty, scheduler, 0.1, 0, n, slots), loss_of)
 
     return timed(step)
 
 
-def bare(known: Encoded) -> float:
+def bare(known: EncodedBatch) -> float:
     model = flux1.load_transformer(BASE).train()
     optimizer = optim.optimizer(OPTIM, model.parameters())
     x0, noise, t = known.mean, torch.randn(BATCH, TOKENS, CHANNELS), torch.rand(BATCH)
     x_t, target = flow_matching.interpolate(x0, noise, t), flow_matching.velocity(x0, noise)
-    said = flux1.condition(known.prompt, known.pooled, known.grid)
+    said = flux1.build_conditioning(known.prompt, known.pooled, known.grid)
 
     def step(_: int) -> None:
         torch.nn.functional.mse_loss(flux1.predict(model, x_t, t, said, 1.0), target).backward()

@@ -15,7 +15,7 @@ from prefect import flow
 
 from dev2pro.artifacts.record import ROOT
 from flows.processes.launch import _event
-from flows.ui.progress import Watch
+from flows.ui.progress import ProgressReporter
 
 PAIRS, WINDOW = 10, 30.0  # seconds: one look at everything, six at the progress
 OUT = "runs/bench-watching"
@@ -26,7 +26,7 @@ class Training:
     """A recovery that goes on until it is killed; its events come to `watch`, if there is one."""
 
     def __init__(self) -> None:
-        self.watch: Watch | None = None
+        self.watch: ProgressReporter | None = None
         words = [sys.executable, "-m", "stages.recover", *WORDS]
         self.process = subprocess.Popen(words, cwd=ROOT, env=os.environ | {"DEV2PRO_EVENTS": "1"}, stdout=subprocess.PIPE, text=True)
         threading.Thread(target=self._listen, daemon=True).start()
@@ -34,12 +34,12 @@ class Training:
     def _listen(self) -> None:
         for line in self.process.stdout or ():
             if (event := _event(line)) and (watch := self.watch):
-                watch.tell(event)
+                watch.on_event(event)
 
     @contextmanager
     def watched(self, wanted: bool) -> Iterator[None]:
         """Within, it is watched or not."""
-        self.watch = Watch("recover", ROOT / OUT, print) if wanted else None
+        self.watch = ProgressReporter("recover", ROOT / OUT, print) if wanted else None
         yield
         if self.watch:
             self.watch.end()

@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from data.loading.buffers import Lender, Piece, Room
+from data.loading.buffers import Buffer, BufferHandle, BufferPool
 from data.loading.stream import Batch, Stream
 from tests.streams import stream
 
@@ -32,8 +32,8 @@ def test_a_view_of_a_batch_keeps_its_piece(many):
 
 
 def test_what_is_let_go_is_lent_again():
-    lender = Lender(1, 2, 100)
-    tensors = [lender.tensor(Piece(number, (2, 50))) for number in (0, 1)]
+    lender = BufferPool(1, 2, 100)
+    tensors = [lender.tensor(BufferHandle(number, (2, 50))) for number in (0, 1)]
     lender._free[:] = b"\0\0"
     part = tensors[0][1]
     del tensors
@@ -45,8 +45,8 @@ def test_what_is_let_go_is_lent_again():
 
 
 def test_a_worker_s_copies_give_nothing_back():
-    lender = Lender(1, 1, 100)
-    tensor = lender.tensor(Piece(0, (10,)))
+    lender = BufferPool(1, 1, 100)
+    tensor = lender.tensor(BufferHandle(0, (10,)))
     lender._free[:] = b"\0"
     child = os.fork()
     if child == 0:
@@ -59,8 +59,8 @@ def test_a_worker_s_copies_give_nothing_back():
 
 
 def test_outside_a_worker_and_where_none_is_free_there_is_room_all_the_same():
-    lender = Lender(1, 1, 100)
-    assert lender.take(10) is None  # this is no worker
-    room = Room(lender, (2, 3))
+    lender = BufferPool(1, 1, 100)
+    assert lender.acquire(10) is None  # this is no worker
+    room = Buffer(lender, (2, 3))
     room.array[:] = 7
     assert room.filled(1).tolist() == [[7, 7, 7]]

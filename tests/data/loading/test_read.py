@@ -124,7 +124,7 @@ def test_order_is_kept_whatever_the_servers_do(snapshot, shard, web):
 
     web.faults = fault
     rows = [draw.randrange(COUNT) for _ in range(200)]
-    found = list(Reader(snapshot, impatient(), PARTS).ahead(jobs(rows)))
+    found = list(Reader(snapshot, impatient(), PARTS).prefetch(jobs(rows)))
     assert [job for job, _ in found] == rows
     assert [sample for _, sample in found] == [as_written(shard, row) for row in rows]
 
@@ -132,7 +132,7 @@ def test_order_is_kept_whatever_the_servers_do(snapshot, shard, web):
 @pytest.mark.parametrize("threads", [1, 3, 8])
 def test_no_more_requests_are_under_way_than_was_said(snapshot, shard, web, threads):
     web.latency, web.most = 0.05, 0
-    assert [found for _, found in Reader(snapshot, impatient(threads=threads), PARTS).ahead(jobs())] == all_of(shard)
+    assert [found for _, found in Reader(snapshot, impatient(threads=threads), PARTS).prefetch(jobs())] == all_of(shard)
     assert threads / 2 <= web.most <= threads
 
 
@@ -140,7 +140,7 @@ def test_no_more_bytes_wait_than_was_said(web, write_shard, pin):
     write_shard(web.folder / "0.tar", COUNT, 100_000)
     snapshot = pin(web.url + "/0.tar")
     web.requests.clear()
-    ahead = Reader(snapshot, impatient(prefetch_mb=2, threads=16), PARTS).ahead(jobs())
+    ahead = Reader(snapshot, impatient(prefetch_mb=2, threads=16), PARTS).prefetch(jobs())
     for taken in range(1, 20):
         next(ahead)
         time.sleep(0.05)
@@ -151,13 +151,13 @@ def test_no_more_bytes_wait_than_was_said(web, write_shard, pin):
 @pytest.mark.parametrize("prefetch_mb", [0, 1])
 def test_a_sample_larger_than_all_that_may_wait_is_read(web, write_shard, pin, prefetch_mb):
     shard = write_shard(web.folder / "0.tar", 3, 2_000_000)
-    found = [sample for _, sample in Reader(pin(web.url + "/0.tar"), impatient(prefetch_mb=prefetch_mb), PARTS).ahead(jobs(range(3)))]
+    found = [sample for _, sample in Reader(pin(web.url + "/0.tar"), impatient(prefetch_mb=prefetch_mb), PARTS).prefetch(jobs(range(3)))]
     assert found == [as_written(shard, row) for row in range(3)]
 
 
 def test_who_takes_no_more_waits_for_nothing_and_asks_for_nothing(snapshot, web):
     web.faults = lambda path, number, wanted: None if wanted.startswith(at(snapshot, 0)) else "stall"
-    ahead = Reader(snapshot, impatient(threads=4, idle_timeout=1.5, retries=0), PARTS).ahead(jobs())
+    ahead = Reader(snapshot, impatient(threads=4, idle_timeout=1.5, retries=0), PARTS).prefetch(jobs())
     next(ahead)
     while len(web.requests) < 5:  # what was taken, and one for each thread
         time.sleep(0.01)
@@ -171,7 +171,7 @@ def test_who_takes_no_more_waits_for_nothing_and_asks_for_nothing(snapshot, web)
 def test_an_error_comes_in_its_place_and_at_once(snapshot, shard, web):
     behind = tuple(at(snapshot, row) for row in range(6, COUNT))
     web.faults = lambda path, number, wanted: 404 if wanted.startswith(at(snapshot, 5)) else "stall" if wanted.startswith(behind) else None
-    ahead, found, before = Reader(snapshot, impatient(idle_timeout=4, retries=0), PARTS).ahead(jobs()), [], time.monotonic()
+    ahead, found, before = Reader(snapshot, impatient(idle_timeout=4, retries=0), PARTS).prefetch(jobs()), [], time.monotonic()
     with pytest.raises(DataError, match="404"):
         found.extend(sample for _, sample in ahead)  # one by one
     assert found == all_of(shard)[:5]
@@ -179,17 +179,17 @@ def test_an_error_comes_in_its_place_and_at_once(snapshot, shard, web):
 
 
 def test_nothing_is_asked_for_nothing(snapshot, web):
-    assert list(Reader(snapshot, impatient(), PARTS).ahead(jobs([]))) == []
+    assert list(Reader(snapshot, impatient(), PARTS).prefetch(jobs([]))) == []
     assert web.requests == []
 
 
 def test_a_forked_process_reads_ahead(snapshot, shard, web):
     config, before = impatient(idle_timeout=10), threading.active_count()
-    mine = Reader(snapshot, config, PARTS).ahead(jobs())
+    mine = Reader(snapshot, config, PARTS).prefetch(jobs())
     next(mine)
 
     def work() -> None:
-        assert [found for _, found in Reader(snapshot, config, PARTS).ahead(jobs())] == all_of(shard)
+        assert [found for _, found in Reader(snapshot, config, PARTS).prefetch(jobs())] == all_of(shard)
 
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(lambda _: in_child(work), range(2))) == [0, 0]
@@ -211,7 +211,7 @@ def test_no_path_is_made_of_a_key(tmp_path, web, write_shard, pin):
     assert reader.sample(0) == as_written(shard, 0)
     assert reader.key(0).startswith("../../../")
     assert not [file for file in Path(tmp_path).rglob("*") if "evil" in file.name and file.suffix in (".png", ".txt")]
-    assert all(urls.check(one.place) == one.place for one in reader.snapshot.shards)
+    assert all(urls.normalize(one.url) == one.url for one in reader.snapshot.shards)
 
 
 def _header(name: str, size: int) -> bytes:

@@ -48,7 +48,7 @@ def weights(draw) -> tuple[list[int], float]:
 def weighted(pins: Snapshot, times: list[int], longest: float) -> Snapshot:
     often = {shard.sha256: count for shard, count in zip(pins.shards, times, strict=False)}
     filters = snapshot.Filters(max_aspect=longest)
-    return snapshot.build([shard.place for shard in pins.shards], Transport(READ), filters=filters, repeat=lambda sha256: often[sha256])
+    return snapshot.build([shard.url for shard in pins.shards], Transport(READ), filters=filters, repeat=lambda sha256: often[sha256])
 
 
 @given(
@@ -150,7 +150,7 @@ def test_rows_come_as_asked_from_the_middle_and_without_the_broken(many):
 
 def test_a_stretch_keeps_the_order_and_every_bucket(many):
     source = stream(many[2], batch=2)
-    batches = list(source.stretch(5, 40, 4))
+    batches = list(source.row_range(5, 40, 4))
     assert [row for batch in batches for row in batch.rows] == list(range(5, 40))
     assert all(source.order.size_of(row) == batch.size for batch in batches for row in batch.rows)
 

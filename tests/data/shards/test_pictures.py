@@ -80,9 +80,9 @@ def test_a_size_is_told_from_the_header_alone(form):
 def test_pictures_are_known_by_their_bytes_and_of_three_kinds(form):
     content = encoded(noise(), form)
     if form in FORMS:
-        assert pictures.opened(content).format == form
+        assert pictures.open_image(content).format == form
     else:
-        assert trouble(lambda: pictures.opened(content)) == "it is no readable JPEG, PNG or WebP picture"
+        assert trouble(lambda: pictures.open_image(content)) == "it is no readable JPEG, PNG or WebP picture"
 
 
 def test_a_camera_s_jpeg_with_a_second_picture_behind_it():

@@ -24,7 +24,7 @@ def refusal(content: bytes) -> str:
 def pixels(content: bytes, width: int = 8, height: int = 0, **where: float) -> np.ndarray:
     """As a training step has them: upright, scaled while decoded if it may be, cropped. (H, W, 3) uint8."""
     target = (width, height or width)
-    return np.asarray(pictures.cropped(pictures.upright(content, max(target)), target, **where))
+    return np.asarray(pictures.crop_resize(pictures.upright(content, max(target)), target, **where))
 
 
 def stripes(*colours: tuple[int, int, int], side: int = 8) -> Image.Image:
@@ -134,7 +134,7 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_at_least_twice_the_target(targ
     content = encoded(image, "JPEG", quality=100)
     found = pictures.upright(content, target)
     assert found.size == size
-    fine, coarse = (np.asarray(pictures.cropped(one, (64, 48))).astype(int) for one in (image, found))
+    fine, coarse = (np.asarray(pictures.crop_resize(one, (64, 48))).astype(int) for one in (image, found))
     assert np.abs(fine - coarse).max() < 6
     assert pictures.upright(encoded(image), target).size == image.size
 

@@ -45,11 +45,11 @@ def test_samples_are_numbered_in_the_order_of_the_shards(tmp_path):
     shards = numbered(tmp_path)
     made = built(shards[::-1])
     assert len(made) == 6
-    assert [Path(made.shard(row).place).name for row in range(6)] == ["2.tar"] * 3 + ["1.tar"] * 2 + ["0.tar"]
+    assert [Path(made.shard(row).url).name for row in range(6)] == ["2.tar"] * 3 + ["1.tar"] * 2 + ["0.tar"]
     assert [(one.first, one.samples, one.repeat) for one in made.shards] == [(0, 3, 1), (3, 2, 1), (5, 1, 1)]
     for row, key in enumerate(("2-0", "2-1", "2-2", "1-0", "1-1", "0-0")):
         span = made.span(row, "picture")
-        content = Path(made.shard(row).place).read_bytes()
+        content = Path(made.shard(row).url).read_bytes()
         assert content[span.offset - 512 :].startswith(f"{key}.jpg".encode())
         assert int(made.columns["key"][row]) == key_number(key)
         assert content[span.offset :][: span.bytes] == jpeg(int(key[-1]))
@@ -94,7 +94,7 @@ def test_empty_shards_are_no_hindrance(tmp_path):
     fingerprint = json.dumps({"__metadata__": {"fingerprint": "{}"}}).encode()
     one = shard(tmp_path / "a.tar", ("a", 8, 8, "x"), extra=(("a.latents.safetensors", len(fingerprint).to_bytes(8, "little") + fingerprint),))
     made = built([empty[0], one, empty[1]])
-    assert [(shard.place, shard.samples) for shard in made.shards] == [(one, 1)]
+    assert [(shard.url, shard.samples) for shard in made.shards] == [(one, 1)]
     assert made.encodings == {"latents": {}}
     assert made.span(0, "latents").bytes == len(fingerprint) + 8
     assert len(built(empty)) == 0
@@ -148,7 +148,7 @@ def test_filters_keep_what_python_would(data):
         and filters.min_caption <= n and (not filters.max_caption or n <= filters.max_caption)
         for w, h, n in zip(*numbers.values(), strict=True)
     ]  # fmt: skip
-    assert filters.keep("x", columns).tolist() == expected
+    assert filters.mask("x", columns).tolist() == expected
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------------------------

@@ -160,8 +160,8 @@ def test_a_shard_without_a_sidecar_says_how_to_make_one(tmp_path):
 
 
 def test_where_a_sidecar_lies():
-    assert sidecar.where("/a/b.tar") == "/a/b.tar.index"
-    names = [sidecar.where(place, "/to") for place in ("/a/b.tar", "/c/b.tar", "https://h/a/b.tar", "/a/\udcffä;rm.tar", f"/a/{'x' * 300}.tar")]
+    assert sidecar.path_of("/a/b.tar") == "/a/b.tar.index"
+    names = [sidecar.path_of(place, "/to") for place in ("/a/b.tar", "/c/b.tar", "https://h/a/b.tar", "/a/\udcffä;rm.tar", f"/a/{'x' * 300}.tar")]
     assert len(set(names)) == 5
     for name in names:
         assert name.startswith("/to/")

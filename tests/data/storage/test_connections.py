@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from data.storage import http as web_module
-from data.storage.http import TransientError, Web
+from data.storage.http import RangeClient, TransientError
 from dev2pro.errors import DataError
 from tests.servers import Fault, Server, environment
 
@@ -94,12 +94,12 @@ def certificate(tmp_path_factory) -> Path:
 def test_https_is_read_where_the_certificate_is_trusted_and_nowhere_else(web, certificate):
     with Server(web.folder, certificate=certificate) as server:
         with pytest.raises(DataError, match="certificate that is not trusted"):
-            Web(4, 2, 2).ask(server.url + "/a", 0, 10)
+            RangeClient(4, 2, 2).get_range(server.url + "/a", 0, 10)
         assert server.requests == []
         with environment(SSL_CERT_FILE=str(certificate)):
-            assert len(Web(4, 2, 2).ask(server.url + "/a", 0, 10)[0]) == 10
+            assert len(RangeClient(4, 2, 2).get_range(server.url + "/a", 0, 10)[0]) == 10
             with pytest.raises(DataError, match="certificate that is not trusted"):
-                Web(4, 2, 2).ask(server.url.replace("127.0.0.1", "localhost") + "/a", 0, 10)
+                RangeClient(4, 2, 2).get_range(server.url.replace("127.0.0.1", "localhost") + "/a", 0, 10)
 
 
 @pytest.mark.parametrize("kind", ["reset middle", "stall middle", "short"])
@@ -109,7 +109,7 @@ def test_a_broken_https_connection_is_no_bad_certificate(web, certificate, kind)
         environment(SSL_CERT_FILE=str(certificate)),
         pytest.raises(TransientError),
     ):
-        Web(4, 0.5, 0.5).ask(server.url + "/a", 0, 5000)
+        RangeClient(4, 0.5, 0.5).get_range(server.url + "/a", 0, 5000)
 
 
 def test_a_host_without_https_may_be_starting(web, asks):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data.storage.http import LONGEST_PAUSE, ChangedError, TransientError, Stamp
+from data.storage.http import LONGEST_PAUSE, ChangedError, FileInfo, TransientError
 from dev2pro.errors import DataError
 from tests.servers import Fault, Server
 
@@ -203,5 +203,5 @@ def test_without_a_strong_etag_size_and_time_tell(web, asks, etag, how):
 def test_messages_hold_no_characters_that_a_terminal_would_obey(web, asks):
     web.faults = always(Fault("deaf", headers={"Last-Modified": "\x1b]0;owned\x07", "ETag": None}))
     with pytest.raises(ChangedError) as caught:
-        asks.ask(web.url + "/a", 0, 10, Stamp(SIZE, modified=OLD))
+        asks.ask(web.url + "/a", 0, 10, FileInfo(SIZE, modified=OLD))
     assert str(caught.value).isprintable()

@@ -13,7 +13,7 @@ import pytest
 
 from data.storage import transport
 from data.storage.http import ChangedError
-from data.storage.transport import Transport, write_local
+from data.storage.transport import Transport, write_atomic
 from dev2pro.errors import DataError, SpaceError
 from tests.servers import impatient, in_child
 
@@ -29,7 +29,7 @@ def test_what_is_not_there_or_no_file_is_told_at_once(tmp_path):
         ("pipe", "device or pipe"),
         ("x" * 300, "too long"),
     ):
-        for ask in (used.stamp, lambda place: used.read(place, 0, 1)):
+        for ask in (used.info, lambda place: used.read(place, 0, 1)):
             with pytest.raises(DataError, match=words):
                 ask(str(tmp_path / name))
 
@@ -67,7 +67,7 @@ def test_a_file_that_took_the_place_of_another_is_read_anew(tmp_path):
     place, used = str(tmp_path / "file"), Transport(impatient())
     for content in (b"old", b"new", b"other"):
         used.write(place, content)
-        assert used.whole(place, 10) == content
+        assert used.read_all(place, 10) == content
 
 
 def test_open_files_are_few_and_never_closed_under_a_reader(tmp_path):
@@ -113,9 +113,9 @@ def test_a_killed_writer_leaves_the_old_file_or_the_new_one(tmp_path):
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path):
-    write_local(str(tmp_path / "file"), b"old")
+    write_atomic(str(tmp_path / "file"), b"old")
     with pytest.raises(TypeError):
-        write_local(str(tmp_path / "file"), "text")  # type: ignore[arg-type]
+        write_atomic(str(tmp_path / "file"), "text")  # type: ignore[arg-type]
     assert (tmp_path / "file").read_bytes() == b"old"
     assert [one.name for one in tmp_path.iterdir()] == ["file"]
 
@@ -123,7 +123,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
 def test_threads_may_write_the_same_file(tmp_path):
     place = str(tmp_path / "file")
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda number: write_local(place, bytes([number]) * 300_000), range(64)))
+        list(pool.map(lambda number: write_atomic(place, bytes([number]) * 300_000), range(64)))
     content = (tmp_path / "file").read_bytes()
     assert len(content) == 300_000
     assert len(set(content)) == 1

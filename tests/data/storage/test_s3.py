@@ -127,7 +127,7 @@ def test_from_shards_in_a_bucket_to_samples(bucket, used, write_shard, tmp_path)
     pinned = snapshot.check(snapshot.read(str(tmp_path / "all.snapshot")), used)
     assert b"Signature" not in (tmp_path / "all.snapshot").read_bytes()
     reader = Reader(pinned, impatient(idle_timeout=20, cache=str(tmp_path / "cache"), cache_gb=1.0), ("picture", "caption"))
-    found = list(reader.ahead((row, row) for row in range(20)))
+    found = list(reader.prefetch((row, row) for row in range(20)))
     assert [job for job, _ in found] == list(range(20))
     assert [sample["picture"] for _, sample in found] == [shards[row // 10][f"{row % 10:04d}.png"] for row in range(20)]
     write_shard(tmp_path / "1.tar", 10, 1000, seed=9)
@@ -146,7 +146,7 @@ def test_a_forked_process_signs_for_itself(bucket, used):
         own.write(bucket.place(f"{os.getpid()}"), b"x")
 
     with ThreadPoolExecutor(3) as pool:
-        going = pool.submit(lambda: [Transport(impatient()).stamp(place) for _ in range(20)])
+        going = pool.submit(lambda: [Transport(impatient()).info(place) for _ in range(20)])
         assert list(pool.map(lambda _: in_child(work), range(2))) == [0, 0]
         going.result()
 
@@ -190,7 +190,7 @@ def test_no_failure_shows_a_signed_address(tmp_path, caplog):
     (tmp_path / "shards" / "0.tar").write_bytes(bytes(10_000))
     with Server(tmp_path) as server, environment(**s3_environment(server.url)), caplog.at_level(logging.DEBUG, "urllib3"):
         used, place = Transport(impatient(retries=0)), "s3://shards/0.tar"
-        stamp = used.stamp(place)
+        stamp = used.info(place)
         for fault in FAULTS:
             server.faults = lambda *_, fault=fault: fault
             with pytest.raises((DataError, TryAgainError), match=f"^{place} ") as caught:
@@ -202,7 +202,7 @@ def test_no_failure_shows_a_signed_address(tmp_path, caplog):
 def test_a_store_that_is_not_reached_is_told_without_secrets(caplog, url):
     with environment(**s3_environment(url), AWS_MAX_ATTEMPTS="1"):
         used = Transport(impatient(retries=0))
-        for ask in (used.stamp, lambda place: used.read(place, 0, 9), lambda place: used.write(place, b"x")):
+        for ask in (used.info, lambda place: used.read(place, 0, 9), lambda place: used.write(place, b"x")):
             with caplog.at_level(logging.DEBUG, "urllib3"), pytest.raises((DataError, TryAgainError)) as caught:
                 ask("s3://shards/0.tar")
             told(caught.value, caplog.text)
@@ -211,7 +211,7 @@ def test_a_store_that_is_not_reached_is_told_without_secrets(caplog, url):
 def test_without_credentials_it_is_said_where_they_come_from(store):
     with environment(AWS_ACCESS_KEY_ID=None, AWS_SECRET_ACCESS_KEY=None):
         used, place = Transport(impatient()), store.place("0.tar")
-        for ask in (used.stamp, lambda place: used.write(place, b"x")):
+        for ask in (used.info, lambda place: used.write(place, b"x")):
             with pytest.raises(DataError, match=f"^{place} cannot be had from s3 .NoCredentialsError.*AWS_ACCESS_KEY_ID") as caught:
                 ask(place)
             told(caught.value, "")
@@ -220,7 +220,7 @@ def test_without_credentials_it_is_said_where_they_come_from(store):
 def test_wrong_credentials_are_told_at_once(tmp_path, caplog):
     with Server(tmp_path, faults=lambda *_: 403) as server, environment(**s3_environment(server.url)):
         with pytest.raises(DataError, match=r"403.*the right to read it") as caught:
-            Transport(impatient()).stamp("s3://shards/0.tar")
+            Transport(impatient()).info("s3://shards/0.tar")
         told(caught.value, caplog.text)
         assert len(server.requests) == 1
 

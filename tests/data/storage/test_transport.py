@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from data.storage import urls
-from data.storage.http import ChangedError, Stamp
+from data.storage.http import ChangedError, FileInfo
 from data.storage.transport import Transport
 from dev2pro.errors import DataError, TryAgainError
 from tests.servers import Fault, impatient, in_child
@@ -39,7 +39,7 @@ def test_what_does_not_pass_ends_with_the_code_to_try_again(web, fault, reason, 
     web.faults = lambda *_: fault
     used = Transport(impatient())
     with pytest.raises(TryAgainError, match=f"^{web.url}/a could not be read in 2 tries .the last: .*{reason}.*same command") as caught:
-        used.read(web.url + "/a", 100, 5000) if what == "read" else used.stamp(web.url + "/a")
+        used.read(web.url + "/a", 100, 5000) if what == "read" else used.info(web.url + "/a")
     assert caught.value.exit_code == 75
     assert len(web.requests) == 2
 
@@ -50,13 +50,13 @@ def test_what_cannot_pass_is_asked_for_once(web, fault, what):
     web.faults = lambda *_: fault
     used, place = Transport(impatient(retries=5)), web.url + "/a"
     with pytest.raises(DataError, match=f"^{place} "):
-        {"read": lambda: used.read(place, 0, 9), "stamp": lambda: used.stamp(place), "whole": lambda: used.whole(place, 1 << 20)}[what]()
+        {"read": lambda: used.read(place, 0, 9), "stamp": lambda: used.info(place), "whole": lambda: used.read_all(place, 1 << 20)}[what]()
     assert len(web.requests) == 1
 
 
 def test_a_changed_file_is_asked_for_once(web):
     used = Transport(impatient(retries=5))
-    stamp = used.stamp(web.url + "/a")
+    stamp = used.info(web.url + "/a")
     (web.folder / "a").write_bytes(b"another one")
     with pytest.raises(ChangedError, match="changed since it was indexed"):
         used.read(web.url + "/a", 0, 9, stamp)
@@ -93,7 +93,7 @@ def test_a_read_that_flows_is_not_asked_for_twice(web):
 
 def test_many_threads_share_few_connections(web):
     content, used = (web.folder / "a").read_bytes(), Transport(impatient(threads=4, idle_timeout=30, connect_timeout=10))
-    stamp = used.stamp(web.url + "/a")
+    stamp = used.info(web.url + "/a")
 
     def work(seed: int) -> None:
         draw = random.Random(seed)
@@ -111,15 +111,15 @@ def test_many_threads_share_few_connections(web):
 
 def test_a_small_file_is_read_whole_within_its_limit(web):
     used = Transport(impatient())
-    assert used.whole(web.url + "/a", 100_000) == used.whole(str(web.folder / "a"), 100_000) == (web.folder / "a").read_bytes()
+    assert used.read_all(web.url + "/a", 100_000) == used.read_all(str(web.folder / "a"), 100_000) == (web.folder / "a").read_bytes()
     for place in (web.url + "/a", str(web.folder / "a")):
         with pytest.raises(DataError, match="100,000 bytes, more than the 99,999"):
-            used.whole(place, 99_999)
+            used.read_all(place, 99_999)
 
 
 def test_a_forked_process_reads_with_a_transport_of_its_own(web):
     used, place = Transport(impatient(idle_timeout=10)), web.url + "/a"
-    content, stamp = (web.folder / "a").read_bytes(), used.stamp(place)
+    content, stamp = (web.folder / "a").read_bytes(), used.info(place)
     used.read(place, 0, 10, stamp)
 
     def work() -> None:
@@ -148,16 +148,16 @@ def test_no_part_of_a_place_is_run(tmp_path, monkeypatch, place):
     monkeypatch.setenv("GOPEN_REWRITE", "a.tar=pipe:touch")
     monkeypatch.chdir(tmp_path)
     place, used = place.format("ran"), Transport(impatient())
-    for ask in (used.stamp, lambda one: used.read(one, 0, 1), lambda one: used.whole(one, 9), lambda one: urls.expand(one, "data.train")):
+    for ask in (used.info, lambda one: used.read(one, 0, 1), lambda one: used.read_all(one, 9), lambda one: urls.expand(one, "data.train")):
         with pytest.raises(DataError):
-            ask(urls.check(place))
+            ask(urls.normalize(place))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("scheme", ["hf", "ftp", "gs", "ais", "sftp", "pipe", "simplecache", "data", "ssh", "zip"])
 def test_only_the_web_and_s3_are_addresses(scheme):
     with pytest.raises(DataError, match="of addresses only http://, https://, s3:// are"):
-        urls.check(f"{scheme}://host/a.tar")
+        urls.normalize(f"{scheme}://host/a.tar")
 
 
 @pytest.mark.parametrize(
@@ -165,15 +165,15 @@ def test_only_the_web_and_s3_are_addresses(scheme):
 )
 def test_secrets_in_a_place_are_refused_and_not_repeated(place):
     with pytest.raises(DataError) as caught:
-        urls.check(place)
+        urls.normalize(place)
     assert "hush" not in str(caught.value)
 
 
 def test_a_stamp_is_known_by_its_numbers():
-    stamp = Stamp(5, "etag", "now")
-    assert Stamp(**stamp.json()) == stamp
-    assert stamp.differs(Stamp(5, "etag", "later")) == ""
-    assert stamp.differs(Stamp(6, "etag", "now")) == "it has 6 bytes, not 5"
-    assert stamp.differs(Stamp(5, "other", "now"))
-    assert stamp.differs(Stamp(5, "", "later"))
-    assert not stamp.differs(Stamp(5))
+    stamp = FileInfo(5, "etag", "now")
+    assert FileInfo(**stamp.json()) == stamp
+    assert stamp.difference(FileInfo(5, "etag", "later")) == ""
+    assert stamp.difference(FileInfo(6, "etag", "now")) == "it has 6 bytes, not 5"
+    assert stamp.difference(FileInfo(5, "other", "now"))
+    assert stamp.difference(FileInfo(5, "", "later"))
+    assert not stamp.difference(FileInfo(5))

@@ -55,14 +55,14 @@ def test_a_name_that_is_not_utf_8(tmp_path):
     (tmp_path / os.fsdecode(b"\xff.tar")).write_bytes(b"")
     (place,) = urls.expand(f"{tmp_path}/*.tar", "x")
     assert os.fsencode(place).endswith(b"/\xff.tar")
-    assert urls.shown(place).endswith("/\\udcff.tar")
+    assert urls.redact_url(place).endswith("/\\udcff.tar")
 
 
 def test_paths_are_kept_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     touched(tmp_path, "a.tar")
     assert urls.expand("a.tar", "x") == urls.expand("./*.tar", "x") == urls.expand(f"file://{tmp_path}/a.tar", "x") == [f"{tmp_path}/a.tar"]
-    assert urls.check("pipe:cat /etc/passwd") == f"{tmp_path}/pipe:cat /etc/passwd"
+    assert urls.normalize("pipe:cat /etc/passwd") == f"{tmp_path}/pipe:cat /etc/passwd"
 
 
 def test_addresses_are_expanded_by_braces_alone():
@@ -128,16 +128,16 @@ def test_braces_with_steps():
     ],
 )
 def test_addresses_that_are_not_read(place, words):
-    said = refusal(lambda: urls.check(place))
+    said = refusal(lambda: urls.normalize(place))
     assert said.startswith(words)
     assert "hunter2" not in said
 
 
 def test_schemes_are_known_in_any_spelling():
-    assert urls.check("HTTPS://Host/A.tar") == "https://Host/A.tar"
-    assert urls.check("FILE:///a/../b.tar") == "/b.tar"
-    assert urls.remote("s3://b/a.tar")
-    assert not urls.remote("/s3://b/a.tar")
+    assert urls.normalize("HTTPS://Host/A.tar") == "https://Host/A.tar"
+    assert urls.normalize("FILE:///a/../b.tar") == "/b.tar"
+    assert urls.is_remote("s3://b/a.tar")
+    assert not urls.is_remote("/s3://b/a.tar")
 
 
 @pytest.mark.parametrize(
@@ -152,4 +152,4 @@ def test_schemes_are_known_in_any_spelling():
     ],
 )
 def test_what_is_shown_holds_no_hunter2_and_nothing_a_terminal_obeys(place, shown):
-    assert urls.shown(place) == shown
+    assert urls.redact_url(place) == shown

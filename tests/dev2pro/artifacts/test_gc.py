@@ -43,12 +43,12 @@ def names(some: list[Artifact]) -> set[str]:
 
 
 def test_what_is_kept_keeps_all_that_it_was_made_from(chain):
-    found = gc.find(["runs"], ["runs/lora"])
+    found = gc.plan_gc(["runs"], ["runs/lora"])
     assert names(found.unneeded) == {"evaluation", "another", "alone"}
     assert names(found.kept) == {"lora", "recovered", "base"}
-    assert not gc.find(["runs"], ["runs"]).unneeded
-    assert names(gc.find(["runs/alone", "runs/base"], ["runs/evaluation"]).unneeded) == {"alone"}
-    assert names(gc.find(["runs"], ["runs/alone"]).unneeded) == set(chain) - {"alone"}
+    assert not gc.plan_gc(["runs"], ["runs"]).unneeded
+    assert names(gc.plan_gc(["runs/alone", "runs/base"], ["runs/evaluation"]).unneeded) == {"alone"}
+    assert names(gc.plan_gc(["runs"], ["runs/alone"]).unneeded) == set(chain) - {"alone"}
 
 
 def test_parents_are_known_by_id_wherever_they_lie(chain, tmp_path):
@@ -57,14 +57,14 @@ def test_parents_are_known_by_id_wherever_they_lie(chain, tmp_path):
     shutil.rmtree("runs/recovered")
     shutil.copytree("runs/lora", "copies/lora")
     shutil.move(f"store/{chain['recovered'].id}", "runs/elsewhere")
-    found = gc.find(["runs"], ["copies/lora"])
+    found = gc.plan_gc(["runs"], ["copies/lora"])
     assert names(found.unneeded) == {"evaluation", "another", "alone"}
     assert names(found.kept) == {"lora", "elsewhere", "moved"}
 
 
 def test_a_parent_that_is_gone_is_told(chain):
     shutil.rmtree("runs/recovered")
-    found = gc.find(["runs"], ["runs/lora"])
+    found = gc.plan_gc(["runs"], ["runs/lora"])
     assert names(found.unneeded) == {"evaluation", "another", "alone", "base"}
     assert "runs/recovered" in found.notes[0]
     assert "is gone" in found.notes[0]
@@ -74,21 +74,21 @@ def test_a_parent_whose_store_is_not_reached_stops_everything(chain, monkeypatch
     monkeypatch.setattr("dev2pro.retry.LONGEST_PAUSE", 0.01)
     child = build(Path("runs/child"), {"from": f"s3://store/{'0' * 64}"})
     with environment(**s3_environment("http://127.0.0.1:1"), AWS_MAX_ATTEMPTS="1"):
-        assert "is not reached" in refusal(TryAgainError, lambda: gc.find(["runs"], [child.uri]))
+        assert "is not reached" in refusal(TryAgainError, lambda: gc.plan_gc(["runs"], [child.uri]))
 
 
 def test_what_is_to_be_kept_must_be_there(chain):
     Path("empty").mkdir()
-    assert "--keep empty holds no finished artifact" in refusal(ConfigError, lambda: gc.find(["runs"], ["runs/lora", "empty"]))
-    assert "is no folder" in refusal(ConfigError, lambda: gc.find(["runs"], ["runs/typo"]))
-    assert "is no folder" in refusal(ConfigError, lambda: gc.find(["typo"], ["runs/lora"]))
+    assert "--keep empty holds no finished artifact" in refusal(ConfigError, lambda: gc.plan_gc(["runs"], ["runs/lora", "empty"]))
+    assert "is no folder" in refusal(ConfigError, lambda: gc.plan_gc(["runs"], ["runs/typo"]))
+    assert "is no folder" in refusal(ConfigError, lambda: gc.plan_gc(["typo"], ["runs/lora"]))
 
 
 def test_snapshots_and_folders_inside_an_artifact_keep_it(chain):
     (Path("runs/alone") / "encoded.snapshot").touch()
     (Path("runs/another") / "transformer").mkdir()
     build(Path("user"), {"data.train": "runs/alone/encoded.snapshot", "base": "runs/another/transformer"})
-    assert names(gc.find(["runs"], ["user"]).unneeded) == {"lora", "evaluation"}
+    assert names(gc.plan_gc(["runs"], ["user"]).unneeded) == {"lora", "evaluation"}
 
 
 def test_removal_takes_the_record_first_and_only_what_is_the_artifact_s(chain):
@@ -108,13 +108,13 @@ def test_a_nested_artifact_keeps_its_files_when_the_outer_one_goes(tmp_path, mon
     inner = build(Path("runs/outer/inner"), {})
     (Path("runs/outer") / "weights").write_text("outer")
     begun = Config("runs/outer/begun")
-    run_folder.begin(begun.out, "test", begun, {})
+    run_folder.acquire(begun.out, "test", begun, {})
     run_folder.release()
     (Path(begun.out) / "weights").write_text("half")
     outer = record.write("runs/outer", "test", "thing", Config("x"), {}, step=1, metrics={})
     assert {"inner/weights", "inner/artifact.json", "begun/weights"} < {one["path"] for one in outer.files}
-    assert names(gc.find(["runs"], ["runs/outer"]).unneeded) == set(), "what lies in a kept one's folder is kept"
-    found = gc.find(["runs"], ["runs/outer/inner"])
+    assert names(gc.plan_gc(["runs"], ["runs/outer"]).unneeded) == set(), "what lies in a kept one's folder is kept"
+    found = gc.plan_gc(["runs"], ["runs/outer/inner"])
     assert names(found.unneeded) == {"outer"}
     before = files("runs/outer/inner"), files("runs/outer/begun")
     gc.remove(outer)
@@ -125,11 +125,11 @@ def test_a_nested_artifact_keeps_its_files_when_the_outer_one_goes(tmp_path, mon
 
 def test_unfinished_runs_are_not_touched_and_keep_what_they_go_on_from(chain):
     config = Config("runs/begun")
-    run_folder.begin(config.out, "test", config, {"from": "runs/lora"})
+    run_folder.acquire(config.out, "test", config, {"from": "runs/lora"})
     run_folder.release()
     (Path("runs/begun") / "checkpoint-1").mkdir()
     before = files("runs/begun")
-    found = gc.find(["runs"], ["runs/alone"])
+    found = gc.plan_gc(["runs"], ["runs/alone"])
     assert names(found.unneeded) == {"another", "evaluation"}
     for made in found.unneeded:
         gc.remove(made)
@@ -140,11 +140,11 @@ def test_unfinished_runs_are_not_touched_and_keep_what_they_go_on_from(chain):
 def test_a_folder_in_which_a_run_works_is_left_alone(chain):
     handle = os.open("runs/alone", os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    assert names(gc.find(["runs"], ["runs/lora"]).unneeded) == {"evaluation", "another"}
+    assert names(gc.plan_gc(["runs"], ["runs/lora"]).unneeded) == {"evaluation", "another"}
     assert "in use" in gc.remove(chain["alone"])[0]
     assert record.read("runs/alone")
     os.close(handle)
-    assert names(gc.find(["runs"], ["runs/lora"]).unneeded) == {"evaluation", "another", "alone"}
+    assert names(gc.plan_gc(["runs"], ["runs/lora"]).unneeded) == {"evaluation", "another", "alone"}
 
 
 def test_links_are_not_followed_out_of_the_folder(chain, tmp_path):
@@ -164,14 +164,14 @@ def test_a_store_in_s3_is_tidied_as_well(chain, proxy):
     for name in ("base", "recovered", "lora", "alone"):
         chain[name] = record.read(store.pull(store.push(build(Path(f"x/{name}"), {}, name).uri, "s3://store/models")))
     child = build(Path("x/child"), {"from": f"s3://store/models/{chain['lora'].id}"})
-    found = gc.find(["s3://store/models"], [child.uri])
+    found = gc.plan_gc(["s3://store/models"], [child.uri])
     assert {made.id for made in found.unneeded} == {chain[name].id for name in ("base", "recovered", "alone")}
     proxy.requests.clear()
     gc.remove(found.unneeded[0])
     removed = [path for method, path in proxy.requests if method == "DELETE"]
     assert removed[0].endswith("/artifact.json")
     assert {made.id for made in gc.artifacts("s3://store/models")} == {chain["lora"].id, *(made.id for made in found.unneeded[1:])}
-    assert "nothing of that name" in refusal(ConfigError, lambda: gc.find(["s3://store/typo"], [child.uri]))
+    assert "nothing of that name" in refusal(ConfigError, lambda: gc.plan_gc(["s3://store/typo"], [child.uri]))
 
 
 @settings(max_examples=60)
@@ -194,7 +194,7 @@ def test_no_ancestor_of_what_is_kept_ever_goes(graph, keep, data):
             (Path(places[-1]) / "weights").write_text(str(number))
             parents = {f"p{one % number}": places[one % number] for one in sorted(above) if number}
             made.append(record.write(places[-1], "test", "thing", Config("x"), parents, step=1, metrics={}))
-        found = gc.find(["runs"], [places[number] for number in kept])
+        found = gc.plan_gc(["runs"], [places[number] for number in kept])
         before_removal = {one.id: files(one.uri)["weights"] for one in made}
         for one in found.unneeded:
             gc.remove(one)

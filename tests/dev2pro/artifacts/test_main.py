@@ -127,7 +127,7 @@ def test_there_may_be_more_generations_than_python_nests_calls(said, tmp_path, m
     for number in range(400):
         Path(str(number)).mkdir()
         lineage = [{"role": "start", "uri": made["uri"], "id": made["id"]}]
-        id = record.identify("thing", "test", record.digest({}), lineage, [])
+        id = record.compute_id("thing", "test", record.digest({}), lineage, [])
         path = record.Artifact("thing", "test", id, {}, record.digest({}), lineage, 1, {}, [])
         values = {key: value for key, value in vars(path).items() if key != "uri"}
         (Path(str(number)) / "artifact.json").write_text(json.dumps(values))
@@ -145,7 +145,7 @@ def test_there_may_be_more_generations_than_python_nests_calls(said, tmp_path, m
 
 def test_what_is_made_again_is_pruned_no_more(lora, said):
     record.write_json(Path("recovered/pruned.json"), {"files": ["transformer/weights.bin"]})
-    record.retract("recovered")
+    record.invalidate("recovered")
     record.write("recovered", "test", "thing", Config("recovered"), {"base": "model"}, step=3, metrics={"loss": 0.5})
     assert "trained_on  thing" in said("lineage", "lora")[1]
     assert "pruned" not in said("lineage", "lora")[1]

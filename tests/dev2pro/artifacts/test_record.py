@@ -114,7 +114,7 @@ def test_a_record_of_another_schema_is_refused(tmp_path, parents):
 
 
 def test_origin_is_none_for_what_no_stage_made(tmp_path, parents):
-    assert record.origin(parents["base"]) is None
-    assert record.origin("openai/clip") is None
+    assert record.read_if_artifact(parents["base"]) is None
+    assert record.read_if_artifact("openai/clip") is None
     made = make(Config(str(tmp_path / "out")), parents)
-    assert record.origin(made.uri) == made
+    assert record.read_if_artifact(made.uri) == made

@@ -99,7 +99,7 @@ def test_a_damaged_artifact_is_not_pushed(made, place):
     record.write_text(record.read_text().replace('"steps": 3', '"steps": 4'))
     assert "its configuration is not the one" in refusal(DataError, lambda: store.push(made.uri, place))
     assert "no finished artifact" in refusal(ConfigError, lambda: store.push(f"{made.uri}/transformer", place))
-    assert store.look(f"{place}/{made.id}") is None
+    assert store.read_record(f"{place}/{made.id}") is None
 
 
 def test_an_artifact_that_is_written_to_meanwhile_is_not_published(made, proxy):
@@ -109,7 +109,7 @@ def test_an_artifact_that_is_written_to_meanwhile_is_not_published(made, proxy):
 
     proxy.rule = meddle
     assert "changed while it was pushed" in refusal(DataError, lambda: store.push(made.uri, "s3://store"))
-    assert store.look(f"s3://store/{made.id}") is None
+    assert store.read_record(f"s3://store/{made.id}") is None
 
 
 @pytest.mark.parametrize("content", [b"WEIGHTS", b"weight", b"weights and more"], ids=["a bit", "shorter", "longer"])
@@ -136,7 +136,7 @@ def test_a_file_that_is_missing_in_the_store_is_told_and_comes_back_with_the_nex
 
 def test_files_that_nobody_named_are_not_pulled(made, place):
     address = store.push(made.uri, place)
-    backends.at(address).put(Path(made.uri) / "config.json", {"path": "evil.py", "bytes": 1, "sha256": "0" * 64}, lambda _done: None)
+    backends.open_backend(address).put(Path(made.uri) / "config.json", {"path": "evil.py", "bytes": 1, "sha256": "0" * 64}, lambda _done: None)
     assert files(store.pull(address)) == files(made.uri)
 
 

@@ -34,7 +34,7 @@ def test_a_store_that_fails_in_the_middle_is_told_and_gone_on_with(made, proxy, 
     assert f"s3://store/{made.id}/" in said
     assert "in 7 tries" in said
     proxy.rule = None
-    assert store.look(f"s3://store/{made.id}") is None
+    assert store.read_record(f"s3://store/{made.id}") is None
     sent = {path for method, path in proxy.requests if method == "PUT"}
     proxy.requests.clear()
     address = store.push(made.uri, "s3://store")
@@ -131,7 +131,7 @@ def test_a_push_that_is_killed_publishes_nothing_and_is_gone_on_with(made, proxy
     proxy.wait("PUT", puts)
     killed_at(child)
     proxy.rule = None
-    there = store.look(f"s3://store/{made.id}")
+    there = store.read_record(f"s3://store/{made.id}")
     assert there is None or puts == 7  # the seventh is the record
     assert files(store.pull(store.push(made.uri, "s3://store"))) == files(made.uri)
 

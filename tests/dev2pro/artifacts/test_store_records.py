@@ -28,10 +28,10 @@ def test_a_forged_record_is_refused(made, place, change):
 
 def test_a_whole_artifact_at_another_s_address_is_refused(made, tmp_path, place):
     address = store.push(made.uri, place)
-    text = backends.at(address).text("artifact.json")
+    text = backends.open_backend(address).text("artifact.json")
     (tmp_path / "record").write_bytes(text)
     other = f"{place}/{'0' * 64}"
-    backends.at(other).put(tmp_path / "record", {"path": "artifact.json", "bytes": len(text), "sha256": "0" * 64}, lambda _done: None)
+    backends.open_backend(other).put(tmp_path / "record", {"path": "artifact.json", "bytes": len(text), "sha256": "0" * 64}, lambda _done: None)
     assert f"it is that of {made.id[:12]}" in refusal(DataError, lambda: store.pull(other))
 
 
@@ -46,7 +46,7 @@ def test_hostile_names_are_refused_wherever_a_record_is_read(made, place, name, 
     forge(address, lambda record: record["files"].append({"path": name, "bytes": 7, "sha256": made.files[-1]["sha256"]}))
     assert "artifact.json is damaged" in refusal(DataError, lambda: store.pull(address))
     (tmp_path / "local").mkdir()
-    (tmp_path / "local/artifact.json").write_bytes(backends.at(address).text("artifact.json"))
+    (tmp_path / "local/artifact.json").write_bytes(backends.open_backend(address).text("artifact.json"))
     assert "artifact.json is damaged" in refusal(ConfigError, lambda: record.read(str(tmp_path / "local")))
     assert not list(tmp_path.rglob("evil"))
 

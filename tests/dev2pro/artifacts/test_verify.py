@@ -16,9 +16,9 @@ def made(tmp_path, parents) -> record.Artifact:
 
 def test_what_is_whole_has_no_faults(made):
     told: list[int] = []
-    assert list(verify.faults(made, told.append)) == []
+    assert list(verify.find_problems(made, told.append)) == []
     assert told[-1] == sum(one["bytes"] for one in made.files)
-    assert not verify.strangers(made)
+    assert not verify.untracked_files(made)
     verify.check(made)
 
 
@@ -27,7 +27,7 @@ def test_every_fault_is_told_with_its_file_and_a_cure(made):
     (folder / "transformer/weights.bin").write_bytes(b"WEIGHTS")
     (folder / "metrics.jsonl").unlink()
     (folder / "config.json").write_bytes(b"{}")
-    said = list(verify.faults(dataclasses.replace(made, kind="other")))
+    said = list(verify.find_problems(dataclasses.replace(made, kind="other")))
     assert len(said) == 4
     assert said[0].startswith(f"{folder}/artifact.json: its contents give the id ")
     assert said[1].startswith(f"{folder}/config.json: has 2 bytes, not ")
@@ -44,14 +44,14 @@ def test_files_that_are_no_part_of_it_are_told_apart_from_leftovers_and_artifact
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).touch()
     make(Config(str(folder / "inner")), parents)
-    assert verify.strangers(made) == ["notes.txt", "transformer/more.bin"]
+    assert verify.untracked_files(made) == ["notes.txt", "transformer/more.bin"]
 
 
 def test_the_id_is_that_of_the_contents(made):
     written = json.loads((Path(made.uri) / "artifact.json").read_text())
-    assert record.identify(written["kind"], written["stage"], written["config_digest"], written["parents"], written["files"]) == made.id
-    assert not verify.forged(made)
+    assert record.compute_id(written["kind"], written["stage"], written["config_digest"], written["parents"], written["files"]) == made.id
+    assert not verify.record_mismatch(made)
     for change in ({"kind": "x"}, {"stage": "x"}, {"config": {}}, {"config_digest": "0" * 64}, {"parents": []}, {"files": made.files[1:]}):
-        assert verify.forged(dataclasses.replace(made, **change))
+        assert verify.record_mismatch(dataclasses.replace(made, **change))
     for hearsay in ({"metrics": {}}, {"step": 7}, {"created": ""}, {"inference": {}}):  # it is no part of the id
-        assert not verify.forged(dataclasses.replace(made, **hearsay))
+        assert not verify.record_mismatch(dataclasses.replace(made, **hearsay))

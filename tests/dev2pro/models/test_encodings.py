@@ -5,7 +5,7 @@ import torch
 
 from dev2pro.errors import ConfigError
 from dev2pro.models import encodings, flow_matching
-from dev2pro.models.encodings import Encoded, Texts
+from dev2pro.models.encodings import EncodedBatch, PromptEncoder
 from dev2pro.models.flux1 import Encoders, ModelConfig
 
 CPU, DTYPE = torch.device("cpu"), torch.float32
@@ -25,16 +25,18 @@ def encoders(model) -> Encoders:
 
 
 @pytest.fixture(scope="module")
-def data() -> Encoded:
+def data() -> EncodedBatch:
     draw = torch.Generator().manual_seed(0)
     prompt, pooled = torch.randn(len(SLOTS), 8, 64, generator=draw), torch.randn(len(SLOTS), 64, generator=draw)
     mean = torch.randn(len(SLOTS), 16, 16, generator=draw)
-    return Encoded(mean, torch.full_like(mean, 0.1), prompt, pooled, (4, 4))
+    return EncodedBatch(mean, torch.full_like(mean, 0.1), prompt, pooled, (4, 4))
 
 
-def noised(data: Encoded, slots: range = SLOTS, *, dropout: float = 0.5, seed: int = 0, step: int = 3, **scheduler: float) -> encodings.Noised:
-    part = Encoded(data.mean[slots], data.std[slots], data.prompt[slots], data.pooled[slots], data.grid)
-    return encodings.noised(part, EMPTY, {**SCHEDULER, **scheduler}, dropout, seed, step, slots)
+def noised(
+    data: EncodedBatch, slots: range = SLOTS, *, dropout: float = 0.5, seed: int = 0, step: int = 3, **scheduler: float
+) -> encodings.NoisedBatch:
+    part = EncodedBatch(data.mean[slots], data.std[slots], data.prompt[slots], data.pooled[slots], data.grid)
+    return encodings.noise_batch(part, EMPTY, {**SCHEDULER, **scheduler}, dropout, seed, step, slots)
 
 
 # ---- captions -----------------------------------------------------------------------------------------------------------------------------
@@ -42,8 +44,8 @@ def noised(data: Encoded, slots: range = SLOTS, *, dropout: float = 0.5, seed: i
 
 def test_a_caption_says_the_same_whatever_is_beside_it(model, encoders):
     captions = ["a two", "a one", "", "the digit three written by hand"]
-    alone = [Texts(model, encoders, 1e9).encode([caption]) for caption in captions]
-    together = Texts(model, encoders, 1e9).encode(captions)
+    alone = [PromptEncoder(model, encoders, 1e9).encode([caption]) for caption in captions]
+    together = PromptEncoder(model, encoders, 1e9).encode(captions)
     for i, (prompt, pooled) in enumerate(alone):
         assert torch.equal(together[0][i], prompt[0])
         assert torch.equal(together[1][i], pooled[0])
@@ -52,7 +54,7 @@ def test_a_caption_says_the_same_whatever_is_beside_it(model, encoders):
 
 
 def test_a_repeated_caption_is_encoded_once(model, encoders, monkeypatch):
-    texts, asked = Texts(model, encoders, 1e9), []
+    texts, asked = PromptEncoder(model, encoders, 1e9), []
     encode = encoders.encode_text
     monkeypatch.setattr(encoders, "encode_text", lambda prompts: asked.extend(prompts) or encode(prompts))
     texts.encode(["a two", "a one", "a two"])
@@ -62,7 +64,7 @@ def test_a_repeated_caption_is_encoded_once(model, encoders, monkeypatch):
 
 def test_captions_are_kept_within_the_limit_and_come_back_the_same(model, encoders):
     limit = 3 * encoders.text_bytes()
-    texts = Texts(model, encoders, limit)
+    texts = PromptEncoder(model, encoders, limit)
     captions = [f"a {name}" for name in ("one", "two", "three", "four", "five", "six")]
     first = texts.encode(captions)
     assert len(texts._kept) == 3
@@ -71,17 +73,19 @@ def test_captions_are_kept_within_the_limit_and_come_back_the_same(model, encode
 
 
 def test_captions_encoded_ahead_let_the_encoders_go(model, encoders):
-    texts = Texts(model, encoders, 1e9)
+    texts = PromptEncoder(model, encoders, 1e9)
     expected = texts.encode(["a one", "a two"])
-    texts.ahead(["a one", "a two"])
+    texts.precompute(["a one", "a two"])
     assert encoders.pipeline.text_encoder is None
     assert encoders.pipeline.text_encoder_2 is None
     assert torch.equal(texts.encode(["a one", "a two"])[0], expected[0])
-    assert torch.equal(texts.encode(["a nine"])[0], Texts(model, Encoders(model, DTYPE, CPU), 1e9).encode(["a nine"])[0])  # brought back for it
+    assert torch.equal(
+        texts.encode(["a nine"])[0], PromptEncoder(model, Encoders(model, DTYPE, CPU), 1e9).encode(["a nine"])[0]
+    )  # brought back for it
 
 
 def test_batches_are_joined(data):
-    parts = [Encoded(data.mean[some], data.std[some], data.prompt[some], data.pooled[some], data.grid) for some in (slice(0, 3), slice(3, None))]
+    parts = [EncodedBatch(data.mean[some], data.std[some], data.prompt[some], data.pooled[some], data.grid) for some in (slice(0, 3), slice(3, None))]
     for name in ("mean", "std", "prompt", "pooled"):
         assert torch.equal(getattr(encodings.joined(parts), name), getattr(data, name))
     assert len(encodings.joined(parts)) == len(SLOTS)
@@ -96,7 +100,7 @@ def test_what_is_drawn_for_a_slot_does_not_depend_on_the_others(data, cut):
     for name in ("x_t", "x0", "noise", "t"):
         assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts])), name
     for name in ("prompt", "pooled"):
-        assert torch.equal(getattr(whole.said, name), torch.cat([getattr(part.said, name) for part in parts])), name
+        assert torch.equal(getattr(whole.conditioning, name), torch.cat([getattr(part.conditioning, name) for part in parts])), name
 
 
 def test_a_step_is_drawn_the_same_again_and_every_other_differently(data):
@@ -124,7 +128,7 @@ def test_noised_is_the_interpolation_at_its_own_time(data):
 def test_larger_pictures_are_noised_more(data):
     drawn = [flow_matching.shift(torch.sigmoid(torch.zeros(1)), flow_matching.shift_mu(tokens, SCHEDULER)) for tokens in (16, 1024)]
     assert drawn[0] < drawn[1]
-    large = Encoded(data.mean.repeat(1, 64, 1), data.std.repeat(1, 64, 1), data.prompt, data.pooled, (32, 32))
+    large = EncodedBatch(data.mean.repeat(1, 64, 1), data.std.repeat(1, 64, 1), data.prompt, data.pooled, (32, 32))
     assert (noised(large).t > noised(data).t).all()
 
 
@@ -144,19 +148,21 @@ def test_noise_posterior_and_time_are_drawn_apart(data):
 
 
 def test_caption_dropout(data):
-    said = noised(data, dropout=0.0).said
+    said = noised(data, dropout=0.0).conditioning
     assert torch.equal(said.prompt, data.prompt)
     assert torch.equal(said.pooled, data.pooled)
-    assert not noised(data, dropout=1.0).said.prompt.any()
-    dropped = {share: torch.cat([noised(data, dropout=share, step=step).said.prompt[:, 0, 0] == 0 for step in range(200)]) for share in (0.1, 0.3)}
+    assert not noised(data, dropout=1.0).conditioning.prompt.any()
+    dropped = {
+        share: torch.cat([noised(data, dropout=share, step=step).conditioning.prompt[:, 0, 0] == 0 for step in range(200)]) for share in (0.1, 0.3)
+    }
     assert 0.073 < dropped[0.1].float().mean() < 0.127  # four standard errors
     assert (dropped[0.3] | ~dropped[0.1]).all()  # what is dropped at 0.1 is dropped at 0.3
-    both = noised(data).said
+    both = noised(data).conditioning
     assert torch.equal(both.prompt[:, 0, 0] == 0, both.pooled[:, 0] == 0)  # both encoders or neither
 
 
 def test_what_is_said_knows_where_everything_is(data):
-    said = noised(replace(data, grid=(2, 8))).said
+    said = noised(replace(data, grid=(2, 8))).conditioning
     assert said.text_ids.tolist() == [[0, 0, 0]] * 8
     assert said.image_ids.tolist() == [[0, row, column] for row in range(2) for column in range(8)]
 

@@ -79,10 +79,10 @@ def test_training_times_are_logit_normal_and_shifted():
 
 def test_guidance_by_scale():
     unconditional, conditional = torch.randn(2, 3, 5, 4)
-    assert torch.equal(flow_matching.guide(unconditional, conditional, 0.0), unconditional)
-    torch.testing.assert_close(flow_matching.guide(unconditional, conditional, 1.0), conditional)
+    assert torch.equal(flow_matching.apply_cfg(unconditional, conditional, 0.0), unconditional)
+    torch.testing.assert_close(flow_matching.apply_cfg(unconditional, conditional, 1.0), conditional)
     scales = torch.tensor([0.0, 1.0, 3.5])
-    mixed = flow_matching.guide(unconditional, conditional, scales)
+    mixed = flow_matching.apply_cfg(unconditional, conditional, scales)
     for i, scale in enumerate(scales.tolist()):
-        torch.testing.assert_close(mixed[i], flow_matching.guide(unconditional[i], conditional[i], scale))
+        torch.testing.assert_close(mixed[i], flow_matching.apply_cfg(unconditional[i], conditional[i], scale))
     torch.testing.assert_close(mixed[2], unconditional[2] + 3.5 * (conditional[2] - unconditional[2]))

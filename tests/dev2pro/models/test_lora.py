@@ -190,10 +190,10 @@ def test_what_was_trained_is_what_is_put_on(tiny, transformer, tmp_path, alpha):
     lora.save(transformer, adapter, str(tmp_path), CONTRACT)
     fresh = flux1.load_transformer(str(tiny)).eval()
     before = output(fresh)
-    lora.put_on(fresh, str(tmp_path))
+    lora.load_lora(fresh, str(tmp_path))
     torch.testing.assert_close(output(fresh), after_training, rtol=1e-4, atol=1e-5)
     assert (output(fresh) - before).abs().max() > 0.01
-    lora.take_off(fresh)
+    lora.unload_lora(fresh)
     assert torch.equal(output(fresh), before)
     assert places(fresh) == []
 
@@ -231,11 +231,11 @@ def test_a_lora_of_another_model_is_refused_and_leaves_nothing_behind(transforme
     weights |= {f"{name}.lora_B.weight": torch.ones(outward, 4) for name, (_, outward) in modules.items()}
     save_file(weights, tmp_path / "stranger.safetensors")
     with pytest.raises(ConfigError, match=r"The LoRA .*stranger\.safetensors does not fit"):
-        lora.put_on(transformer, str(tmp_path / "stranger.safetensors"))
+        lora.load_lora(transformer, str(tmp_path / "stranger.safetensors"))
     assert torch.equal(output(transformer), before)
     adapter = config()
     lora.save(trained(FluxTransformer2DModel.from_config(transformer.config), adapter), adapter, str(tmp_path), CONTRACT)
-    lora.put_on(transformer, str(tmp_path))  # the failure is not in its way
+    lora.load_lora(transformer, str(tmp_path))  # the failure is not in its way
     assert not torch.equal(output(transformer), before)
-    lora.take_off(transformer)
+    lora.unload_lora(transformer)
     assert torch.equal(output(transformer), before)

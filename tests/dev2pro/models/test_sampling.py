@@ -23,13 +23,13 @@ class Scene:
         model = flux1.ModelConfig(path=folder, usual_guidance=3.5, max_sequence_length=LENGTH)
         self.encoders = flux1.Encoders(model, torch.float32, CPU)
         self.transformer = flux1.load_transformer(folder).eval()
-        self.texts = encodings.Texts(model, self.encoders, 1e9)
+        self.texts = encodings.PromptEncoder(model, self.encoders, 1e9)
         shape = self.encoders.token_shape((SIDE, SIDE))
         self.mu = flow_matching.shift_mu(shape[0], flux1.scheduler_settings(folder))
-        self.noise = torch.stack([sampling.start(0, 0, prompt, shape) for prompt in range(len(PROMPTS))])
+        self.noise = torch.stack([sampling.initial_noise(0, 0, prompt, shape) for prompt in range(len(PROMPTS))])
 
     def ours(self, guidance: float, cfg_scale: float) -> torch.Tensor:
-        said, nothing = (flux1.condition(*self.texts.encode(prompts), (4, 4)) for prompts in (PROMPTS, ["", ""]))
+        said, nothing = (flux1.build_conditioning(*self.texts.encode(prompts), (4, 4)) for prompts in (PROMPTS, ["", ""]))
         return sampling.sample(self.transformer, self.noise, said, nothing, guidance=guidance, cfg_scale=cfg_scale, steps=STEPS, mu=self.mu)
 
     def theirs(self, output_type: str, guidance: float, cfg_scale: float) -> torch.Tensor:
@@ -63,10 +63,10 @@ def adapter(scene: Scene, folder, *, alpha: float) -> str:
 
 
 def test_the_start_depends_on_seed_repetition_and_prompt_only():
-    first = sampling.start(0, 1, 2, (16, 16))
+    first = sampling.initial_noise(0, 1, 2, (16, 16))
     assert first.shape == (16, 16)
-    assert torch.equal(first, sampling.start(0, 1, 2, (16, 16)))
-    others = [sampling.start(*who, (16, 16)) for who in ((1, 1, 2), (0, 2, 2), (0, 1, 3), (0, 2, 1))]
+    assert torch.equal(first, sampling.initial_noise(0, 1, 2, (16, 16)))
+    others = [sampling.initial_noise(*who, (16, 16)) for who in ((1, 1, 2), (0, 2, 2), (0, 1, 3), (0, 2, 1))]
     assert not any(torch.equal(first, other) for other in others)
 
 
@@ -81,7 +81,7 @@ def test_guidance_and_true_cfg_are_two_things(scene):
 
 
 def test_cfg_scale_zero_is_the_empty_prompt(scene):
-    nothing = flux1.condition(*scene.texts.encode(["", ""]), (4, 4))
+    nothing = flux1.build_conditioning(*scene.texts.encode(["", ""]), (4, 4))
     empty = sampling.sample(scene.transformer, scene.noise, nothing, nothing, guidance=1.0, cfg_scale=1.0, steps=STEPS, mu=scene.mu)
     torch.testing.assert_close(scene.ours(1.0, 0.0), empty, **TOLERANCE)
 
@@ -96,13 +96,13 @@ def test_sampling_leaves_the_noise_alone(scene):
 def test_a_lora_of_ours_is_the_same_in_the_stock_pipeline(scene, tmp_path, alpha):
     before = scene.ours(3.5, 1.0)
     folder = adapter(scene, tmp_path, alpha=alpha)
-    lora.put_on(scene.transformer, folder)
+    lora.load_lora(scene.transformer, folder)
     scene.stock.load_lora_weights(folder)
     try:
         scene.agree(3.5)
         assert (scene.ours(3.5, 1.0) - before).abs().max() > 100 * TOLERANCE["atol"]
     finally:
-        lora.take_off(scene.transformer)
+        lora.unload_lora(scene.transformer)
         scene.stock.unload_lora_weights()
     assert torch.equal(scene.ours(3.5, 1.0), before)
 
@@ -111,9 +111,9 @@ def test_a_lora_can_be_put_on_again_and_more_or_less_of_it(scene, tmp_path):
     folder, shown = adapter(scene, tmp_path, alpha=4.0), []
     before = scene.ours(1.0, 1.0)
     for strength in (1.0, 0.0, 0.5, 1.0):
-        lora.put_on(scene.transformer, folder, strength)
+        lora.load_lora(scene.transformer, folder, strength)
         shown.append(scene.ours(1.0, 1.0))
-        lora.take_off(scene.transformer)
+        lora.unload_lora(scene.transformer)
     full, none, half, again = shown
     assert torch.equal(full, again)
     torch.testing.assert_close(none, before, **TOLERANCE)

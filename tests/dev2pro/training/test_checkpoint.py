@@ -40,7 +40,7 @@ class Run:
     def step(self, step: int) -> tuple[float, float]:
         draw = torch.Generator().manual_seed(step)
         x, prompt, pooled = (torch.randn(2, *shape, generator=draw).to(self.dtype) for shape in ((16, 16), (8, 64), (64,)))
-        said = flux1.condition(prompt, pooled, (4, 4))
+        said = flux1.build_conditioning(prompt, pooled, (4, 4))
 
         def loss_of(_: range) -> torch.Tensor:
             return flux1.predict(self.training.model, x, torch.tensor([0.3, 0.7]), said, 1.0).square().mean()
@@ -56,11 +56,11 @@ class Run:
             for step in range(first, last):
                 before(step)
                 numbers.append(self.step(step))
-                self.kept.after(step + 1, [{"step": done, "loss": loss} for done, loss in (held_out or {}).items() if done <= step + 1])
+                self.kept.on_step_end(step + 1, [{"step": done, "loss": loss} for done, loss in (held_out or {}).items() if done <= step + 1])
         return numbers
 
     def everything(self) -> dict[str, torch.Tensor]:
-        with self.training.averaged() as model:
+        with self.training.ema_weights() as model:
             averaged = {f"averaged {name}": p.detach().clone() for name, p in model.named_parameters()}
         return {name: p.detach().clone() for name, p in self.training.model.named_parameters()} | averaged
 
@@ -214,11 +214,11 @@ def test_training_goes_on_while_one_is_written(tiny, tmp_path, monkeypatch):
     with run.kept:
         for step in range(3):
             run.step(step)
-            run.kept.after(step + 1, [])  # the one after step 2 is still being written after step 3
+            run.kept.on_step_end(step + 1, [])  # the one after step 2 is still being written after step 3
         before = run.everything()
-        assert not checkpoint_files.found(tmp_path)
+        assert not checkpoint_files.list_checkpoints(tmp_path)
         go_on.set()
-    assert list(checkpoint_files.found(tmp_path)) == [2]
+    assert list(checkpoint_files.list_checkpoints(tmp_path)) == [2]
     other = Run(tiny, tmp_path)
     assert other.kept.restore()[0] == 2
     other.step(2)
@@ -230,7 +230,7 @@ def test_a_run_that_is_asked_to_stop_ends_after_its_step_with_a_checkpoint(tiny,
 
     def ask(step: int) -> None:
         if step == 2:
-            run.training.stop_wanted = lambda: True
+            run.training.stop_requested = lambda: True
 
     with pytest.raises(InterruptedRun, match=r"interrupted after step 3 of 10\. The same command goes on from there"):
         run.steps(0, 5, before=ask)
@@ -264,7 +264,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_writing(tiny, disk, tmp_path, mon
     Run(tiny, tmp_path).steps(0, 1)
     one = bytes_of(tmp_path / "checkpoint-1") / 2**20
     place = disk(1.5 * one)
-    monkeypatch.setattr(checkpoint_files, "room", lambda out, need: True)  # it was there a moment ago
+    monkeypatch.setattr(checkpoint_files, "has_space", lambda out, need: True)  # it was there a moment ago
     run = Run(tiny, place)
     with pytest.raises(SpaceError, match="could not be written"):
         run.steps(0, 3)

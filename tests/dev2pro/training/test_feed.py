@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.sources import DataConfig, Pinned
+from data.sources import DataConfig, RunSnapshots
 from data.storage.transport import ReadConfig
 from dev2pro.errors import ConfigError, DataError
 from dev2pro.models.flux1 import ModelConfig
 from dev2pro.training import distributed, feed
 from dev2pro.training.distributed import HardwareConfig
-from dev2pro.training.feed import Held, Live
+from dev2pro.training.feed import CachedFeed, StreamingFeed
 
 HARDWARE = HardwareConfig(device="cpu", threads=1)
 
@@ -31,7 +31,7 @@ def config(tiny_data, tmp_path) -> DataConfig:
 
 
 def prepared(model: ModelConfig, config: DataConfig, out: Path, gb: float = 1.0, batch: int = 4):
-    pinned = Pinned(config, str(out), begun=False)
+    pinned = RunSnapshots(config, str(out), resuming=False)
     hardware = replace(HARDWARE, encodings_gb=gb)
     return feed.prepare(model, pinned.stream(0, batch), pinned.reference(2), hardware, distributed.accelerator(hardware))
 
@@ -39,15 +39,15 @@ def prepared(model: ModelConfig, config: DataConfig, out: Path, gb: float = 1.0,
 def test_what_fits_is_held_and_says_what_comes_live(model, config, tmp_path):
     held, _, _ = prepared(model, config, tmp_path)
     live, texts, _ = prepared(model, config, tmp_path, gb=1e-5)  # room for two captions
-    assert isinstance(held, Held)
-    assert isinstance(live, Live)
+    assert isinstance(held, CachedFeed)
+    assert isinstance(live, StreamingFeed)
     assert texts._encoders is not None
     slots = [range(0, 3), range(3, 4)]
     for one in (held, live):
         one.begin(0, 4, slots)
     for step in range(4):
         for some in slots:
-            ahead, now = held.take(step, some), live.take(step, some)
+            ahead, now = held.get_batch(step, some), live.get_batch(step, some)
             for name in ("mean", "std"):
                 torch.testing.assert_close(getattr(ahead, name), getattr(now, name), rtol=0, atol=1e-5)
             assert torch.equal(ahead.prompt, now.prompt)
@@ -58,12 +58,12 @@ def test_what_fits_is_held_and_says_what_comes_live(model, config, tmp_path):
 @pytest.mark.parametrize("drawn", [{"flip": True}, {"crop": "random"}])
 def test_what_is_drawn_comes_live_with_its_captions_ahead(model, config, tmp_path, drawn):
     found, texts, _ = prepared(model, replace(config, **drawn), tmp_path)
-    assert isinstance(found, Live)
+    assert isinstance(found, StreamingFeed)
     assert texts._encoders is None  # the captions fit, so the text encoders are gone
     assert found.encoders.pipeline.text_encoder_2 is None
     assert found.encoders.pipeline.vae is not None
     found.begin(2, 3, [range(4)])
-    assert found.take(2, range(4)).mean.shape == (4, 16, 16)
+    assert found.get_batch(2, range(4)).mean.shape == (4, 16, 16)
 
 
 def test_the_held_out_pictures_are_encoded_in_their_order(model, config, tmp_path, tiny_data):
@@ -74,13 +74,13 @@ def test_the_held_out_pictures_are_encoded_in_their_order(model, config, tmp_pat
 
 def test_a_sample_that_could_not_be_read_is_replaced_as_the_stream_would(model, config, tmp_path):
     found, _, _ = prepared(model, config, tmp_path)
-    stream = Pinned(config, str(tmp_path), begun=False).stream(0, 4)
+    stream = RunSnapshots(config, str(tmp_path), resuming=False).stream(0, 4)
     gone = int(stream.order.step(0).rows[1])
-    broken = Held(stream, {row: one for row, one in found.known.items() if row != gone}, found.texts, 8)
+    broken = CachedFeed(stream, {row: one for row, one in found.known.items() if row != gone}, found.texts, 8)
     row = next(row for row in (stream.order.substitute(0, 1, attempt) for attempt in range(100)) if row != gone)
-    assert torch.equal(broken.take(0, range(1, 2)).mean[0], found.known[row][0])
+    assert torch.equal(broken.get_batch(0, range(1, 2)).mean[0], found.known[row][0])
     with pytest.raises(DataError, match="neither its sample nor 100 substitutes"):
-        Held(stream, {}, found.texts, 8).take(0, range(1))
+        CachedFeed(stream, {}, found.texts, 8).get_batch(0, range(1))
 
 
 def test_every_kind_of_size_must_fit_the_vae(model, config, tmp_path):
@@ -91,7 +91,7 @@ def test_every_kind_of_size_must_fit_the_vae(model, config, tmp_path):
 
 
 def test_pixels_are_channels_first_from_minus_one_to_one(config, tmp_path):
-    (batch,) = Pinned(config, str(tmp_path), begun=False).reference(1)
+    (batch,) = RunSnapshots(config, str(tmp_path), resuming=False).reference(1)
     found = feed.pixels(batch)
     assert found.shape == (1, 3, 32, 32)
     torch.testing.assert_close(found[0, :, 5, 7], batch.pixels[0, 5, 7].float() / 127.5 - 1)

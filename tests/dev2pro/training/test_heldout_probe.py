@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from dev2pro.models import flow_matching, flux1
-from dev2pro.models.encodings import Encoded
-from dev2pro.training.heldout_probe import Probe, ProbeConfig
+from dev2pro.models.encodings import EncodedBatch
+from dev2pro.training.heldout_probe import HeldoutProbe, ProbeConfig
 
 COUNT, BINS = 5, 4
 SCHEDULER = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 16, "max_image_seq_len": 4096}
@@ -12,11 +12,11 @@ CONFIG = ProbeConfig(every=1, samples=COUNT, bins=BINS)
 
 
 @pytest.fixture(scope="module")
-def data() -> Encoded:
+def data() -> EncodedBatch:
     draw = torch.Generator().manual_seed(0)
     prompt, pooled = torch.randn(COUNT + 2, 8, 64, generator=draw), torch.randn(COUNT + 2, 64, generator=draw)
     mean = torch.randn(COUNT + 2, 16, 16, generator=draw)
-    return Encoded(mean, torch.full_like(mean, 9.0), prompt, pooled, (4, 4))
+    return EncodedBatch(mean, torch.full_like(mean, 9.0), prompt, pooled, (4, 4))
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,8 @@ def teacher(tiny):
     return model
 
 
-def probe(data: Encoded, *, batch: int = 64, seed: int = 0, config: ProbeConfig = CONFIG) -> Probe:
-    return Probe(data, config, scheduler=SCHEDULER, seed=seed, batch=batch)
+def probe(data: EncodedBatch, *, batch: int = 64, seed: int = 0, config: ProbeConfig = CONFIG) -> HeldoutProbe:
+    return HeldoutProbe(data, config, scheduler=SCHEDULER, seed=seed, batch=batch)
 
 
 def close(a: dict, b: dict) -> bool:
@@ -53,14 +53,14 @@ def test_times_are_the_quantiles_of_the_training_distribution(data):
 @torch.no_grad()
 def test_the_numbers_by_loop(data, transformer, teacher):
     looking = probe(data)
-    looking.know_teacher(teacher)
+    looking.set_teacher(teacher)
     losses, usual, gap, distance = [], 0.0, 0.0, 0.0
     for t in looking.times:
         of_time = 0.0
         for i in range(COUNT):
             x0, noise = data.mean[i, None], looking.noise[i, None]  # the mean: no draw from the posterior
             x_t = (1 - t) * x0 + t * noise
-            said = flux1.condition(data.prompt[i, None], data.pooled[i, None], (4, 4))
+            said = flux1.build_conditioning(data.prompt[i, None], data.pooled[i, None], (4, 4))
             v, w, ideal = (flux1.predict(model, x_t, t[None], said, g) for model, g in ((transformer, 1.0), (transformer, 3.5), (teacher, 1.0)))
             of_time += (v - (noise - x0)).square().mean().item() / COUNT
             usual += (w - (noise - x0)).square().mean().item() / COUNT / BINS
@@ -77,7 +77,7 @@ def test_the_numbers_do_not_depend_on_the_batch(data, transformer, teacher):
     found = []
     for batch in (1, 2, COUNT, 64):
         looking = probe(data, batch=batch)
-        looking.know_teacher(teacher)
+        looking.set_teacher(teacher)
         found.append(looking.measure(transformer, 1.0, 3.5))
     assert all(close(found[0], other) for other in found[1:])
 
@@ -92,7 +92,7 @@ def test_looking_twice_sees_the_same(data, transformer):
 def test_the_teacher_is_no_distance_from_itself(data, transformer, teacher):
     looking = probe(data)
     assert "teacher_distance" not in looking.measure(transformer, 1.0, 3.5)
-    looking.know_teacher(teacher)
+    looking.set_teacher(teacher)
     assert looking.measure(teacher, 1.0, 3.5)["teacher_distance"] == 0
     assert looking.measure(transformer, 1.0, 3.5)["teacher_distance"] > 0
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageChops, ImageStat
 
 from dev2pro.models import encodings, flow_matching, flux1, sampling
-from dev2pro.models.encodings import Encoded, Texts
+from dev2pro.models.encodings import EncodedBatch, PromptEncoder
 from dev2pro.training import distributed, preview
 from dev2pro.training.distributed import HardwareConfig
 from dev2pro.training.preview import Preview, PreviewConfig
@@ -23,10 +23,10 @@ class Scene:
     def __init__(self, folder: str) -> None:
         self.model = flux1.ModelConfig(path=folder, usual_guidance=USUAL, max_sequence_length=8)
         self.encoders = flux1.Encoders(self.model, torch.float32, torch.device("cpu"))
-        self.texts = Texts(self.model, self.encoders, 1e9)
+        self.texts = PromptEncoder(self.model, self.encoders, 1e9)
         self.scheduler = flux1.scheduler_settings(folder)
         mean = torch.zeros(len(CAPTIONS), *SHAPE)
-        self.data = Encoded(mean, mean, *self.texts.encode(CAPTIONS), (4, 4), tuple(CAPTIONS))
+        self.data = EncodedBatch(mean, mean, *self.texts.encode(CAPTIONS), (4, 4), tuple(CAPTIONS))
         self.transformer = flux1.load_transformer(folder).eval()
         torch.manual_seed(3)
         with torch.no_grad():
@@ -56,8 +56,8 @@ def difference(one: bytes, other: bytes) -> float:
 @torch.no_grad()
 def test_it_shows_what_the_sampler_draws_for_captions_that_are_spread(scene, tmp_path):
     asked = [CAPTIONS[row] for row in (0, 2, 4)]
-    said, nothing = (flux1.condition(*scene.texts.encode(some), (4, 4)) for some in (asked, [""] * 3))
-    noise = torch.stack([sampling.start(0, 0, i, SHAPE) for i in range(3)])
+    said, nothing = (flux1.build_conditioning(*scene.texts.encode(some), (4, 4)) for some in (asked, [""] * 3))
+    noise = torch.stack([sampling.initial_noise(0, 0, i, SHAPE) for i in range(3)])
     mu = flow_matching.shift_mu(16, scene.scheduler)
     for step, guidance, cfg_scale, how in ((0, 1.0, 3.5, "guidance 1, true CFG 3.5"), (500, USUAL, 1.0, "guidance 3.5")):
         latents = sampling.sample(scene.transformer, noise, said, nothing, guidance=guidance, cfg_scale=cfg_scale, steps=2, mu=mu)
@@ -117,8 +117,8 @@ def test_a_sheet_is_small_whatever_is_on_it(count, side):
 
 
 def test_captions_go_with_their_prompts():
-    def batch(*captions: str) -> Encoded:
+    def batch(*captions: str) -> EncodedBatch:
         some = torch.zeros(len(captions), *SHAPE)
-        return Encoded(some, some, some, some, (4, 4), captions)
+        return EncodedBatch(some, some, some, some, (4, 4), captions)
 
     assert encodings.joined([batch("a", "b"), batch("c")]).captions == ("a", "b", "c")

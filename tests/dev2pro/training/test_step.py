@@ -7,32 +7,34 @@ from diffusers import FluxTransformer2DModel
 
 from dev2pro.errors import ConfigError, DivergedError
 from dev2pro.models import encodings, flux1
-from dev2pro.models.encodings import Encoded
+from dev2pro.models.encodings import EncodedBatch
 from dev2pro.training import distributed
 from dev2pro.training.distributed import HardwareConfig
 from dev2pro.training.optim import OptimConfig
-from dev2pro.training.step import Clock, Training
+from dev2pro.training.step import StepTimer, Training
 
 BATCH = 8
 SCHEDULER = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 16, "max_image_seq_len": 4096}
 
 
 @pytest.fixture(scope="module")
-def data() -> Encoded:
+def data() -> EncodedBatch:
     draw = torch.Generator().manual_seed(0)
     prompt, pooled = torch.randn(BATCH, 8, 64, generator=draw), torch.randn(BATCH, 64, generator=draw)
     mean = torch.randn(BATCH, 16, 16, generator=draw)
-    return Encoded(mean, torch.full_like(mean, 0.1), prompt, pooled, (4, 4))
+    return EncodedBatch(mean, torch.full_like(mean, 0.1), prompt, pooled, (4, 4))
 
 
-def some(data: Encoded, slots: range) -> Encoded:
-    return Encoded(data.mean[slots], data.std[slots], data.prompt[slots], data.pooled[slots], data.grid)
+def some(data: EncodedBatch, slots: range) -> EncodedBatch:
+    return EncodedBatch(data.mean[slots], data.std[slots], data.prompt[slots], data.pooled[slots], data.grid)
 
 
 class Run:
     """A training of the tiny transformer on the same data every time."""
 
-    def __init__(self, tiny, data: Encoded, *, micro_batch: int = BATCH, ema: float = 0.0, steps: int = 10, checkpointing: bool = False, **optim):
+    def __init__(
+        self, tiny, data: EncodedBatch, *, micro_batch: int = BATCH, ema: float = 0.0, steps: int = 10, checkpointing: bool = False, **optim
+    ):
         hardware = HardwareConfig(device="cpu", micro_batch=micro_batch, threads=1, gradient_checkpointing=checkpointing)
         self.model = flux1.load_transformer(str(tiny))
         config = OptimConfig(**{"lr": 1e-3, "schedule": "constant", **optim})
@@ -41,12 +43,14 @@ class Run:
         self.training.optimizer.optimizer.register_step_pre_hook(lambda *_: self.gradients.append(flat(self.training.model, "grad")))
 
     def step(self, step: int = 0, spoil: float = 1.0) -> tuple[float, float]:
-        def draw(slots: range) -> encodings.Noised:
+        def draw(slots: range) -> encodings.NoisedBatch:
             self.seen.append(list(slots))
-            return encodings.noised(some(self.data, slots), (torch.zeros(8, 64), torch.zeros(64)), SCHEDULER, 0.1, 0, step, slots)
+            return encodings.noise_batch(some(self.data, slots), (torch.zeros(8, 64), torch.zeros(64)), SCHEDULER, 0.1, 0, step, slots)
 
-        def loss_of(batch: encodings.Noised) -> torch.Tensor:
-            return spoil * torch.nn.functional.mse_loss(flux1.predict(self.training.model, batch.x_t, batch.t, batch.said, 1.0), batch.velocity)
+        def loss_of(batch: encodings.NoisedBatch) -> torch.Tensor:
+            return spoil * torch.nn.functional.mse_loss(
+                flux1.predict(self.training.model, batch.x_t, batch.t, batch.conditioning, 1.0), batch.velocity
+            )
 
         return self.training.step(step, draw, loss_of)
 
@@ -157,7 +161,7 @@ def test_averaged_shows_the_average_and_gives_the_weights_back(tiny, data):
     for step in range(3):
         run.step(step)
         history.append(run.weights)
-    with run.training.averaged() as model:
+    with run.training.ema_weights() as model:
         average = flat(model)
         assert not model.training
         assert not torch.is_grad_enabled()
@@ -177,7 +181,7 @@ def test_averaged_gives_the_weights_back_after_an_error(tiny, data):
     run.step()
     run.step(1)
     before = run.weights
-    with pytest.raises(RuntimeError, match="stop"), run.training.averaged() as model:
+    with pytest.raises(RuntimeError, match="stop"), run.training.ema_weights() as model:
         raise RuntimeError("stop")
     assert torch.equal(run.weights, before)
     assert model.training
@@ -185,7 +189,7 @@ def test_averaged_gives_the_weights_back_after_an_error(tiny, data):
 
 def test_without_an_average_it_is_the_model_itself(tiny, data):
     run = Run(tiny, data)
-    with run.training.averaged() as model:
+    with run.training.ema_weights() as model:
         assert torch.equal(flat(model), run.weights)
         assert not model.training
 
@@ -195,7 +199,7 @@ def test_what_is_saved_is_the_average_in_the_precision_asked_for(tiny, data, tmp
     run = Run(tiny, data, ema=0.5)
     for step in range(2):
         run.step(step)
-    with run.training.averaged() as model:
+    with run.training.ema_weights() as model:
         average = flat(model)
     before = run.weights
     run.training.save(str(tmp_path), dtype)
@@ -216,7 +220,7 @@ def test_the_clock_s_share_is_a_share_and_measuring_is_not_training(tiny, data):
     run = Run(tiny, data)
     for step in range(2):
         run.step(step)
-    with run.training.averaged():
+    with run.training.ema_weights():
         pass
     found = run.training.clock.metrics()
     assert 0 <= found["share_outside"] <= 1
@@ -228,7 +232,7 @@ def test_the_clock_s_share_is_a_share_and_measuring_is_not_training(tiny, data):
 def test_a_clock_that_only_computes_has_nothing_outside(monkeypatch):
     now = iter([0.0, 1.0, 4.0, 4.0, 9.0, 10.0]).__next__
     monkeypatch.setattr("time.perf_counter", now)
-    clock = Clock()  # at 0
+    clock = StepTimer()  # at 0
     with clock.compute():  # from 1 to 4
         pass
     with clock.paused():  # from 4 to 9
@@ -252,7 +256,7 @@ class Rank:
 @pytest.mark.parametrize("micro_batch", [1, 3, 4, 64])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_ranks_share_every_slot_once_and_in_order(ranks, micro_batch):
-    parts = [part for rank in range(ranks) for part in distributed.own_slots(12, micro_batch, Rank(rank, ranks))]
+    parts = [part for rank in range(ranks) for part in distributed.rank_slots(12, micro_batch, Rank(rank, ranks))]
     assert [slot for part in parts for slot in part] == list(range(12))
     assert max(map(len, parts)) == min(micro_batch, 12 // ranks)
     assert all(a.stop == b.start for a, b in pairwise(parts))
@@ -273,4 +277,4 @@ def test_hardware_that_this_machine_has_not(values, said):
 
 def test_a_batch_that_does_not_divide():
     with pytest.raises(ConfigError, match=r"batch=7 cannot be shared by 2 processes\. Choose a multiple of 2"):
-        distributed.own_slots(7, 4, Rank(0, 2))
+        distributed.rank_slots(7, 4, Rank(0, 2))

@@ -63,22 +63,22 @@ def made(one: lifecycle.Generation, before: float, after: float, heldout: str = 
 def settled(number: int, before: float, after: float, **more: Any) -> lifecycle.Generation:
     one = begun(number)
     result = made(one, before, after, **more)
-    told = lifecycle.judged(one, result)
+    told = lifecycle.with_verdict(one, result)
     for _ in range(2):  # a run that was killed after it does it again
-        lifecycle.settled(told, result)
-        assert repr(lifecycle.judged(one, result)) == repr(told)
-    assert repr(lifecycle.known("main")[-1]) == repr(told)  # a loss that is no number is not equal to itself
+        lifecycle.finalize(told, result)
+        assert repr(lifecycle.with_verdict(one, result)) == repr(told)
+    assert repr(lifecycle.load_all("main")[-1]) == repr(told)  # a loss that is no number is not equal to itself
     return told
 
 
 def test_what_is_no_worse_is_promoted_and_the_lowest_loss_is_best(place):
-    assert aliases.known("main", "latest") is None
+    assert aliases.target("main", "latest") is None
     with pytest.raises(ConfigError, match="latest names no model yet"):
-        aliases.resolved("latest")
+        aliases.resolve("latest")
     for number, (before, after) in enumerate(((1.0, 0.5), (0.5, 0.54), (0.54, 0.4)), 1):
         assert settled(number, before, after).verdict == "promoted"
-        assert aliases.resolved("latest") == f"runs/recurring/main/{number:04d}"
-        assert aliases.resolved("main:best") == f"runs/recurring/main/{3 if number == 3 else 1:04d}"
+        assert aliases.resolve("latest") == f"runs/recurring/main/{number:04d}"
+        assert aliases.resolve("main:best") == f"runs/recurring/main/{3 if number == 3 else 1:04d}"
     assert json.loads((place / "latest.json").read_text())["id"] == record.read("runs/recurring/main/0003").id
 
 
@@ -88,7 +88,7 @@ def test_what_is_worse_is_kept_and_not_promoted(place):
         told = settled(number, 0.5, after)
         assert told.verdict == "not promoted"
         assert "more than 10% above the 0.50000 of the model it began with" in told.why
-        assert aliases.resolved("latest") == aliases.resolved("best") == "runs/recurring/main/0001"
+        assert aliases.resolve("latest") == aliases.resolve("best") == "runs/recurring/main/0001"
         assert record.read(told.out).id == told.id
     assert settled(5, 0.5, 0.5499).verdict == "promoted"
 
@@ -105,7 +105,7 @@ def test_losses_that_were_measured_in_another_way_are_not_compared(place):
     settled(1, 1.0, 0.5)
     for number, more in enumerate(({"heldout": "6"}, {"seed": 1}, {"probe": {"samples": 5, "bins": 2, "every": 9}}, {"data": {"resolution": 64}}), 2):
         assert settled(number, 0.9, 0.8, **more).verdict == "promoted"
-        assert aliases.resolved("best") == f"runs/recurring/main/{number:04d}", "the best one of what is measured now"
+        assert aliases.resolve("best") == f"runs/recurring/main/{number:04d}", "the best one of what is measured now"
     assert settled(6, 0.8, 0.7, data={"resolution": 64}, probe={"samples": 4, "bins": 2, "every": 3}).verdict == "promoted"
     assert settled(7, 0.7, 0.79, data={"resolution": 64}).verdict == "not promoted"
 
@@ -116,7 +116,7 @@ def test_a_generation_that_would_fail_again_is_given_up_and_the_others_are_gone_
     for time in range(1, 6):
         one = lifecycle.failed(one, StageFailed("recover ended", code))
         assert one.verdict == ("failed" if times and time >= times else "")
-        assert lifecycle.known("main") == [one]
+        assert lifecycle.load_all("main") == [one]
 
 
 def test_checkpoints_of_finished_generations_go_and_of_failed_ones_all_but_what_tells_why(place):
@@ -136,7 +136,7 @@ def test_checkpoints_of_finished_generations_go_and_of_failed_ones_all_but_what_
     lifecycle.failed(over, StageFailed("recover ended", 5))
     (place / "ledger.jsonl.12-34.partial").touch()
     for _ in range(2):
-        lifecycle.tidied("main")
+        lifecycle.clean_up("main")
         assert not list(place.glob("*.partial"))
         assert sorted(file.name for file in Path("runs/recurring/main/0001").iterdir()) == ["artifact.json", "transformer"]
         assert sorted(file.name for file in Path(over.out).iterdir()) == ["metrics.jsonl", "quarantine-1.jsonl", "train.snapshot"]
@@ -148,20 +148,20 @@ def test_old_weights_may_go_but_for_the_newest_and_those_that_have_a_name(place)
     for number, (before, after) in enumerate(((1.0, 0.5), (0.5, 0.4), (0.4, 0.43), (0.43, 0.9), (0.43, 0.42), (0.42, 0.43)), 1):
         settled(number, before, after)
     below = "runs/recurring/main/"
-    assert lifecycle.heavy("main", 2) == [f"{below}{number:04d}" for number in (1, 3, 4)]
-    assert lifecycle.heavy("main", 1) == [f"{below}{number:04d}" for number in (1, 3, 4, 5)]
-    assert lifecycle.heavy("main", 9) == []
+    assert lifecycle.prunable("main", 2) == [f"{below}{number:04d}" for number in (1, 3, 4)]
+    assert lifecycle.prunable("main", 1) == [f"{below}{number:04d}" for number in (1, 3, 4, 5)]
+    assert lifecycle.prunable("main", 9) == []
     Path(below, "0003/transformer/model.safetensors").unlink()
-    assert lifecycle.heavy("main", 2) == [f"{below}{number:04d}" for number in (1, 4)]
+    assert lifecycle.prunable("main", 2) == [f"{below}{number:04d}" for number in (1, 4)]
 
 
 def test_a_line_is_one_run_s_at_a_time(place, monkeypatch):
     monkeypatch.setattr(lifecycle, "PATIENCE", 0.2)
-    with lifecycle.alone("main") as first, lifecycle.alone("main") as second, lifecycle.alone("other") as third:
+    with lifecycle.exclusive("main") as first, lifecycle.exclusive("main") as second, lifecycle.exclusive("other") as third:
         assert first is not None
         assert second is None
         assert third is not None
-    with lifecycle.alone("main") as first:
+    with lifecycle.exclusive("main") as first:
         assert first is not None
 
 
@@ -169,7 +169,7 @@ def test_a_damaged_record_is_told(place):
     begun(1)
     (place / "0002.json").write_text('{"line": "main"}')
     with pytest.raises(ConfigError, match="is damaged"):
-        lifecycle.known("main")
+        lifecycle.load_all("main")
 
 
 def test_a_generation_s_story_is_told(place):

@@ -51,7 +51,7 @@ def holder(tmp_path):
 
 def free(count: int) -> bool:
     """Whether so many can be had at once."""
-    with gpu_slots.held(count, "test", lambda: True, lambda _: None) as got:
+    with gpu_slots.acquire(count, "test", lambda: True, lambda _: None) as got:
         return got is not None
 
 
@@ -80,7 +80,7 @@ def test_they_stay_taken_as_long_as_the_stage_lives(holder):
 def test_who_waits_is_told_for_whom(holder):
     holder(2, "recover runs/a")
     said = []
-    with gpu_slots.held(1, "lora runs/b", lambda: bool(said), said.append) as got:
+    with gpu_slots.acquire(1, "lora runs/b", lambda: bool(said), said.append) as got:
         assert got is None
     assert said == ["lora runs/b waits for 1 free of gpu-0 (recover runs/a), gpu-3 (recover runs/a)"]
 
@@ -99,7 +99,7 @@ def test_who_wants_all_is_not_overtaken(holder):
 
 def test_more_than_there_are_is_a_mistake():
     with pytest.raises(ConfigError, match=r"recover wants 3 processes, and this machine has 2 \(gpu-0, gpu-3\)"):
-        gpu_slots.held(3, "recover", lambda: False, print).__enter__()
+        gpu_slots.acquire(3, "recover", lambda: False, print).__enter__()
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def test_it_is_made_once_and_only_its_owner_can_read_it(monkeypatch, tmp_path):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     old = os.umask(0)  # whatever the shell's is
     try:
-        told = password.settle()
+        told = password.configure()
     finally:
         os.umask(old)
     file = tmp_path / "home" / password.FILE
@@ -34,7 +34,7 @@ def test_it_is_made_once_and_only_its_owner_can_read_it(monkeypatch, tmp_path):
     assert os.environ[password.SERVER] == os.environ[password.CLIENT] == made
     for name in (password.SERVER, password.CLIENT):
         monkeypatch.delenv(name)
-    again = password.settle()
+    again = password.configure()
     assert os.environ[password.SERVER] == made
     assert made not in again
     assert str(file) in again
@@ -42,21 +42,21 @@ def test_it_is_made_once_and_only_its_owner_can_read_it(monkeypatch, tmp_path):
 
 def test_it_is_told_to_no_log(monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
-    told = password.settle()
+    told = password.configure()
     assert os.environ[password.SERVER] not in told
 
 
 def test_the_environment_comes_first(monkeypatch, tmp_path):
     monkeypatch.setenv(password.SERVER, "admin:mine")
     monkeypatch.setenv(password.CLIENT, "admin:of another server")
-    assert "mine" not in password.settle()
+    assert "mine" not in password.configure()
     assert os.environ[password.CLIENT] == "admin:mine"
     assert not (tmp_path / "home").exists()
 
 
 def test_the_switch(monkeypatch, tmp_path):
     monkeypatch.setenv(password.NONE, "true")
-    assert "no password" in password.settle()
+    assert "no password" in password.configure()
     assert password.SERVER not in os.environ
     assert not (tmp_path / "home").exists()
 
@@ -76,7 +76,7 @@ def test_what_cannot_be_meant_is_refused(monkeypatch, settings, error):
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=error):
-        password.settle()
+        password.configure()
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
@@ -87,7 +87,7 @@ def test_a_file_of_somebody_else_is_refused(tmp_path):
     file.chmod(0o600)
     os.chown(file, 12345, 12345)
     with pytest.raises(ConfigError, match="other users"):
-        password.settle()
+        password.configure()
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_a_file_that_is_no_secret_or_no_password_is_refused(tmp_path, content, m
     file.write_text(content)
     file.chmod(mode)
     with pytest.raises(ConfigError, match=error) as told:
-        password.settle()
+        password.configure()
     assert str(file) in str(told.value)
 
 

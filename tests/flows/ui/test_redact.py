@@ -2,7 +2,7 @@
 
 import pytest
 
-from flows.ui.redact import hidden
+from flows.ui.redact import redact
 
 
 @pytest.fixture(autouse=True)
@@ -30,4 +30,4 @@ def _environment(monkeypatch):
     ],
 )
 def test_secrets_are_hidden_and_nothing_else(said, shown):
-    assert hidden(said) == shown
+    assert redact(said) == shown

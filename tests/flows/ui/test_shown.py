@@ -56,8 +56,8 @@ def test_a_summary_of_concepts_is_what_it_is_with_any_errors():
 def test_a_history_is_what_it_is_with_any_records(monkeypatch):
     def page(text: str) -> str:
         one = lifecycle.Generation("main", 1, [], 1, 0.0, 1, 1, text, verdict=text, why=text, id=text)
-        monkeypatch.setattr(lifecycle, "known", lambda line: [one])
-        monkeypatch.setattr(aliases, "known", lambda line, alias: text)
+        monkeypatch.setattr(lifecycle, "load_all", lambda line: [one])
+        monkeypatch.setattr(aliases, "target", lambda line, alias: text)
         return history.page("main", [{"shard": text, "reason": text}])
 
     assert tokens(page(HOSTILE)) == tokens(page("plain"))
@@ -72,9 +72,9 @@ def test_descriptions_are_what_they_are_with_any_stage(monkeypatch, tmp_path):
     (tmp_path / "previews").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "previews" / "000001.jpg")
     shown, warned = list[str](), list[str]()
-    monkeypatch.setattr(progress.Watch, "_show", lambda self, what, name="": shown.append(what.description))
-    looks = progress.Watch(HOSTILE, tmp_path, warned.append)
-    looks.tell({"stage": HOSTILE, "step": 1, "of": 2, "text": HOSTILE})
+    monkeypatch.setattr(progress.ProgressReporter, "_show", lambda self, what, name="": shown.append(what.description))
+    looks = progress.ProgressReporter(HOSTILE, tmp_path, warned.append)
+    looks.on_event({"stage": HOSTILE, "step": 1, "of": 2, "text": HOSTILE})
     looks.end()
     assert len(shown) == 4
     assert not warned
@@ -83,12 +83,12 @@ def test_descriptions_are_what_they_are_with_any_stage(monkeypatch, tmp_path):
 
 
 def test_a_server_s_error_is_safe_in_the_log(monkeypatch, tmp_path):
-    def failing(_: progress.Watch) -> None:
+    def failing(_: progress.ProgressReporter) -> None:
         raise OSError(HOSTILE)
 
-    monkeypatch.setattr(progress.Watch, "_pictures", failing)
+    monkeypatch.setattr(progress.ProgressReporter, "_pictures", failing)
     warned = list[str]()
-    progress.Watch("stage", tmp_path, warned.append).end()
+    progress.ProgressReporter("stage", tmp_path, warned.append).end()
     assert "onerror" in warned[0]
     assert warned[0].isprintable()
 
