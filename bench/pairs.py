@@ -1,4 +1,4 @@
-"""Numbers of paired runs: medians, ratios and spreads, and what the machine is doing meanwhile."""
+"""Statistics of paired runs: medians, ratios and spreads, and the load of the machine."""
 
 import os
 import statistics
@@ -13,9 +13,9 @@ def median(values: Sequence[float]) -> float:
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    """Of paired runs: the median of the ratios, and how far they lie apart."""
-    found = [a / b for a, b in zip(ours, theirs, strict=True)]
-    return f"{median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
+    """Of paired runs: the median of the ratios, and their range."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def spread(values: Sequence[float]) -> str:
@@ -23,7 +23,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def machine() -> None:
-    """How busy the machine is, and by how much the same short work differs in time."""
+    """Prints the load of the machine, and the variation in the time of a fixed short task."""
     load, block, took = os.getloadavg()[0], os.urandom(1 << 20), []
     for _ in range(20):
         start = time.perf_counter()

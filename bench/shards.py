@@ -1,4 +1,4 @@
-"""Tars of photo-like pictures, indexed, and a slow web server that hands them out."""
+"""Indexed tars of photo-like pictures, and a slow web server that serves them."""
 
 import io
 import subprocess
@@ -39,7 +39,7 @@ def photos(side: int, count: int) -> list[bytes]:
 
 
 def tars(folder: str, pictures: Sequence[bytes], shards: int, samples: int) -> list[str]:
-    """Tars of captioned pictures, written by webdataset; the same few pictures again and again, under other names."""
+    """Tars of captioned pictures, written by webdataset; the same few pictures repeated under other names."""
     paths = [f"{folder}/{shard:06d}.tar" for shard in range(shards)]
     for shard, path in enumerate(paths):
         with webdataset.TarWriter(path, mtime=0) as tar:
@@ -50,17 +50,17 @@ def tars(folder: str, pictures: Sequence[bytes], shards: int, samples: int) -> l
 
 
 def indexed(shards: Sequence[str], folder: str) -> Snapshot:
-    """A snapshot of tars, whose sidecars come to lie in the folder."""
+    """A snapshot of tars, with the sidecars in `folder`."""
     transport = Transport(ReadConfig())
-    for place in shards:
-        outcome = index(place, transport, folder)
+    for path in shards:
+        outcome = index(path, transport, folder)
         assert (outcome.error, outcome.rejected) == ("", ()), outcome
     return snapshot.build(shards, transport, folder=folder)
 
 
 @contextmanager
 def served(folder: str, latency: float) -> Iterator[str]:
-    """The address of a web server on loopback, in a process of its own, that lets every request wait for `latency` seconds."""
+    """The URL of a web server on loopback, in its own process, that delays every request by `latency` seconds."""
     command = [sys.executable, "-m", "tests.servers", folder, "--latency", str(latency), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None

@@ -1,4 +1,4 @@
-"""The frame around the room's commands: words in, progress and tables for people, exit codes out."""
+"""Shared frame of the data commands: parses arguments, shows progress and tables, sets exit codes."""
 
 import argparse
 import errno
@@ -29,12 +29,12 @@ LINE_EVERY = 15.0  # seconds, where the output is no terminal
 
 
 def parser(module: str, story: str | None) -> argparse.ArgumentParser:
-    """A parser for `python -m <module>` that tells the command's story under --help."""
+    """A parser for `python -m <module>` whose --help shows the command's description."""
     return argparse.ArgumentParser(f"python -m {module}", description=story, allow_abbrev=False)
 
 
 def cores() -> int:
-    """How many processes this one may fill."""
+    """The number of CPU cores available to this process."""
     return len(os.sched_getaffinity(0))
 
 
@@ -45,11 +45,11 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def run(name: str, words: argparse.ArgumentParser, work: Callable[[argparse.Namespace], int]) -> NoReturn:
-    """Does the work and ends with its exit code; what went wrong is told in one paragraph."""
-    options = words.parse_args()
+def run(name: str, arguments: argparse.ArgumentParser, work: Callable[[argparse.Namespace], int]) -> NoReturn:
+    """Runs `work` and exits with its code. Prints an error as one paragraph."""
+    options = arguments.parse_args()
     signal.signal(signal.SIGTERM, _interrupt)
-    signals.stop_with_parent()  # a flow that started it
+    signals.stop_with_parent()  # stops when the parent flow dies
     try:
         sys.exit(work(options))
     except KeyboardInterrupt:
@@ -77,9 +77,9 @@ def _interrupt(*_: Any) -> None:
 
 @contextmanager
 def processes(workers: int, initializer: Callable[..., None] = lambda: None, initargs: tuple = ()) -> Iterator[ProcessPoolExecutor]:
-    """A pool of processes that ends at once when the work within is interrupted or goes wrong, and when this process is killed."""
+    """A process pool. Its workers are terminated when the body raises or this process is killed."""
     others = multiprocessing.active_children()
-    pool = ProcessPoolExecutor(workers, initializer=_begin, initargs=(initializer, *initargs))
+    pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(initializer, *initargs))
     try:
         yield pool
     except BaseException as error:
@@ -92,14 +92,14 @@ def processes(workers: int, initializer: Callable[..., None] = lambda: None, ini
     pool.shutdown()
 
 
-def _begin(initializer: Callable[..., None], *initargs: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it as well
+def _start_worker(initializer: Callable[..., None], *initargs: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     initializer(*initargs)
 
 
-def _end_with_the_parent() -> None:
+def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent:
         parent.join()
@@ -108,14 +108,14 @@ def _end_with_the_parent() -> None:
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """Within, every call of what it gives is one step of `total`: a bar on a terminal, a line now and then elsewhere."""
-    done, said = 0, time.monotonic()
+    """Yields a function that advances the progress by one of `total`: a bar on a terminal, periodic lines otherwise."""
+    done, last_line = 0, time.monotonic()
 
     def line() -> None:
-        nonlocal done, said
+        nonlocal done, last_line
         done += 1
-        if time.monotonic() - said > LINE_EVERY:
-            said = time.monotonic()
+        if time.monotonic() - last_line > LINE_EVERY:
+            last_line = time.monotonic()
             print(f"{what}: {done}/{total}", flush=True)
 
     if not sys.stdout.isatty():

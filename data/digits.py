@@ -79,7 +79,7 @@ def _paint(coverage: np.ndarray, ink: np.ndarray, paper: np.ndarray) -> np.ndarr
 
 
 def ink(coverage: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The world the models know: blue-black ink on cream paper, a little different on every sheet."""
+    """The models' training domain: blue-black ink on cream paper, slightly different on every sheet."""
     pen = _colour(rng.uniform(0.58, 0.68), rng.uniform(0.5, 0.9), rng.uniform(0.15, 0.4))
     paper = _colour(rng.uniform(0.08, 0.16), rng.uniform(0.02, 0.14), rng.uniform(0.92, 1.0))
     return _paint(coverage, pen, paper)

@@ -17,13 +17,13 @@ from data.storage import urls
 from data.storage.transport import ReadConfig, Transport, write_atomic
 from dev2pro.errors import ConfigError, DataError, StageError
 
-SHOWN = 30  # lines of the table of rejections
+MAX_ROWS = 30  # lines of the table of rejections
 _transport: Transport
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one shard; `partial`: where it is damaged; `kept`: an earlier index still fits."""
+    """The result for one shard. `partial`: where it is damaged. `reused`: an existing index is still valid."""
 
     url: str
     samples: int = 0
@@ -32,29 +32,29 @@ class Outcome:
     partial: dict[str, Any] | None = None
     error: str = ""
     exit_code: int = 0
-    kept: bool = False
+    reused: bool = False
 
 
-def index(place: str, transport: Transport, folder: str | None = None, *, empty_captions: bool = False, allow_partial: bool = False) -> Outcome:
-    """Indexes one shard, unless that was done before with the same policy (see `scan`)."""
+def index(url: str, transport: Transport, folder: str | None = None, *, empty_captions: bool = False, allow_partial: bool = False) -> Outcome:
+    """Indexes one shard. Skips it if a valid index with the same policy exists (see `scan`)."""
     policy = {"empty_captions": empty_captions, "allow_partial": allow_partial}
     try:
-        made = _existing_sidecar(place, transport, folder, policy)
-        kept = made is not None
-        if made is None:
-            made = scan(place, transport, **policy)
-            transport.write(sidecar.path_of(place, folder), made.encode())
-        return Outcome(place, len(made), tuple(made.head["rejected"]), made.head["ignored"], made.head["partial"], kept=kept)
+        entry = _existing_sidecar(url, transport, folder, policy)
+        reused = entry is not None
+        if entry is None:
+            entry = scan(url, transport, **policy)
+            transport.write(sidecar.path_of(url, folder), entry.encode())
+        return Outcome(url, len(entry), tuple(entry.head["rejected"]), entry.head["ignored"], entry.head["partial"], reused=reused)
     except StageError as error:
-        return Outcome(place, error=str(error), exit_code=error.exit_code)
+        return Outcome(url, error=str(error), exit_code=error.exit_code)
 
 
-def _existing_sidecar(place: str, transport: Transport, folder: str | None, policy: dict[str, bool]) -> Sidecar | None:
+def _existing_sidecar(url: str, transport: Transport, folder: str | None, policy: dict[str, bool]) -> Sidecar | None:
     try:
-        there = sidecar.read(place, transport, folder)
+        existing = sidecar.read(url, transport, folder)
     except DataError:
         return None
-    return there if there.head["policy"] == policy and not there.stamp.difference(transport.info(place)) else None
+    return existing if existing.head["policy"] == policy and not existing.info.difference(transport.info(url)) else None
 
 
 def _start(config: ReadConfig) -> None:
@@ -62,17 +62,17 @@ def _start(config: ReadConfig) -> None:
     _transport = Transport(config)
 
 
-def _index(place: str, folder: str | None, policy: dict[str, bool]) -> Outcome:
-    return index(place, _transport, folder, **policy)
+def _index(url: str, folder: str | None, policy: dict[str, bool]) -> Outcome:
+    return index(url, _transport, folder, **policy)
 
 
 def work(options: argparse.Namespace) -> int:
     """Indexes in parallel. The exit code is 0, or that of the first shard that could not be indexed."""
-    shards = list(dict.fromkeys(place for pattern in options.shards for place in urls.expand(pattern, "SHARDS")))
-    if folders := [urls.redact_url(place) for place in shards if os.path.isdir(place)]:
+    shards = list(dict.fromkeys(url for pattern in options.shards for url in urls.expand(pattern, "SHARDS")))
+    if folders := [urls.redact_url(url) for url in shards if os.path.isdir(url)]:
         tars, packing = f"{folders[0]}/*.tar", f"python -m data.pack {folders[0]} OUT"
         raise ConfigError(f"{folders[0]} is a folder. Name the tars in it, as in '{tars}', or make some of its pictures: `{packing}`.")
-    served = [place for place in shards if urls.is_remote(place) and not place.startswith("s3://")]
+    served = [url for url in shards if urls.is_remote(url) and not url.startswith("s3://")]
     if served and not options.to:
         raise ConfigError(
             f"{urls.redact_url(served[0])}: nothing can be written beside it, for http is for reading. Give the indexes a folder: --to FOLDER."
@@ -83,38 +83,38 @@ def work(options: argparse.Namespace) -> int:
         commands.progress("indexing", len(shards)) as advance,
         commands.processes(options.workers, _start, (ReadConfig(),)) as pool,
     ):
-        for done in as_completed([pool.submit(_index, place, options.to, policy) for place in shards]):
+        for done in as_completed([pool.submit(_index, url, options.to, policy) for url in shards]):
             outcomes[done.result().url] = done.result()
             advance()
     if options.report:
-        write_atomic(options.report, json.dumps(_report([outcomes[place] for place in shards])).encode())
-    return _tell([outcomes[place] for place in shards])
+        write_atomic(options.report, json.dumps(_report([outcomes[url] for url in shards])).encode())
+    return _print_summary([outcomes[url] for url in shards])
 
 
 def _report(outcomes: list[Outcome]) -> dict[str, Any]:
-    """The same as is told, for programs."""
-    rejected = [{"shard": urls.redact_url(one.url), **bad} for one in outcomes for bad in one.rejected]
-    unusable = [{"shard": urls.redact_url(one.url), "reason": one.error} for one in outcomes if one.exit_code]
-    return {"shards": len(outcomes), "samples": sum(one.samples for one in outcomes), "rejected": rejected, "unusable": unusable}
+    """The summary as JSON values."""
+    rejected = [{"shard": urls.redact_url(outcome.url), **bad} for outcome in outcomes for bad in outcome.rejected]
+    unusable = [{"shard": urls.redact_url(outcome.url), "reason": outcome.error} for outcome in outcomes if outcome.exit_code]
+    return {"shards": len(outcomes), "samples": sum(outcome.samples for outcome in outcomes), "rejected": rejected, "unusable": unusable}
 
 
-def _tell(outcomes: list[Outcome]) -> int:
-    failed = [one for one in outcomes if one.exit_code]
-    rows = [(urls.redact_url(one.url), bad["offset"], bad["key"], bad["reason"]) for one in outcomes for bad in one.rejected]
-    commands.show("rejected samples", ("shard", "at byte", "key", "reason"), rows, SHOWN)
-    if ignored := sum((Counter(one.ignored) for one in outcomes), Counter[str]()):
-        kinds = ", ".join(f"{count:,} {urls.printable(kind)}" for kind, count in ignored.most_common(SHOWN))
+def _print_summary(outcomes: list[Outcome]) -> int:
+    failed = [outcome for outcome in outcomes if outcome.exit_code]
+    rows = [(urls.redact_url(outcome.url), bad["offset"], bad["key"], bad["reason"]) for outcome in outcomes for bad in outcome.rejected]
+    commands.show("rejected samples", ("shard", "at byte", "key", "reason"), rows, MAX_ROWS)
+    if ignored := sum((Counter(outcome.ignored) for outcome in outcomes), Counter[str]()):
+        kinds = ", ".join(f"{count:,} {urls.printable(kind)}" for kind, count in ignored.most_common(MAX_ROWS))
         print(f"index: {ignored.total():,} members are of no use here: {kinds}")
-    for one in outcomes:
-        if one.partial:
-            why = urls.printable(f"{one.partial['offset']}: {one.partial['reason']}")
-            print(f"index: {urls.redact_url(one.url)} is used only up to its damage at byte {why}")
-    for one in failed:
-        print(f"index: {one.error}", file=sys.stderr)
-    fine = [one for one in outcomes if not one.exit_code]
+    for outcome in outcomes:
+        if outcome.partial:
+            why = urls.printable(f"{outcome.partial['offset']}: {outcome.partial['reason']}")
+            print(f"index: {urls.redact_url(outcome.url)} is used only up to its damage at byte {why}")
+    for outcome in failed:
+        print(f"index: {outcome.error}", file=sys.stderr)
+    fine = [outcome for outcome in outcomes if not outcome.exit_code]
     print(
-        f"index: {len(fine):,} shards with {sum(one.samples for one in fine):,} samples ({sum(one.kept for one in fine):,} were indexed before); "
-        f"rejected are {len(rows):,} samples and {len(failed):,} shards"
+        f"index: {len(fine):,} shards with {sum(outcome.samples for outcome in fine):,} samples "
+        f"({sum(outcome.reused for outcome in fine):,} were indexed before); rejected are {len(rows):,} samples and {len(failed):,} shards"
     )
     return failed[0].exit_code if failed else 0
 

@@ -1,4 +1,4 @@
-"""What earlier runs consumed: a file of JSON lines, one for each finished run, by the contents of the shards."""
+"""Ledger of consumed shards: a JSON Lines file with one line per finished run, listing shard hashes."""
 
 import json
 import os
@@ -14,9 +14,9 @@ from dev2pro.errors import DataError
 
 
 def record(path: str, run: str, snapshot: str, shards: list[str], epochs: float) -> None:
-    """Notes that a run has finished, once: its id, that of its snapshot, and the SHA-256 of the shards.
+    """Records a finished run once: its id, its snapshot's id, and the SHA-256 of the shards.
 
-    They count as consumed if the run saw every sample, that is from one epoch on; of a shorter run no shard is listed.
+    Shards count as consumed after at least one epoch; a shorter run lists none.
     """
     with FileLock(path + ".lock"):
         lines = _lines(path)
@@ -28,41 +28,41 @@ def record(path: str, run: str, snapshot: str, shards: list[str], epochs: float)
 
 
 def consumed(path: str) -> set[str]:
-    """SHA-256 of every shard that a finished run consumed. A ledger that is not there yet is an empty one."""
+    """SHA-256 of every shard that a finished run consumed. A missing ledger counts as empty."""
     return {sha256 for line in _lines(path) for sha256 in line["shards"]}
 
 
 def quarantined(paths: Iterable[str]) -> frozenset[tuple[str, int]]:
     """(SHA-256 of the shard, key number) of every line of quarantine files that runs have written."""
-    lines = (line for path in paths for line in _read(path, _names_a_sample))
+    lines = (line for path in paths for line in _read(path, _is_fault))
     return frozenset((line["shard_sha256"], line["key_number"]) for line in lines)
 
 
-def _names_a_sample(line: Any) -> bool:
+def _is_fault(line: Any) -> bool:
     return isinstance(line["shard_sha256"], str) and isinstance(line["key_number"], int) and 0 <= line["key_number"] < 2**64
 
 
-def _names_a_run(line: Any) -> bool:
+def _is_run(line: Any) -> bool:
     return isinstance(line["shards"], list) and all(isinstance(text, str) for text in [line["run"], *line["shards"]])
 
 
 def _lines(path: str) -> list[dict[str, Any]]:
-    return _read(path, _names_a_run) if os.path.exists(path) else []
+    return _read(path, _is_run) if os.path.exists(path) else []
 
 
 def _read(path: str, fits: Callable[[Any], bool]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     try:
         with open(path, encoding="utf-8") as file:
-            for text in file:
-                if not fits(line := json.loads(text)):
+            for line in file:
+                if not fits(value := json.loads(line)):
                     raise ValueError("not what a run writes")
-                found.append(line)
+                rows.append(value)
     except OSError as error:
         raise DataError(f"{urls.redact_url(path)} cannot be read: {error.strerror}. Correct the path.") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         why = urls.printable(f"{type(error).__name__}: {error}")
         raise DataError(
-            f"{urls.redact_url(path)} is damaged in line {len(found) + 1} ({why}). Correct the path, or take the line out, which forgets what it says."
+            f"{urls.redact_url(path)} is damaged in line {len(rows) + 1} ({why}). Correct the path, or take the line out, which forgets what it says."
         ) from error
-    return found
+    return rows

@@ -10,43 +10,43 @@ from data.storage import urls
 from data.storage.transport import ReadConfig, Transport, write_atomic
 from dev2pro.errors import ConfigError, DataError
 
-SHOWN = 30  # lines of the table of shards that are left out
+MAX_ROWS = 30  # lines of the table of shards that are left out
 
 
 def work(options: argparse.Namespace) -> int:
-    """Pins the shards and says what became of them."""
+    """Writes the snapshot and prints a summary."""
     if os.path.exists(options.out):
         raise DataError(f"{urls.redact_url(options.out)} exists, and runs may depend on it. Choose another --out, or remove it.")
     if (options.only_new or options.new_weight > 1) and not options.ledger:
         raise ConfigError("What is new, only a ledger can tell. Give --ledger FILE with --only-new and --new-weight, or leave them out.")
     transport = Transport(ReadConfig())
-    shards = [place for pattern in options.shards for place in urls.expand(pattern, "SHARDS")]
+    shards = [url for pattern in options.shards for url in urls.expand(pattern, "SHARDS")]
     shards, unusable = (list(dict.fromkeys(shards)), dict[str, str]()) if options.skip_unusable else (shards, None)
-    known = ledger.consumed(options.ledger) if options.ledger else set()
+    consumed = ledger.consumed(options.ledger) if options.ledger else set()
     old, new = (0 if options.only_new else 1), options.new_weight
     filters = Filters(
         options.min_side, options.max_aspect, options.min_caption, options.max_caption, ledger.quarantined(options.without)
     )  # fmt: skip
     with commands.progress("reading indexes", len(shards)) as advance:
-        made = build(
+        snapshot = build(
             shards, transport, sources=options.shards, folder=options.index, filters=filters, advance=advance,
-            repeat=lambda sha256: old if sha256 in known else new, unusable=unusable,
+            repeat=lambda sha256: old if sha256 in consumed else new, unusable=unusable,
         )  # fmt: skip
-    left = [{"shard": urls.redact_url(place), "reason": why} for place, why in sorted((unusable or {}).items())]
-    commands.show("left out, as they cannot be used", ("shard", "reason"), [tuple(one.values()) for one in left], SHOWN)
-    if len(made):
-        made.write(options.out)
+    skipped = [{"shard": urls.redact_url(url), "reason": why} for url, why in sorted((unusable or {}).items())]
+    commands.show("left out, as they cannot be used", ("shard", "reason"), [tuple(row.values()) for row in skipped], MAX_ROWS)
+    if len(snapshot):
+        snapshot.write(options.out)
     if options.report:
-        report = {"shards": len(shards), "pinned": len(made.shards), "samples": len(made), "unusable": left}
+        report = {"shards": len(shards), "pinned": len(snapshot.shards), "samples": len(snapshot), "unusable": skipped}
         write_atomic(options.report, json.dumps(report).encode())
-    if not len(made):
-        if options.only_new and not made.shards:
+    if not len(snapshot):
+        if options.only_new and not snapshot.shards:
             raise DataError(
                 f"There is nothing new: every shard is in {urls.redact_url(options.ledger)}, or empty. Give other shards, or leave out --only-new."
             )
         raise DataError("There is no sample to pin: the indexes list none, or the filters leave none. Give other shards or filters.")
-    fresh = f", {sum(shard.sha256 not in known for shard in made.shards):,} of them new" if options.ledger else ""
-    print(f"snapshot: {urls.redact_url(options.out)} pins {len(made):,} samples in {len(made.shards):,} shards{fresh} ({made.id[:12]})")
+    fresh = f", {sum(shard.sha256 not in consumed for shard in snapshot.shards):,} of them new" if options.ledger else ""
+    print(f"snapshot: {urls.redact_url(options.out)} pins {len(snapshot):,} samples in {len(snapshot.shards):,} shards{fresh} ({snapshot.id[:12]})")
     return 0
 
 

@@ -1,6 +1,6 @@
-"""Random numbers as pure functions of (seed, what for, step, slot): the determinism law.
+"""Random numbers as pure functions of (seed, purpose, step, slot), so that runs are deterministic.
 
-Nothing here has state, so a draw does not depend on the world size, on the number of workers, or on what was drawn before.
+Nothing here has state, so a draw does not depend on the world size, on the number of workers, or on earlier draws.
 Counter-based randomness: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-VERSION = 1  # of the law; another one gives other numbers, and a run that began under one does not go on under another
+VERSION = 1  # of the scheme; another version gives other numbers, and a run cannot be resumed under another version
 
 
 def generator(seed: int, *key: int | str) -> torch.Generator:

@@ -1,12 +1,12 @@
-"""The ways a stage can fail that are not bugs, each with the exit code that a shell, a scheduler or a flow can act on."""
+"""Expected failures of a stage, each with an exit code for a shell, a scheduler or a flow."""
 
 from dev2pro.escape import lines
 
 
 class StageError(Exception):
-    """Names the thing, the place and the cure in one paragraph. `exit_code` is what the process ends with.
+    """Names the thing, the place and the cure in one paragraph. `exit_code` is the process's exit code.
 
-    Its text is safe to show wherever it comes out: it quotes names, captions, and what libraries and servers say.
+    Its text is safe to print: it escapes quoted names, captions and messages of libraries and servers.
     """
 
     exit_code = 1
@@ -16,7 +16,7 @@ class StageError(Exception):
 
 
 class ConfigError(StageError):
-    """A value, a path or a combination of them that cannot work; nothing was started."""
+    """An invalid value, path or combination of them; nothing was started."""
 
     exit_code = 2
 
@@ -28,13 +28,13 @@ class DataError(StageError):
 
 
 class SpaceError(StageError):
-    """No room left where the stage writes."""
+    """The disk that the stage writes to is full."""
 
     exit_code = 4
 
 
 class DivergedError(StageError):
-    """The loss or the gradient stopped being finite; what was saved before is kept."""
+    """The loss or the gradient diverged; earlier checkpoints are kept."""
 
     exit_code = 5
 
@@ -45,18 +45,18 @@ class TryAgainError(StageError):
     exit_code = 75
 
 
-INTERRUPTED = 130  # SIGINT or SIGTERM: the stage stopped; the same command goes on from the last checkpoint
+INTERRUPTED = 130  # SIGINT or SIGTERM: the stage stopped; the same command resumes from the last checkpoint
 
 
 class InterruptedRun(StageError):
-    """Asked to stop, and saved."""
+    """A signal stopped the run after it saved a checkpoint."""
 
     exit_code = INTERRUPTED
 
 
-FULL = ("No space left on device", "Disk quota exceeded", "os error 28")  # the last is how Rust's libraries spell it
+FULL = ("No space left on device", "Disk quota exceeded", "os error 28")  # the last: Rust libraries
 
 
 def out_of_space(error: BaseException) -> bool:
-    """Whether the system or a library says that the disk is full, each in its own way."""
-    return isinstance(error, SpaceError) or any(words in str(error) for words in FULL)
+    """Whether an error of the system or of a library means that the disk is full."""
+    return isinstance(error, SpaceError) or any(message in str(error) for message in FULL)

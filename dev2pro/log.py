@@ -1,4 +1,4 @@
-"""Progress for people and numbers for plots: a bar on a terminal, events for a flow, metrics.jsonl in the artifact's folder."""
+"""Progress and metrics: a bar on a terminal, events for a flow, metrics.jsonl in the artifact's folder."""
 
 import json
 import os
@@ -13,9 +13,9 @@ from rich.progress import Progress as Bar
 from dev2pro import signals
 from dev2pro.escape import printable
 
-EVENTS = "DEV2PRO_EVENTS"  # set by a flow: progress comes as lines "@@{json}" that it can read
+EVENTS = "DEV2PRO_EVENTS"  # set by a flow: progress is printed as lines "@@{json}" for it
 EVENT_EVERY = 1.0  # seconds
-LINE_EVERY = 15.0  # seconds, where the output is neither a terminal nor a flow's pipe
+LINE_EVERY = 15.0  # seconds, if the output is neither a terminal nor a flow's pipe
 
 
 class Progress:
@@ -24,7 +24,7 @@ class Progress:
     def __init__(self, name: str, total: int, main: bool = True) -> None:
         self.name, self.total, self.main = printable(name), total, main
         self.events = bool(os.environ.get(EVENTS))
-        self._said = 0.0
+        self._last_emit = 0.0
         self._bar: Bar | None = None
 
     def __enter__(self) -> Self:
@@ -45,18 +45,18 @@ class Progress:
             self._bar.stop()
 
     def step(self, done: int, **numbers: Any) -> None:
-        """Steps finished so far, and what to show beside them."""
+        """Shows the steps finished so far, and numbers beside them."""
         if self.main:
-            self._say(done, "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
+            self._update(done, "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
 
-    def _say(self, done: int, text: str) -> None:
+    def _update(self, done: int, text: str) -> None:
         if self._bar:
             self._bar.update(self._task, completed=done, text=text)
             return
         now = time.monotonic()
-        if now - self._said < (EVENT_EVERY if self.events else LINE_EVERY) and done < self.total:
+        if now - self._last_emit < (EVENT_EVERY if self.events else LINE_EVERY) and done < self.total:
             return
-        self._said = now
+        self._last_emit = now
         if self.events:
             signals.emit("@@" + json.dumps({"stage": self.name, "step": done, "of": self.total, "text": text}))
         else:
@@ -64,7 +64,7 @@ class Progress:
 
 
 class Log(Progress):
-    """Progress with a row of metrics.jsonl for every step; rows after step `first` are those of a run that was cut off, and are dropped."""
+    """Progress with a row of metrics.jsonl for every step; rows after step `first` belong to an interrupted run and are dropped."""
 
     def __init__(self, out: str, name: str, total: int, main: bool = True, first: int = 0) -> None:
         super().__init__(name, total, main)
@@ -72,10 +72,10 @@ class Log(Progress):
 
     def __enter__(self) -> Self:
         if self.main:
-            kept = [line for line in _lines(self._path) if json.loads(line)["step"] <= self._first] if self._first else []
+            rows = [line for line in _lines(self._path) if json.loads(line)["step"] <= self._first] if self._first else []
             partial = self._path.with_suffix(".partial")  # so that a run killed here keeps its rows
             self._file = partial.open("w")
-            self._file.writelines(kept)
+            self._file.writelines(rows)
             self._file.flush()
             partial.rename(self._path)
         return super().__enter__()
@@ -86,18 +86,18 @@ class Log(Progress):
         super().__exit__()
 
     def write(self, done: int, **numbers: Any) -> None:
-        """One row of metrics.jsonl."""
+        """Writes one row of metrics.jsonl."""
         if self.main:
             self._file.write(json.dumps({"step": done, **numbers}) + "\n")
             self._file.flush()
 
-    def measured(self, *points: dict[str, Any]) -> None:
-        """What was measured on held-out pictures, for a flow that draws curves of it."""
+    def emit_validation(self, *points: dict[str, Any]) -> None:
+        """Emits held-out measurements as events, from which a flow plots curves."""
         for point in points if self.main and self.events else ():
             signals.emit("@@" + json.dumps({"stage": self.name, "measured": point}))
 
 
 def _lines(path: Path) -> list[str]:
-    """The whole lines of a file that a killed run may have left in the middle of one."""
+    """The complete lines of a file whose last line may be cut off, because its run was killed."""
     text = path.read_text() if path.exists() else ""
     return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]

@@ -1,4 +1,4 @@
-"""What may pass is tried again, with growing, jittered pauses."""
+"""Retries transient failures with exponential, jittered pauses."""
 
 import random
 import time
@@ -7,11 +7,11 @@ from typing import TypeVar
 
 T = TypeVar("T")
 LONGEST_PAUSE = 30.0  # seconds between two tries
-DICE = random.SystemRandom()  # draws from no generator that training uses, and other numbers in every process
+RNG = random.SystemRandom()  # independent of the generators used in training, different in every process
 
 
 class TransientError(Exception):
-    """A failure that the next try may not meet; `pause` is what the server asked for, in seconds."""
+    """A failure that may not recur; `pause`: the seconds that the server asks to wait."""
 
     def __init__(self, reason: str, pause: float = 0.0) -> None:
         super().__init__(reason)
@@ -19,10 +19,10 @@ class TransientError(Exception):
 
 
 def with_retries(operation: Callable[[], T], retries: int) -> T:
-    """What `once` returns; a Passing failure is met with a pause and another try, and raised when `retries` of them did not help."""
+    """Returns what `operation` returns. Retries it up to `retries` times after a TransientError, with pauses, then raises that."""
     for attempt in range(retries):
         try:
             return operation()
         except TransientError as error:
-            time.sleep(max(error.pause, DICE.uniform(0.1, 1) * min(LONGEST_PAUSE, 0.5 * 2**attempt)))
+            time.sleep(max(error.pause, RNG.uniform(0.1, 1) * min(LONGEST_PAUSE, 0.5 * 2**attempt)))
     return operation()

@@ -1,6 +1,6 @@
-"""Being asked to stop: SIGTERM (a scheduler, a preemption notice, the UI) or SIGINT. Training goes on to the end of its step and is saved first.
+"""Handles SIGTERM (a scheduler, a preemption notice, the UI) and SIGINT: training finishes its step and saves before it stops.
 
-Imports no torch. A second signal, or the end of the grace, ends the process at once; what was saved before stays whole.
+Imports no torch. A second signal, or the end of the grace period, ends the process at once; earlier checkpoints stay complete.
 """
 
 import ctypes
@@ -16,18 +16,18 @@ from typing import Any
 from dev2pro.errors import INTERRUPTED
 from dev2pro.escape import lines
 
-ONE = 2.0  # seconds within which several signals are one: a terminal and torchrun both pass theirs on
+SAME_SIGNAL = 2.0  # seconds within which several signals count as one: a terminal and torchrun both send theirs
 PR_SET_PDEATHSIG = 1
-PARENT = "DEV2PRO_PARENT"  # set by whoever starts a process that is not to outlive it: its pid
+PARENT = "DEV2PRO_PARENT"  # pid of the parent, set by a parent that its child must not outlive
 FLOW = "DEV2PRO_EVENTS"  # set by a flow
 _since = 0.0  # when the first signal came
-_held = 0.0  # seconds of grace, while a step is to be finished
-_timer: threading.Timer | None = None  # ends the process when they are over
-_parent = 0  # the pid of what started this process, where that is a flow or torchrun
+_grace = 0.0  # seconds, inside `grace_period`; else 0
+_timer: threading.Timer | None = None  # ends the process after the grace period
+_parent = 0  # pid of the parent, if that is a flow or torchrun
 
 
 def install_handlers() -> None:
-    """From now on SIGTERM and SIGINT raise KeyboardInterrupt, or wait for the step (see `finishing`)."""
+    """Makes SIGTERM and SIGINT raise KeyboardInterrupt, or wait for the step (see `grace_period`)."""
     global _since
     _since = 0.0
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -36,7 +36,7 @@ def install_handlers() -> None:
 
 
 def stop_with_parent() -> None:
-    """A process that was started by a flow or by torchrun is asked to stop, too, when its parent dies; it ends at once when that is dead already."""
+    """Sends a stop signal to a process started by a flow or by torchrun when its parent dies; ends it at once if the parent is already dead."""
     global _parent
     if "TORCHELASTIC_RUN_ID" in os.environ or FLOW in os.environ:
         _parent = os.getppid()
@@ -46,7 +46,7 @@ def stop_with_parent() -> None:
 
 
 def parent_died() -> bool:
-    """Whether the flow that started this process has died since this was asked last: then the signal that tells so is no second one.
+    """Whether the parent flow died since the last call. The signal sent on its death then does not count as a second stop signal.
 
     Prefect kills the process of a cancelled flow after 30 seconds, while its stage may still be saving. Ranks end with their launcher.
     """
@@ -56,17 +56,17 @@ def parent_died() -> bool:
 
 
 def signal_at_parent_death(number: int) -> None:
-    """Has the system send this process a signal when its parent dies. Linux; elsewhere nothing happens."""
+    """Makes the kernel send this process a signal when its parent dies. Linux only; elsewhere a no-op."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def ignore_signals_in_child() -> None:
-    """In a child that only its parent is to end: it is deaf when all processes of a job are asked to stop, and it does not outlive the parent."""
-    os.setpgid(0, 0)  # a terminal's signals do not come here
+    """Call in a child that only its parent may end. The child ignores stop signals to the whole job and exits when the parent dies."""
+    os.setpgid(0, 0)  # excludes the child from a terminal's signals
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal_at_parent_death(signal.SIGKILL)
-    if hasattr(signal, "sigwaitinfo"):  # else SIGTERM ends it, whoever sends it
+    if hasattr(signal, "sigwaitinfo"):  # else SIGTERM from any sender ends it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # threads inherit this
         threading.Thread(target=_until_parent_ends_it, daemon=True).start()
 
@@ -79,25 +79,25 @@ def _until_parent_ends_it() -> None:
 
 @contextmanager
 def grace_period(grace: float) -> Iterator[None]:
-    """Within, a signal is only noted (`asked`), and `grace` seconds are left to save and to come to the end of this."""
-    global _held, _timer
-    _held = grace
+    """Inside this context a signal only sets the flag that `stop_requested` returns. The process then has `grace` seconds to save and leave it."""
+    global _grace, _timer
+    _grace = grace
     try:
         yield
     finally:
-        _held = 0.0
+        _grace = 0.0
         if _timer:
             _timer.cancel()
         _timer = None
 
 
 def stop_requested() -> bool:
-    """Whether this process was asked to stop."""
+    """Whether this process received a stop signal."""
     return _since > 0
 
 
 def emit(text: str) -> None:
-    """A line for whoever started this process. That nobody reads it any more is being asked to stop, too: a flow was killed, a window closed."""
+    """Prints a line to stdout. A broken pipe counts as a stop signal: the flow was killed or the terminal closed."""
     if not _write_line(text, sys.stdout) and not stop_requested():
         _request_stop("nobody reads what it says")
 
@@ -109,16 +109,16 @@ def _on_signal(number: int, _frame: Any) -> None:
 def _request_stop(why: str) -> None:
     global _since, _timer
     now = time.monotonic()
-    if stop_requested() and now - _since < ONE:
+    if stop_requested() and now - _since < SAME_SIGNAL:
         return
-    if not _held:
+    if not _grace:
         _since = _since or now
         raise KeyboardInterrupt
     if stop_requested():
         return None if parent_died() else _end("asked twice")
     _since = now
-    _write_line(f"asked to stop ({why}): finishing the step and saving, for up to {_held:.0f} s", sys.stderr)
-    _timer = threading.Timer(_held, _end, [f"{_held:.0f} s were not enough to save"])
+    _write_line(f"asked to stop ({why}): finishing the step and saving, for up to {_grace:.0f} s", sys.stderr)
+    _timer = threading.Timer(_grace, _end, [f"{_grace:.0f} s were not enough to save"])
     _timer.daemon = True
     _timer.start()
 
@@ -129,12 +129,12 @@ def _end(why: str) -> None:
 
 
 def _write_line(text: str, stream: Any) -> bool:
-    """Whether a line went out. A stream that is broken leads to nowhere from then on, so that the next line raises nothing."""
+    """Prints a line; False if the stream is broken. Redirects a broken stream to /dev/null, so that later prints do not raise."""
     try:
         print(lines(text), file=stream, flush=True)
     except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, stream.fileno())
+        os.close(devnull)
         return False
     return True

@@ -1,4 +1,4 @@
-"""The order of things; no torch. Prefect's embedded server is told, before Prefect is imported, to be patient and to phone nobody."""
+"""The workflows; no torch. Sets the startup timeout of Prefect's embedded server and disables telemetry before Prefect is imported."""
 
 import os
 

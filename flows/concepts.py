@@ -1,4 +1,4 @@
-"""One recovered model, many LoRAs: trains and judges every concept of a list, a few at a time; one that fails does not stop the others."""
+"""One recovered model, many LoRAs: trains and evaluates every concept of a list, a few at a time. A failed concept does not stop the others."""
 
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
@@ -24,41 +24,41 @@ FOR_EVALUATE = ("experiment", "model", "hardware", "seed", "prompts", "seeds")
 
 @task(task_run_name="concept {concept.name}", cache_policy=NO_CACHE)
 def one(form: Concepts, concept: Concept, recovered: str) -> Artifact:
-    """A concept's LoRA on the recovered model, the same on the base if that was asked for, and how they compare."""
+    """A concept's LoRA on the recovered model, the same on the base if the form names one, and their evaluation."""
     arms = {"recovered@1": recovered} | ({"base@1": form.base} if form.base else {})
-    asked = overrides(form, FOR_LORA)
+    lora_overrides = overrides(form, FOR_LORA)
     pictures = {f"data.{name}": value for name, value in concept.model_dump(exclude_none=True).items()}
     for arm, base in arms.items():
-        place = folder(form.out, concept.name, "lora", arm)
-        stage("lora", hydra_args(asked, pictures, out=place, arm=arm, trained_on=base, guidance=1.0), place, form.processes)
-    place, loras = folder(form.out, concept.name, "evaluate"), [folder(form.out, concept.name, "lora", arm) for arm in arms]
-    made = stage("evaluate", hydra_args(overrides(form, FOR_EVALUATE), out=place, loras=loras, recovered=recovered), place, form.processes)
-    show(made)
-    return made
+        out = folder(form.out, concept.name, "lora", arm)
+        stage("lora", hydra_args(lora_overrides, pictures, out=out, arm=arm, trained_on=base, guidance=1.0), out, form.processes)
+    out, loras = folder(form.out, concept.name, "evaluate"), [folder(form.out, concept.name, "lora", arm) for arm in arms]
+    evaluation = stage("evaluate", hydra_args(overrides(form, FOR_EVALUATE), out=out, loras=loras, recovered=recovered), out, form.processes)
+    show(evaluation)
+    return evaluation
 
 
 @flow(name="concepts", flow_run_name="{concepts.out}")
 def concepts(concepts: Concepts) -> State:
     """Trains a LoRA for every concept on one recovered model, and judges each as it is finished. The others go on when one fails."""
-    with run_context(), ThreadPoolTaskRunner(max_workers=concepts.at_once) as hands:
+    with run_context(), ThreadPoolTaskRunner(max_workers=concepts.at_once) as runner:
         recovered = aliases.resolve(concepts.trained_on)
-        asked = {c.name: hands.submit(one, {"form": concepts, "concept": c, "recovered": recovered}) for c in concepts.concepts}
-        for future in asked.values():
+        futures = {c.name: runner.submit(one, {"form": concepts, "concept": c, "recovered": recovered}) for c in concepts.concepts}
+        for future in futures.values():
             future.wait()
-    create_markdown_artifact(key=f"{key(ROOT / concepts.out)}-concepts", markdown=summary(asked), description="How the concepts came out")
-    failed = [name for name, future in asked.items() if not future.state.is_completed()]
+    create_markdown_artifact(key=f"{key(ROOT / concepts.out)}-concepts", markdown=summary(futures), description="How the concepts came out")
+    failed = [name for name, future in futures.items() if not future.state.is_completed()]
     if failed:
-        return Failed(message=f"{len(failed)} of {len(asked)} concepts failed: {', '.join(failed)}. Retry does these again.")
-    return Completed(message=f"{len(asked)} concepts in {concepts.out}")
+        return Failed(message=f"{len(failed)} of {len(futures)} concepts failed: {', '.join(failed)}. Retry does these again.")
+    return Completed(message=f"{len(futures)} concepts in {concepts.out}")
 
 
-def summary(asked: dict[str, PrefectFuture]) -> str:
-    """A table in markdown: a line for every concept."""
+def summary(futures: dict[str, PrefectFuture]) -> str:
+    """A markdown table with one row per concept."""
     lines = ["| concept | state | verdict | report |", "|---|---|---|---|"]
-    for name, future in asked.items():
-        made = future.state.result(raise_on_failure=False)
-        if isinstance(made, Artifact):
-            lines.append(f"| {markdown(name)} | done | {markdown(made.metrics['verdict'])} | {markdown(f'{made.uri}/report.html')} |")
+    for name, future in futures.items():
+        result = future.state.result(raise_on_failure=False)
+        if isinstance(result, Artifact):
+            lines.append(f"| {markdown(name)} | done | {markdown(result.metrics['verdict'])} | {markdown(f'{result.uri}/report.html')} |")
         else:
-            lines.append(f"| {markdown(name)} | **{markdown(future.state.name)}** | {markdown(redact(str(made)))} | |")
+            lines.append(f"| {markdown(name)} | **{markdown(future.state.name)}** | {markdown(redact(str(result)))} | |")
     return "\n".join(lines)

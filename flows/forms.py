@@ -1,6 +1,6 @@
-"""What an operator fills in: typed, bounded and explained; what is not allowed is refused with its key named, in the form or at the run's start.
+"""The forms of the flows: typed, bounded and described. Invalid values are refused with their key, in the form or when the run starts.
 
-A form mirrors the stage's configuration: `data.train` is the field `train` of the group `data`. A field that is left empty is as conf/ has it.
+A form mirrors the stage's configuration: `data.train` is the field `train` of the group `data`. An empty field keeps the value of conf/.
 """
 
 import os
@@ -15,68 +15,69 @@ from dev2pro.artifacts.record import ROOT
 from flows import plan
 from flows.generations.aliases import ALIAS, LINE, NAME
 
-ROOTS = "DEV2PRO_ROOTS"  # folders and addresses, separated by commas, that pictures, models and stores may be in
-END = r"(?!\n)"  # after $, which in Python, unlike in a browser, leaves room for a line break
-OBEYED = r"\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069"  # characters that a terminal obeys, or that turn the direction of writing
-SAFE = rf"^(?!.*(\$\{{|_target_|(^|/)\.\.(/|$)))[^{OBEYED}~]+${END}"  # no interpolation, no way up, none of those
+ROOTS = "DEV2PRO_ROOTS"  # folders and URLs, separated by commas, that pictures, models and stores may be in
+END = r"(?!\n)"  # after $, which in Python, unlike in a browser, also matches before a final line break
+CONTROL_CHARACTERS = r"\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069"  # control characters of terminals, and bidirectional overrides
+SAFE = rf"^(?!.*(\$\{{|_target_|(^|/)\.\.(/|$)))[^{CONTROL_CHARACTERS}~]+${END}"  # no interpolation, no parent folder, no control character
 
 
-def found(group: str) -> tuple[str, ...]:
+def config_names(group: str) -> tuple[str, ...]:
     """The names of a group of conf/."""
     return tuple(sorted(file.stem for file in (ROOT / "conf" / group).glob("*.yaml")))
 
 
-def within_roots(place: str) -> str:
-    """The place as it is. Raises ValueError for one that is outside of the configured roots."""
+def within_roots(url: str) -> str:
+    """The path or URL, unchanged. Raises ValueError for one outside the configured roots."""
     roots = [root.strip() for root in os.environ.get(ROOTS, "").split(",") if root.strip()]
-    if ":" in place.split("/")[0]:  # an address, or something that claims to be one
-        allowed = any(place == root or place.startswith(root.rstrip("/") + "/") for root in roots if "://" in root)
+    if ":" in url.split("/")[0]:  # a URL, or something with a scheme
+        allowed = any(url == root or url.startswith(root.rstrip("/") + "/") for root in roots if "://" in root)
     else:
-        inside = (ROOT / re.split(r"[*?\[{]", place)[0]).resolve()  # the part before a pattern; links are followed
+        inside = (ROOT / re.split(r"[*?\[{]", url)[0]).resolve()  # the part before a glob pattern, with links resolved
         allowed = any(inside.is_relative_to(root) for root in [ROOT, *(Path(root).resolve() for root in roots if "://" not in root)])
-    below = next((place.removeprefix(root) for root in (*roots, str(ROOT)) if place.startswith(root)), place)
+    below = next((url.removeprefix(root) for root in (*roots, str(ROOT)) if url.startswith(root)), url)
     if any(part.startswith(".") and part != "." for part in below.split("/")):
         raise ValueError("hidden files and folders hold settings and secrets, and are not read. Choose another")
     if not allowed:
         raise ValueError(
             f"it is outside of the places that this machine offers ({', '.join([str(ROOT), *roots])}). Choose one inside, or add to {ROOTS}"
         )
-    return place
+    return url
 
 
 Name = Annotated[str, StringConstraints(pattern=plan.NAME + END)]
 RunFolder = Annotated[str, StringConstraints(pattern=r"^runs(/[A-Za-z0-9][A-Za-z0-9_.@+-]{0,63})+$" + END), AfterValidator(within_roots)]
 Text = Annotated[str, StringConstraints(pattern=SAFE, min_length=1, max_length=500)]
-Place = Annotated[Text, AfterValidator(within_roots)]
-Base = Annotated[Text, AfterValidator(lambda place: place if ALIAS.fullmatch(place) else within_roots(place))]
+Url = Annotated[Text, AfterValidator(within_roots)]
+Base = Annotated[Text, AfterValidator(lambda url: url if ALIAS.fullmatch(url) else within_roots(url))]
 Line = Annotated[str, StringConstraints(pattern=f"^{NAME}${END}")]
 Seed = Annotated[int, Field(0, ge=0, lt=2**63, title="Seed", description="The same seed and values give the same result, bit for bit.")]
-GOES = "Where the result goes, below runs/. The same values into the same folder go on, or return at once what is finished."
-if TYPE_CHECKING:  # which names there are, only conf/ knows
+FOLDER_HELP = "Where the result goes, below runs/. The same values into the same folder go on, or return at once what is finished."
+TRAINED_ON_HELP = "latest or best: what the recurring recovery promoted; else a model's folder or store address."
+if TYPE_CHECKING:  # the names depend on the files in conf/
     Experiment = str
     Model = str
     Hardware = str
     PlanName = str
 else:
-    Experiment, Model, Hardware, PlanName = (Literal[found(group)] for group in ("experiment", "model", "hardware", "pipeline"))
+    Experiment, Model, Hardware, PlanName = (Literal[config_names(group)] for group in ("experiment", "model", "hardware", "pipeline"))
 
 
-def form_field(title: str, explained: str, default: Any = None, **bounds: Any) -> Any:
-    """A field; without a default it may be left empty."""
-    given = {"default_factory": default} if callable(default) else {"default": default}
-    return Field(title=title, description=explained if default is not None else f"{explained} Empty: as in conf/.", **given, **bounds)
+def form_field(title: str, description: str, default: Any = None, **bounds: Any) -> Any:
+    """A form field. Without a default it may be left empty."""
+    default_args = {"default_factory": default} if callable(default) else {"default": default}
+    return Field(title=title, description=description if default is not None else f"{description} Empty: as in conf/.", **default_args, **bounds)
 
 
 def _without_null(schema: dict[str, Any]) -> None:
-    """A field that may be empty is a plain field in the form, without a switch between two types."""
+    """Makes an optional field a plain field of the form, without a switch between two types."""
     for field in schema["properties"].values():
-        if len(choices := [one for one in field.get("anyOf", ()) if one != {"type": "null"}]) == 1:
+        if len(options := [option for option in field.get("anyOf", ()) if option != {"type": "null"}]) == 1:
             del field["anyOf"], field["default"]
-            field |= choices[0]
+            field |= options[0]
 
 
 class Group(BaseModel):
-    """A box of the form. `null` is the same as leaving a field out."""
+    """A group of fields. `null` is the same as leaving a field out."""
 
     model_config = ConfigDict(extra="forbid", regex_engine="python-re", json_schema_extra=_without_null)
 
@@ -91,8 +92,8 @@ class Data(Group):
 
     model_config = ConfigDict(title="Pictures")
     name: Name | None = form_field("Name", "Of the data set or style, for tables; in the miniature ink, chalk, sideways, poster or halftone.")
-    train: list[Place] | None = form_field("Training", "A snapshot, indexed tars, or folders of captioned pictures.", min_length=1)
-    heldout: list[Place] | None = form_field("Held out", "Pictures to measure on, never trained on.", min_length=1)
+    train: list[Url] | None = form_field("Training", "A snapshot, indexed tars, or folders of captioned pictures.", min_length=1)
+    heldout: list[Url] | None = form_field("Held out", "Pictures to measure on, never trained on.", min_length=1)
     resolution: int | None = form_field("Resolution", "Pixels: side of the square whose area every picture is scaled to.", ge=16, le=4096)
 
 
@@ -149,7 +150,7 @@ class Stage(Group):
     hardware: Hardware | None = form_field("Hardware", "This machine, as conf/hardware/ describes it.")
     processes: int = form_field("Processes", "One for each GPU that the stage shall use.", 1, ge=1, le=64)
     seed: Seed = 0
-    publish: Place | None = form_field("Publish", "A store, such as s3://bucket/artifacts, where the finished artifact goes besides.")
+    publish: Url | None = form_field("Publish", "A store, such as s3://bucket/artifacts, where the finished artifact goes besides.")
 
 
 class Training(Stage):
@@ -167,7 +168,7 @@ class Recover(Training):
     """Fine-tunes the whole base at guidance 1.0 (dev2pro)."""
 
     model_config = ConfigDict(title="recover (dev2pro)")
-    out: RunFolder = form_field("Folder", GOES, "runs/ui/recover")
+    out: RunFolder = form_field("Folder", FOLDER_HELP, "runs/ui/recover")
     ema: float | None = form_field("Averaging", "Decay of the averaged weights; 0 is none.", ge=0, lt=1)
 
 
@@ -175,10 +176,8 @@ class Lora(Training):
     """Trains a LoRA on a recovered model, or on any base."""
 
     model_config = ConfigDict(title="lora")
-    out: RunFolder = form_field("Folder", GOES, "runs/ui/lora")
-    trained_on: Base = form_field(
-        "Trained on", "latest or best: what the recurring recovery promoted; else a model's folder or store address.", "latest"
-    )
+    out: RunFolder = form_field("Folder", FOLDER_HELP, "runs/ui/lora")
+    trained_on: Base = form_field("Trained on", TRAINED_ON_HELP, "latest")
     arm: Name = form_field("Arm", "Its name in tables.", "recovered@1")
     guidance: float = form_field("Guidance", "What the base expects in training: 1.0 for a recovered one.", 1.0, gt=0, le=30)
     adapter: Adapter = form_field("Adapter", "The LoRA itself.", Adapter)
@@ -188,12 +187,12 @@ class Evaluate(Stage):
     """Puts every LoRA on every base, judges the pictures and compares."""
 
     model_config = ConfigDict(title="evaluate")
-    out: RunFolder = form_field("Folder", GOES, "runs/ui/evaluate")
-    loras: list[Place] = form_field("LoRAs", "Folders of finished LoRAs; * stands for any name.", lambda: ["runs/ui/lora"], min_length=1)
+    out: RunFolder = form_field("Folder", FOLDER_HELP, "runs/ui/evaluate")
+    loras: list[Url] = form_field("LoRAs", "Folders of finished LoRAs; * stands for any name.", lambda: ["runs/ui/lora"], min_length=1)
     recovered: Base | None = form_field(
         "Recovered", "A recovered model to put them on as well; latest and best are what the recurring recovery promoted."
     )
-    prompts: Place | None = form_field("Prompts", "A text file with a prompt a line.")
+    prompts: Url | None = form_field("Prompts", "A text file with a prompt a line.")
     seeds: int | None = form_field("Seeds", "Pictures for each prompt.", ge=1, le=1000)
 
 
@@ -201,7 +200,7 @@ class Distill(Training):
     """Makes a guidance-distilled student from an undistilled teacher."""
 
     model_config = ConfigDict(title="distill")
-    out: RunFolder = form_field("Folder", GOES, "runs/ui/distill")
+    out: RunFolder = form_field("Folder", FOLDER_HELP, "runs/ui/distill")
     teacher: Base = form_field("Teacher", "A folder with an undistilled transformer.", "data/miniature/teacher")
 
 
@@ -210,38 +209,36 @@ class Concept(Group):
 
     model_config = ConfigDict(title="Concept")
     name: Name = form_field("Name", "Its folder and its name in tables; in the miniature chalk, sideways, poster or halftone.", ...)
-    train: list[Place] | None = form_field("Training", "Folders of captioned pictures, indexed tars, or a snapshot.", min_length=1)
-    heldout: list[Place] | None = form_field("Held out", "Pictures to measure on, never trained on.", min_length=1)
+    train: list[Url] | None = form_field("Training", "Folders of captioned pictures, indexed tars, or a snapshot.", min_length=1)
+    heldout: list[Url] | None = form_field("Held out", "Pictures to measure on, never trained on.", min_length=1)
 
 
 class Concepts(Training):
     """One recovered model, many LoRAs."""
 
     model_config = ConfigDict(title="concepts")
-    out: RunFolder = form_field("Folder", GOES, "runs/concepts")
-    trained_on: Base = form_field(
-        "Trained on", "latest or best: what the recurring recovery promoted; else a model's folder or store address.", "latest"
-    )
+    out: RunFolder = form_field("Folder", FOLDER_HELP, "runs/concepts")
+    trained_on: Base = form_field("Trained on", TRAINED_ON_HELP, "latest")
     concepts: list[Concept] = form_field(
         "Concepts", "What to train.", lambda: [Concept(name="chalk"), Concept(name="poster")], min_length=1, max_length=1000
     )
     at_once: int = form_field("At once", "Concepts that are worked on at the same time; each waits for a free GPU besides.", 2, ge=1, le=64)
     base: Base | None = form_field("Rival", "Also train each on this base, to compare: twice the work. In the miniature data/miniature/pipeline.")
     adapter: Adapter = form_field("Adapter", "The LoRA itself.", Adapter)
-    prompts: Place | None = form_field("Prompts", "A text file with a prompt a line, to judge by.")
+    prompts: Url | None = form_field("Prompts", "A text file with a prompt a line, to judge by.")
     seeds: int | None = form_field("Seeds", "Pictures for each prompt.", ge=1, le=1000)
 
     @field_validator("concepts")
     @classmethod
     def _all_different(cls, concepts: list[Concept]) -> list[Concept]:
-        names = [one.name for one in concepts]
+        names = [concept.name for concept in concepts]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"{min(twice)} is there twice. Give every concept a name of its own")
         return concepts
 
 
-INDEXES, BESIDE = "runs/cache/indexes", "beside"  # the first needs no right to write where the tars are
-ASKED: dict[str, Any] = dict(Recover.model_fields)  # for a form that has some of these fields
+INDEXES, BESIDE = "runs/cache/indexes", "beside"  # the first needs no write access to the folders of the tars
+RECOVER_FIELDS: dict[str, Any] = dict(Recover.model_fields)  # for forms that share some of these fields
 
 
 class Recurring(Group):
@@ -249,15 +246,15 @@ class Recurring(Group):
 
     model_config = ConfigDict(title="recurring recovery")
     line: Line = form_field("Line", "Of recovered models, each made from the one before; other pictures or another base are another line.", LINE)
-    shards: list[Place] = form_field(
+    shards: list[Url] = form_field(
         "Shards", "Tars, of which there may be more every time; * stands for any name. They are indexed by the run.",
         lambda: ["data/miniature/shards/ink/train-*.tar"], min_length=1,
     )  # fmt: skip
-    heldout: list[Place] = form_field(
+    heldout: list[Url] = form_field(
         "Held out", "Indexed tars or folders to measure on, always the same and never trained on.",
         lambda: ["data/miniature/shards/ink/heldout-*.tar"], min_length=1,
     )  # fmt: skip
-    index: Place = form_field(
+    index: Url = form_field(
         "Indexes", f"A folder for what is in each tar, or {BESIDE}: in the tars' own folders, as `python -m data.index` does it.", INDEXES
     )
     resolution: int | None = form_field("Resolution", "Pixels: side of the square whose area every picture is scaled to.", ge=16, le=4096)
@@ -266,22 +263,22 @@ class Recurring(Group):
     batch: int = form_field("Batch", "Pictures per optimizer step, over all processes.", 32, ge=1, le=65_536)
     tolerance: float = form_field("Tolerance", "By how much the held-out loss may grow, as a share, for a model to be promoted.", 0.01, ge=0, le=1)
     keep: int = form_field("Keep", "How many of the newest generations keep their weights; latest and best do besides.", 3, ge=1, le=10_000)
-    experiment: Experiment = ASKED["experiment"]
-    model: Model | None = ASKED["model"]
-    hardware: Hardware | None = ASKED["hardware"]
-    processes: int = ASKED["processes"]
+    experiment: Experiment = RECOVER_FIELDS["experiment"]
+    model: Model | None = RECOVER_FIELDS["model"]
+    hardware: Hardware | None = RECOVER_FIELDS["hardware"]
+    processes: int = RECOVER_FIELDS["processes"]
     seed: Seed = 0
-    publish: Place | None = ASKED["publish"]
-    ema: float | None = ASKED["ema"]
-    optim: Optim = ASKED["optim"]
-    checkpoint: Checkpoint = ASKED["checkpoint"]
-    probe: Probe = ASKED["probe"]
+    publish: Url | None = RECOVER_FIELDS["publish"]
+    ema: float | None = RECOVER_FIELDS["ema"]
+    optim: Optim = RECOVER_FIELDS["optim"]
+    checkpoint: Checkpoint = RECOVER_FIELDS["checkpoint"]
+    probe: Probe = RECOVER_FIELDS["probe"]
 
 
 def overrides(form: Group, fields: Collection[str] = ()) -> dict[str, Any]:
-    """What the form says, as dotted keys of a stage's configuration; what was left empty is not there. `fields`: only these."""
-    said = form.model_dump(mode="json", exclude_none=True, exclude={"processes"})
-    return _flat({key: value for key, value in said.items() if not fields or key in fields})
+    """The form's values as dotted keys of a stage's configuration, without empty fields. `fields`: only these."""
+    values = form.model_dump(mode="json", exclude_none=True, exclude={"processes"})
+    return _flat({key: value for key, value in values.items() if not fields or key in fields})
 
 
 def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
@@ -293,10 +290,10 @@ def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def mistakes(error: ValidationError, form: type[Group]) -> list[str]:
-    """Each as a sentence: the key, what it was given, what is wrong with that, and what the field is for."""
-    found = []
-    for one in error.errors():
-        field = form.model_fields.get(str(one["loc"][0]))
-        known = field.description if field else f"There are {', '.join(form.model_fields)}."
-        found.append(f"{'.'.join(map(str, one['loc']))}={one['input']}: {one['msg']}. {known}")
-    return found
+    """One sentence per validation error: the key, its value, the error, and the field's description."""
+    sentences = []
+    for detail in error.errors():
+        field = form.model_fields.get(str(detail["loc"][0]))
+        description = field.description if field else f"There are {', '.join(form.model_fields)}."
+        sentences.append(f"{'.'.join(map(str, detail['loc']))}={detail['input']}: {detail['msg']}. {description}")
+    return sentences

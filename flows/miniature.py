@@ -1,4 +1,4 @@
-"""Rebuilds data/miniature/ from nothing: frozen parts, then the teacher, then the base distilled from it. `make miniature`."""
+"""Rebuilds data/miniature/ from scratch: frozen parts, then the teacher, then the base distilled from it. `make miniature`."""
 
 import shutil
 
@@ -15,7 +15,7 @@ stage = task(launch, name="stage", task_run_name="{stage}", cache_policy=NO_CACH
 
 @flow(name="miniature")
 def miniature(out: str = "runs/miniature") -> None:
-    """Trains every part with fixed seeds and puts the result in place."""
+    """Trains every part with fixed seeds and copies the result into data/miniature/."""
     parts, judge, teacher, base = (folder(out, name) for name in ("parts", "judge", "teacher", "base"))
     world = {"experiment": "miniature", "model.path": f"{parts}/pipeline", "save_dtype": "bfloat16"}
     from_nothing = {"steps": 4000, "batch": 64, "ema": 0.995, "caption_dropout": 0.15, "probe.every": 500, "teacher": None}
@@ -32,9 +32,9 @@ def miniature(out: str = "runs/miniature") -> None:
     install(f"{base}/transformer", "pipeline/transformer")
 
 
-def install(made: str, name: str) -> None:
-    """Copies a file or folder into the bundle, in the place of what was there."""
-    source, target = ROOT / made, BUNDLE / name
+def install(path: str, name: str) -> None:
+    """Copies a file or folder into the bundle and replaces the old one."""
+    source, target = ROOT / path, BUNDLE / name
     if source.is_dir():
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(source, target)

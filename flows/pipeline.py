@@ -21,52 +21,52 @@ from flows.ui import verdict
 @task(task_run_name="recover (dev2pro)", cache_policy=NO_CACHE, **RETRY_OPTIONS)
 def recover(plan: Plan, seed: int, out: str) -> Artifact:
     """Fine-tunes the base at guidance 1.0."""
-    place = folder(out, "recover")
-    return launch("recover", hydra_args(plan.common, plan.recover, out=place, seed=seed), place, plan.processes.get("recover", 1))
+    stage_out = folder(out, "recover")
+    return launch("recover", hydra_args(plan.common, plan.recover, out=stage_out, seed=seed), stage_out, plan.processes.get("recover", 1))
 
 
 @task(task_run_name="lora {style} {arm}", cache_policy=NO_CACHE, **RETRY_OPTIONS)
 def lora(plan: Plan, seed: int, out: str, style: str, arm: str, recovered: Artifact | None) -> Artifact:
     """Trains one arm's LoRA in one style."""
-    place = folder(out, "lora", style, arm)
+    stage_out = folder(out, "lora", style, arm)
     bases = {"base": plan.base, "teacher": plan.teacher, "recovered": recovered and folder(out, "recover")}
-    own = {"out": place, "seed": seed, "arm": arm, "trained_on": bases[plan.arms[arm].base], "guidance": plan.arms[arm].guidance}
-    return launch("lora", hydra_args(plan.common, plan.lora, plan.styles[style], own), place, plan.processes.get("lora", 1))
+    values = {"out": stage_out, "seed": seed, "arm": arm, "trained_on": bases[plan.arms[arm].base], "guidance": plan.arms[arm].guidance}
+    return launch("lora", hydra_args(plan.common, plan.lora, plan.styles[style], values), stage_out, plan.processes.get("lora", 1))
 
 
 @task(task_run_name="evaluate", cache_policy=NO_CACHE, **RETRY_OPTIONS)
 def evaluate(plan: Plan, seed: int, out: str, recovered: Artifact, loras: list[Artifact]) -> Artifact:
     """Puts every LoRA on every inference base and compares the pictures."""
-    place = folder(out, "evaluate")
-    own = {"out": place, "seed": seed, "recovered": folder(out, "recover"), "loras": [folder(out, "lora", s, a) for s, a in plan.pairs()]}
-    return launch("evaluate", hydra_args(plan.common, plan.evaluate, own), place, plan.processes.get("evaluate", 1))
+    stage_out = folder(out, "evaluate")
+    values = {"out": stage_out, "seed": seed, "recovered": folder(out, "recover"), "loras": [folder(out, "lora", s, a) for s, a in plan.pairs()]}
+    return launch("evaluate", hydra_args(plan.common, plan.evaluate, values), stage_out, plan.processes.get("evaluate", 1))
 
 
 @flow(name="dev2pro", flow_run_name="{pipeline.plan} seed {pipeline.seed}", task_runner=ThreadPoolTaskRunner())
 def pipeline(pipeline: Pipeline) -> dict[str, Any]:
-    """Recover, train the LoRAs, evaluate; finished stages are skipped. Returns where the report is and what it says."""
-    what, seed, out = plans.read(pipeline.plan), pipeline.seed, pipeline.out
+    """Recover, train the LoRAs, evaluate; finished stages are skipped. Returns the verdict and the path of the report."""
+    plan, seed, out = plans.read(pipeline.plan), pipeline.seed, pipeline.out
     with run_context():
-        recovered = recover.submit(what, seed, out)
-        loras = [lora.submit(what, seed, out, style, arm, recovered if what.arms[arm].base == "recovered" else None) for style, arm in what.pairs()]
-        result = evaluate(what, seed, out, recovered.result(), [one.result() for one in loras])  # the first failure ends the flow
+        recovered = recover.submit(plan, seed, out)
+        loras = [lora.submit(plan, seed, out, style, arm, recovered if plan.arms[arm].base == "recovered" else None) for style, arm in plan.pairs()]
+        result = evaluate(plan, seed, out, recovered.result(), [lora_run.result() for lora_run in loras])  # the first failure ends the flow
     verdict.show(result)
     return {"verdict": result.metrics["verdict"], "report": f"{result.uri}/report.html"}
 
 
 def main(arguments: list[str]) -> int:
-    """`key=value` words to the flow's parameters; prints the verdict. Returns the exit code."""
+    """Runs the flow with `key=value` arguments and prints the verdict. Returns the exit code."""
     try:
-        asked = Pipeline.model_validate(dict(word.partition("=")[::2] for word in arguments))
-        plans.read(asked.plan)  # a mistake in it needs no server to be told
-        said = pipeline(asked)
+        form = Pipeline.model_validate(dict(word.partition("=")[::2] for word in arguments))
+        plans.read(form.plan)  # fails on a bad plan before a server starts
+        outcome = pipeline(form)
     except ValidationError as error:
         print("\n".join(printable(f"pipeline: {line}") for line in mistakes(error, Pipeline)), file=sys.stderr)
         return ConfigError.exit_code
     except (ConfigError, StageFailed) as error:
         print(printable(f"pipeline: {error}"), file=sys.stderr)
         return error.exit_code
-    print(f"\n{printable(said['verdict'])}\n\nReport: {printable(said['report'])}")
+    print(f"\n{printable(outcome['verdict'])}\n\nReport: {printable(outcome['report'])}")
     return 0
 
 

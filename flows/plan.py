@@ -1,4 +1,4 @@
-"""What a pipeline run consists of: conf/pipeline/<name>.yaml, checked, and turned into one command per stage."""
+"""The plan of a pipeline run: reads and checks conf/pipeline/<name>.yaml, and builds the arguments of each stage's command."""
 
 import re
 from collections.abc import Mapping
@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from dev2pro.artifacts.record import ROOT
 from dev2pro.errors import ConfigError
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9_.@+-]{0,63}$"  # no slash, so no way out of a folder
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.@+-]{0,63}$"  # no slash, so it cannot leave its folder
 Name = Annotated[str, StringConstraints(pattern=NAME)]
-CONSTANTS = ("null", "true", "false", "nan", "inf")  # what Hydra reads as no string
+CONSTANTS = ("null", "true", "false", "nan", "inf")  # Hydra does not read these as strings
 Overrides = dict[str, str | int | float | bool | list[str] | None]
 
 
@@ -41,17 +41,17 @@ class Plan(BaseModel):
     processes: dict[Literal["recover", "lora", "evaluate"], int] = {}  # ranks of a stage, where more than one
 
     def pairs(self) -> list[tuple[str, str]]:
-        """(style, arm) of every LoRA; those that wait for the recovered model come last."""
+        """(style, arm) of every LoRA; those trained on the recovered model come last."""
         return sorted(((s, a) for a in self.arms for s in self.styles), key=lambda pair: self.arms[pair[1]].base == "recovered")
 
 
 def read(name: str) -> Plan:
-    """The plan of a name. Raises ConfigError for one that is not there or not right."""
-    place = ROOT / "conf" / "pipeline"
-    path = place / f"{name}.yaml"
+    """The plan with this name. Raises ConfigError for a missing or invalid one."""
+    plans = ROOT / "conf" / "pipeline"
+    path = plans / f"{name}.yaml"
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or not path.is_file():
-        known = ", ".join(sorted(p.stem for p in place.glob("*.yaml")))
-        raise ConfigError(f"plan={name} is not in conf/pipeline. Choose one of {known}, or write {name}.yaml there.")
+        names = ", ".join(sorted(p.stem for p in plans.glob("*.yaml")))
+        raise ConfigError(f"plan={name} is not in conf/pipeline. Choose one of {names}, or write {name}.yaml there.")
     try:
         plan = Plan.model_validate(yaml.safe_load(path.read_text()))
     except (ValidationError, yaml.YAMLError) as error:
@@ -61,9 +61,9 @@ def read(name: str) -> Plan:
     return plan
 
 
-def hydra_args(*overrides: Mapping[str, Any], **own: Any) -> list[str]:
-    """Hydra override words from values; what comes later wins. Strings are quoted, so that no value can be read as syntax."""
-    merged = {key: value for some in (*overrides, own) for key, value in some.items()}
+def hydra_args(*overrides: Mapping[str, Any], **values: Any) -> list[str]:
+    """Hydra override arguments from values; later ones win. Strings are quoted, so that no value is parsed as syntax."""
+    merged = {key: value for mapping in (*overrides, values) for key, value in mapping.items()}
     return [f"{key}={_quoted(value)}" for key, value in merged.items()]
 
 
@@ -73,11 +73,11 @@ def _quoted(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, str) and (not re.fullmatch(r"[A-Za-z_/][A-Za-z0-9_./-]*", value) or value.lower() in CONSTANTS):
-        literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # OmegaConf's own escape: nothing is an interpolation
+        literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # OmegaConf's escape: no string is an interpolation
         return QuotedString(literal, Quote.single).with_quotes()
     return str(value)
 
 
 def folder(out: str, *parts: str) -> str:
-    """A stage's output folder below the run's."""
+    """A stage's output folder below the run's folder."""
     return str(Path(out, *parts))

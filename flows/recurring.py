@@ -1,6 +1,6 @@
-"""The recurring recovery: what is new is trained on, on top of the last promoted model, measured, and promoted if it is no worse.
+"""The recurring recovery: fine-tunes the last promoted model on new shards, measures the result, and promotes it if it is no worse.
 
-`python -m flows.recurring line=main "shards=[shards/*.tar]"`; docs/recurring.md tells what happens when.
+`python -m flows.recurring line=main "shards=[shards/*.tar]"`; see docs/recurring.md.
 """
 
 import json
@@ -27,44 +27,46 @@ from flows.generations.lifecycle import WORSE, Generation
 from flows.plan import hydra_args
 from flows.processes.launch import RETRY_OPTIONS, StageFailed, command, launch, run_context
 
-SKIPPED, NOT_PROMOTED = "Skipped", "Not promoted"  # names of states in which a run has completed
+SKIPPED, NOT_PROMOTED = "Skipped", "Not promoted"  # names of completed states
 REGRESSION = "dev2pro.regression"  # an event, for automations
 LISTS = ("shards", "heldout")
 FOR_RECOVER = ("experiment", "model", "hardware", "seed", "batch", "publish", "ema", "optim", "checkpoint", "probe")
 
 
 @dataclass(frozen=True)
-class Found:
-    """What is new: so many samples in so many shards, of all that were looked at, and those that cannot be used (shard, reason)."""
+class NewShards:
+    """The unconsumed data: number of samples and shards, total number of shards, and the unusable ones (shard, reason)."""
 
     samples: int
     shards: int
-    of: int
+    total: int
     unusable: list[dict[str, str]]
 
 
 @task(task_run_name="look for what is new", cache_policy=NO_CACHE, **RETRY_OPTIONS)
-def look(form: Recurring, number: int, handle: int) -> Found:
-    """Indexes the shards, and pins those that the line has not consumed in the folder of the next generation."""
-    place = lifecycle.out(form.line, number)
-    shutil.rmtree(ROOT / place, ignore_errors=True)  # of a run that was killed before it began this generation
+def look(form: Recurring, number: int, handle: int) -> NewShards:
+    """Indexes the shards, and writes a snapshot of those the line has not consumed into the next generation's folder."""
+    out = lifecycle.out(form.line, number)
+    shutil.rmtree(ROOT / out, ignore_errors=True)  # left by a run that was killed before it started this generation
     to, index = ([], []) if form.index == BESIDE else ([f"--to={form.index}"], [f"--index={form.index}"])
-    indexed = _reported("data.index", [*to, "--", *form.shards], form.line, handle)
-    own = [*index, "--out", f"{place}/train.snapshot", "--ledger", lifecycle.ledger(form.line), "--only-new", "--skip-unusable"]
-    own += ["--without", *spoilt] if (spoilt := lifecycle.quarantines(form.line)) else []
-    pinned = _reported("data.snapshot", [*own, "--", *form.shards], form.line, handle)
-    reasons = {one["shard"]: one["reason"] for one in (*pinned["unusable"], *indexed["unusable"])}  # the index knows best
-    if reasons and len(pinned["unusable"]) == pinned["shards"]:
-        raise StageFailed(f"none of {pinned['shards']} shards can be used: {next(iter(reasons.values()))}", DataError.exit_code)
-    return Found(pinned["samples"], pinned["pinned"], pinned["shards"], [{"shard": shard, "reason": why} for shard, why in sorted(reasons.items())])
+    indexed = _run_data_command("data.index", [*to, "--", *form.shards], form.line, handle)
+    args = [*index, "--out", f"{out}/train.snapshot", "--ledger", lifecycle.ledger(form.line), "--only-new", "--skip-unusable"]
+    args += ["--without", *quarantined] if (quarantined := lifecycle.quarantines(form.line)) else []
+    snapshot = _run_data_command("data.snapshot", [*args, "--", *form.shards], form.line, handle)
+    reasons = {shard["shard"]: shard["reason"] for shard in (*snapshot["unusable"], *indexed["unusable"])}  # the index has the most specific reason
+    if reasons and len(snapshot["unusable"]) == snapshot["shards"]:
+        raise StageFailed(f"none of {snapshot['shards']} shards can be used: {next(iter(reasons.values()))}", DataError.exit_code)
+    return NewShards(
+        snapshot["samples"], snapshot["pinned"], snapshot["shards"], [{"shard": shard, "reason": why} for shard, why in sorted(reasons.items())]
+    )
 
 
-def _reported(module: str, own: list[str], line: str, handle: int) -> dict[str, Any]:
-    """What a command of the data room reports. That some data is bad is no failure where it came so far."""
+def _run_data_command(module: str, args: list[str], line: str, handle: int) -> dict[str, Any]:
+    """The JSON report of a command of `data/`. Bad data is no failure if the command wrote its report."""
     report = aliases.folder(line) / f"{module}.json"
     report.unlink(missing_ok=True)
     try:
-        command(module, ["--report", str(report.relative_to(ROOT)), *own], (handle,))
+        command(module, ["--report", str(report.relative_to(ROOT)), *args], (handle,))
     except StageFailed as error:
         if error.exit_code != DataError.exit_code or not report.exists():
             raise
@@ -73,7 +75,7 @@ def _reported(module: str, own: list[str], line: str, handle: int) -> dict[str, 
 
 @task(task_run_name="recover generation {one.number}", cache_policy=NO_CACHE, **RETRY_OPTIONS)
 def recover(one: Generation) -> Artifact:
-    """Trains it, from where it was interrupted."""
+    """Trains the generation, or resumes its training."""
     return launch("recover", one.words, one.out, one.processes)
 
 
@@ -88,102 +90,106 @@ def recurring(recurring: Recurring) -> State:
 
 
 def _work(form: Recurring, handle: int) -> State:
-    """First what was interrupted, then what is new."""
-    done, found = list[Generation](), None
+    """Finishes interrupted generations, then trains one on new shards."""
+    done, new = list[Generation](), None
     try:
         before = lifecycle.load_all(form.line)
-        done += [_finished(one) for one in before if not one.verdict]
-        found = look(form, number := before[-1].number + 1 if before else 1, handle)
-        if found.samples >= form.least:
-            done.append(_finished(_begun(form, number, found)))
+        done += [_finish_generation(generation) for generation in before if not generation.verdict]
+        new = look(form, number := before[-1].number + 1 if before else 1, handle)
+        if new.samples >= form.least:
+            done.append(_finish_generation(_start_generation(form, number, new)))
         lifecycle.clean_up(form.line)
-        if heavy := lifecycle.prunable(form.line, form.keep):
-            command("dev2pro.artifacts", ["prune", *heavy, "--runs", "runs"])
+        if prunable := lifecycle.prunable(form.line, form.keep):
+            command("dev2pro.artifacts", ["prune", *prunable, "--runs", "runs"])
     except Exception:
-        history.show(form.line, found.unusable if found else [])
+        history.show(form.line, new.unusable if new else [])
         raise
-    history.show(form.line, found.unusable)
-    return _state(form, done, found)
+    history.show(form.line, new.unusable)
+    return _final_state(form, done, new)
 
 
-def _begun(form: Recurring, number: int, found: Found) -> Generation:
-    """The next generation, written down with all that it will be made with."""
-    place, start = lifecycle.out(form.line, number), aliases.target(form.line, "latest")
-    own: dict[str, Any] = {
-        "out": place, "steps": math.ceil(form.epochs * found.samples / form.batch), "ledger": lifecycle.ledger(form.line),
-        "data.train": [f"{place}/train.snapshot"], "data.heldout": form.heldout,
+def _start_generation(form: Recurring, number: int, new: NewShards) -> Generation:
+    """Writes the record of the next generation with its arguments."""
+    out, start = lifecycle.out(form.line, number), aliases.target(form.line, "latest")
+    values: dict[str, Any] = {
+        "out": out, "steps": math.ceil(form.epochs * new.samples / form.batch), "ledger": lifecycle.ledger(form.line),
+        "data.train": [f"{out}/train.snapshot"], "data.heldout": form.heldout,
     }  # fmt: skip
-    own |= {"start": start} if start else {}
-    own |= {"data.resolution": form.resolution} if form.resolution else {}
-    get_run_logger().info(f"generation {number} begins on {start or 'the base'}: {found.samples:,} new samples in {found.shards:,} shards")
-    said = hydra_args(overrides(form, FOR_RECOVER), own)
+    values |= {"start": start} if start else {}
+    values |= {"data.resolution": form.resolution} if form.resolution else {}
+    get_run_logger().info(f"generation {number} begins on {start or 'the base'}: {new.samples:,} new samples in {new.shards:,} shards")
+    args = hydra_args(overrides(form, FOR_RECOVER), values)
     return lifecycle.write(
-        Generation(form.line, number, said, form.processes, form.tolerance, found.samples, found.shards, lifecycle.now())
+        Generation(form.line, number, args, form.processes, form.tolerance, new.samples, new.shards, lifecycle.now())
     )  # fmt: skip
 
 
-def _finished(one: Generation) -> Generation:
-    """The generation with its verdict. Raises StageFailed."""
+def _finish_generation(generation: Generation) -> Generation:
+    """Trains the generation and returns it with its verdict. Raises StageFailed."""
     try:
-        made = recover(one)
+        artifact = recover(generation)
     except StageFailed as error:
-        if lifecycle.failed(one, error).verdict:
-            get_run_logger().warning(f"generation {one.number} is given up; the next one begins anew on what it had")
-            lifecycle.clean_up(one.line)
+        if lifecycle.failed(generation, error).verdict:
+            get_run_logger().warning(f"generation {generation.number} is given up; the next one begins anew on what it had")
+            lifecycle.clean_up(generation.line)
         raise
-    told = lifecycle.with_verdict(one, made)
-    get_run_logger().info(history.sentence(told))
-    if told.verdict == WORSE:
+    judged = lifecycle.with_verdict(generation, artifact)
+    get_run_logger().info(history.sentence(judged))
+    if judged.verdict == WORSE:
         emit_event(
-            REGRESSION, {"prefect.resource.id": f"dev2pro.line.{one.line}", "prefect.resource.name": f"recurring recovery {one.line}"},
-            payload={"message": history.sentence(told), "generation": told.number, "before": told.before, "after": told.after, "id": told.id},
+            REGRESSION,
+            {"prefect.resource.id": f"dev2pro.line.{generation.line}", "prefect.resource.name": f"recurring recovery {generation.line}"},
+            payload={
+                "message": history.sentence(judged), "generation": judged.number,
+                "before": judged.before, "after": judged.after, "id": judged.id,
+            },
         )  # fmt: skip
-    lifecycle.finalize(told, made)
-    return told
+    lifecycle.finalize(judged, artifact)
+    return judged
 
 
-def _state(form: Recurring, done: list[Generation], found: Found) -> State:
-    """How the run ends: it has done its work, and its name says whether a model came of that."""
-    said = [history.sentence(one) for one in done]
-    if found.samples < form.least:
-        new = f"{found.samples:,} new samples in {found.shards:,} of {found.of:,} shards" if found.samples else f"Nothing new in {found.of:,} shards"
-        said.append(f"{new}; the line {form.line} waits for {form.least:,} samples.")
-    if found.unusable:
-        said.append(f"{len(found.unusable):,} shards cannot be used; the history says why.")
-    name = SKIPPED if not done else NOT_PROMOTED if any(one.verdict == WORSE for one in done) else None
-    return Completed(name=name, message=" ".join(said))
+def _final_state(form: Recurring, done: list[Generation], new: NewShards) -> State:
+    """A completed state; its name says whether a model was promoted."""
+    sentences = [history.sentence(generation) for generation in done]
+    if new.samples < form.least:
+        counts = f"{new.samples:,} new samples in {new.shards:,} of {new.total:,} shards" if new.samples else f"Nothing new in {new.total:,} shards"
+        sentences.append(f"{counts}; the line {form.line} waits for {form.least:,} samples.")
+    if new.unusable:
+        sentences.append(f"{len(new.unusable):,} shards cannot be used; the history says why.")
+    name = SKIPPED if not done else NOT_PROMOTED if any(generation.verdict == WORSE for generation in done) else None
+    return Completed(name=name, message=" ".join(sentences))
 
 
 def main(arguments: list[str]) -> int:
-    """`key=value` words to the flow's parameter; prints how it came out. Returns the exit code."""
+    """Runs the flow with `key=value` arguments and prints its final state. Returns the exit code."""
     try:
         state = recurring(Recurring.model_validate(nested(arguments)), return_state=True)
-        state.result()  # raises what it failed with
+        state.result()  # raises the error of a failed run
     except ValidationError as error:
         print("\n".join(printable(f"recurring: {line}") for line in mistakes(error, Recurring)), file=sys.stderr)
         return ConfigError.exit_code
     except (StageError, StageFailed) as error:
         print(printable(f"recurring: {error}"), file=sys.stderr)
-        return error.exit_code if error.exit_code > 0 else 128 - error.exit_code  # of a stage that was killed, as a shell tells it
+        return error.exit_code if error.exit_code > 0 else 128 - error.exit_code  # of a killed stage: 128 + signal, as in a shell
     print(printable(f"{state.name}: {state.message}"))
     return 0
 
 
-def nested(words: list[str]) -> dict[str, Any]:
-    """`a.b=c` words as the form has them. A value that begins with [ is a list; one place alone is a list of one."""
-    found: dict[str, Any] = {}
-    for word in words:
-        key, _, value = word.partition("=")
+def nested(args: list[str]) -> dict[str, Any]:
+    """`a.b=c` arguments as the form's nested values. A value that begins with [ is a list; a single path of `LISTS` becomes a list of one."""
+    values: dict[str, Any] = {}
+    for arg in args:
+        key, _, value = arg.partition("=")
         *above, last = key.split(".")
-        group = found
+        group = values
         for part in above:
             if not isinstance(group := group.setdefault(part, {}), dict):
-                raise ConfigError(f"{word}: {part} has a value already. Give one or the other.")
+                raise ConfigError(f"{arg}: {part} has a value already. Give one or the other.")
         try:
             group[last] = yaml.safe_load(value) if value.startswith("[") else [value] if key in LISTS else value
         except yaml.YAMLError as error:
-            raise ConfigError(f"{word} is no list. Write it as in {key}=[one,two], and what has braces in quotes.") from error
-    return found
+            raise ConfigError(f"{arg} is no list. Write it as in {key}=[one,two], and what has braces in quotes.") from error
+    return values
 
 
 if __name__ == "__main__":

@@ -11,17 +11,17 @@ from flows.processes.launch import RETRY_OPTIONS, launch, run_context
 from flows.ui import verdict
 
 stage = task(launch, name="stage", task_run_name="{stage}", cache_policy=NO_CACHE, **RETRY_OPTIONS)
-NAMES = {"recover": "recover (dev2pro)"}  # where people meet it
+NAMES = {"recover": "recover (dev2pro)"}  # the name in the UI
 
 
 def _run(name: str, form: Stage, *models: str) -> State:
-    """`models`: fields that may hold an alias, such as latest."""
+    """Runs one stage. `models`: fields that may hold an alias, such as latest."""
     with run_context():
-        own = {field: aliases.resolve(model) for field in models if (model := getattr(form, field))}
-        made = stage.with_options(task_run_name=NAMES.get(name, name))(name, hydra_args(overrides(form), own), form.out, form.processes)
-    if made.kind == "evaluation":
-        verdict.show(made)
-    return Completed(message=f"{made.kind} {made.id[:12]} in {made.uri}")
+        resolved = {field: aliases.resolve(model) for field in models if (model := getattr(form, field))}
+        artifact = stage.with_options(task_run_name=NAMES.get(name, name))(name, hydra_args(overrides(form), resolved), form.out, form.processes)
+    if artifact.kind == "evaluation":
+        verdict.show(artifact)
+    return Completed(message=f"{artifact.kind} {artifact.id[:12]} in {artifact.uri}")
 
 
 @flow(name="recover (dev2pro)", flow_run_name="{recover.out}")

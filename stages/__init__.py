@@ -1,4 +1,4 @@
-"""The stages' stories, one per file; before any of them imports a library, its advice about optional packages is turned off."""
+"""The stages, one per file. Turns off the libraries' advice about optional packages before they are imported."""
 
 import os
 import signal
@@ -6,8 +6,8 @@ import sys
 
 from dev2pro import signals
 
-signals.stop_with_parent()  # before the imports, which take seconds: a rank whose torchrun died meanwhile would wait for it for half an hour
-if sys.argv[0] == "-m":  # a stage is being started: until it listens Ctrl-C ends it, as an exception some library would swallow it
+signals.stop_with_parent()  # before the imports, which take seconds: a rank whose torchrun dies meanwhile would wait for it for half an hour
+if sys.argv[0] == "-m":  # a stage is starting: Ctrl-C ends it until the handlers are installed; a library could swallow the exception
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.nn.functional import mse_loss
 
 from data import sources
 from data.sources import DataConfig, RunSnapshots
@@ -18,13 +17,14 @@ from dev2pro.artifacts import record, run_folder
 from dev2pro.artifacts.record import Artifact
 from dev2pro.errors import ConfigError
 from dev2pro.log import Log
-from dev2pro.models import encodings, flow_matching, flux1
+from dev2pro.models import encodings, flux1
 from dev2pro.models.flux1 import ModelConfig
 from dev2pro.training import checkpoint_files, distributed, feed, optim
 from dev2pro.training.checkpoint import CheckpointConfig, Checkpoints
 from dev2pro.training.distributed import HardwareConfig
 from dev2pro.training.divergence_guard import GuardConfig
 from dev2pro.training.heldout_probe import HeldoutProbe, ProbeConfig
+from dev2pro.training.loss import distillation_loss
 from dev2pro.training.optim import OptimConfig
 from dev2pro.training.preview import Preview, PreviewConfig
 from dev2pro.training.step import Training
@@ -85,19 +85,17 @@ def run(config: DistillConfig) -> Artifact:
     preview = Preview(config.preview, config.model, config.hardware, held_out, texts, scheduler, accelerator, seed=config.seed, out=config.out)
     probe.set_teacher(teacher)
 
-    def draw(step: int, slots: range) -> tuple[encodings.NoisedBatch, flux1.Conditioning, torch.Tensor]:
-        taken = samples.get_batch(step, slots)
-        batch = encodings.noise_batch(taken, texts.empty, scheduler, config.caption_dropout, config.seed, step, slots)
+    def make_batch(step: int, slots: range) -> tuple[encodings.NoisedBatch, flux1.Conditioning, torch.Tensor]:
+        encoded = samples.get_batch(step, slots)
+        batch = encodings.noise_batch(encoded, texts.empty, scheduler, config.caption_dropout, config.seed, step, slots)
         guidance = low + (high - low) * draws.uniform(config.seed, "guidance", step, slots)
-        return batch, flux1.build_conditioning(*texts.encode([""] * len(slots)), taken.grid), guidance.to(batch.x_t)
+        return batch, flux1.build_conditioning(*texts.encode([""] * len(slots)), encoded.grid), guidance.to(batch.x_t)
 
-    def loss_of(drawn: tuple[encodings.NoisedBatch, flux1.Conditioning, torch.Tensor]) -> torch.Tensor:
-        batch, nothing, guidance = drawn
-        predicted = flux1.predict(training.model, batch.x_t, batch.t, batch.conditioning, guidance).float()
-        target = teacher_cfg_velocity(teacher, batch, nothing, guidance).float()
-        return mse_loss(predicted, target) + config.flow_weight * mse_loss(predicted, batch.velocity.float())
+    def compute_loss(batch_args: tuple[encodings.NoisedBatch, flux1.Conditioning, torch.Tensor]) -> torch.Tensor:
+        batch, null_conditioning, guidance = batch_args
+        return distillation_loss(training.model, teacher, batch, null_conditioning, guidance, config.flow_weight)
 
-    def measured(done: int) -> dict[str, Any]:
+    def validate(done: int) -> dict[str, Any]:
         with training.ema_weights() as model:
             preview.draw(model, done, config.model.usual_guidance)
             return {"step": done, **probe.measure(model, 1.0, config.model.usual_guidance)}
@@ -106,14 +104,14 @@ def run(config: DistillConfig) -> Artifact:
     start, curve = checkpoints.restore()
     samples.begin(start, config.steps, training.slots)
     with Log(config.out, "distill", config.steps, accelerator.is_main_process, start) as log, checkpoints:
-        curve = curve or [measured(0)]
-        log.measured(*curve)
+        curve = curve or [validate(0)]
+        log.emit_validation(*curve)
         for step in range(start, config.steps):
-            loss, norm = training.step(step, lambda slots: draw(step, slots), loss_of)  # noqa: B023
+            loss, norm = training.step(step, lambda slots: make_batch(step, slots), compute_loss)  # noqa: B023
             log.write(step + 1, loss=loss, gradient_norm=norm, lr=training.lr)
             if (step + 1) % config.probe.every == 0 or step + 1 == config.steps:
-                curve.append(measured(step + 1))
-                log.measured(curve[-1])
+                curve.append(validate(step + 1))
+                log.emit_validation(curve[-1])
             checkpoints.on_step_end(step + 1, curve)
             log.step(step + 1, loss=loss, guidance_gap=curve[-1]["guidance_gap"])
 
@@ -126,23 +124,13 @@ def run(config: DistillConfig) -> Artifact:
 
 
 def check(config: DistillConfig) -> None:
-    """Raises ConfigError for values that cannot work, before anything is read."""
+    """Raises ConfigError for invalid values, before anything is read."""
     low, high = config.guidance
     if not 0 < low <= high:
         raise ConfigError(f"guidance={config.guidance} is no range. Give the lowest and the highest guidance to train at, such as [2,6].")
     flux1.check_transformer(config.teacher)
     optim.check(config.optim, shard=config.hardware.shard)
     distributed.check_dtype("save_dtype", config.save_dtype)
-
-
-@torch.no_grad()
-def teacher_cfg_velocity(
-    teacher: torch.nn.Module, batch: encodings.NoisedBatch, nothing: flux1.Conditioning, cfg_scale: torch.Tensor
-) -> torch.Tensor:
-    """The teacher's velocity (B, S, C) under true CFG of strength `cfg_scale` (B,), its own guidance input at 1."""
-    conditional = flux1.predict(teacher, batch.x_t, batch.t, batch.conditioning, 1.0)
-    unconditional = flux1.predict(teacher, batch.x_t, batch.t, nothing, 1.0)
-    return flow_matching.apply_cfg(unconditional, conditional, cfg_scale)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""encode: writes shards again with what the VAE and the text encoders say beside each picture, so that training needs neither."""
+"""encode: rewrites shards with VAE latents and text encodings beside each picture, so that training needs no encoders."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -46,10 +46,10 @@ class EncodeConfig:
 def run(config: EncodeConfig) -> Artifact:
     """Encodes shard by shard, the ranks sharing them, into `config.to`; `encoded.snapshot` and artifact.json go into `config.out`.
 
-    What is there and indexed already is kept, so an interrupted run goes on with the shard it was at.
+    Shards that exist and are indexed are kept, so that an interrupted run resumes with its current shard.
     """
-    if not config.parts or set(config.parts) - set(feed.MADE):
-        raise ConfigError(f"parts={config.parts} cannot be encoded. Choose among {', '.join(feed.MADE)}.")
+    if not config.parts or set(config.parts) - set(feed.STORABLE):
+        raise ConfigError(f"parts={config.parts} cannot be encoded. Choose among {', '.join(feed.STORABLE)}.")
     accelerator = distributed.accelerator(config.hardware)
     transport, target = Transport(config.read), urls.normalize(config.to)
     with accelerator.main_process_first():
@@ -62,7 +62,7 @@ def run(config: EncodeConfig) -> Artifact:
     encoders = Encoders(config.model, distributed.DTYPES[config.hardware.dtype], accelerator.device)
     sizes = order.sizes(config.resolution, config.bucket_step, config.aspect)
     texts = PromptEncoder(config.model, encoders, config.hardware.encodings_gb * 1e9)
-    made = feed.fingerprints(encoders, sizes, config.parts)
+    fingerprints = feed.fingerprints(encoders, sizes, config.parts)
 
     def members(batch: Batch) -> list[dict[str, bytes]]:
         """The encodings of each sample, as files."""
@@ -70,51 +70,54 @@ def run(config: EncodeConfig) -> Artifact:
             "latents": lambda: dict(zip(("mean", "std"), encoders.encode_images(feed.pixels(batch)), strict=True)),
             "text": lambda: dict(zip(("prompt", "pooled"), texts.encode(batch.captions), strict=True)),
         }
-        of_parts = {part: values[part]() for part in made}
+        of_parts = {part: values[part]() for part in fingerprints}
         return [
-            {f"{part}.safetensors": encoded.member({n: v[i].cpu().clone() for n, v in of.items()}, made[part]) for part, of in of_parts.items()}
+            {
+                f"{part}.safetensors": encoded.member({n: v[i].cpu().clone() for n, v in tensors.items()}, fingerprints[part])
+                for part, tensors in of_parts.items()
+            }
             for i in range(len(batch.rows))
         ]
 
     quarantine = Quarantine(source, f"{config.out}/quarantine-{accelerator.process_index}.jsonl")
     stream = Stream(Order(source, sizes, 0, 1, cropped=True), config.read, Augment(), quarantine, keep=True)
     shards = [(f"{target}/{number:06d}.tar", shard) for number, shard in enumerate(source.shards)]
-    mine = shards[accelerator.process_index :: accelerator.num_processes]
-    with Progress("encode", len(mine), accelerator.is_main_process) as progress:
-        for done, (name, shard) in enumerate(mine, 1):
-            if not _already_encoded(name, made, transport):
-                batches = stream.row_range(shard.first, shard.first + shard.samples, feed.TOGETHER)
-                samples = (one for batch in batches for one in _samples(batch, source, members))
+    rank_shards = shards[accelerator.process_index :: accelerator.num_processes]
+    with Progress("encode", len(rank_shards), accelerator.is_main_process) as progress:
+        for done, (name, shard) in enumerate(rank_shards, 1):
+            if not _already_encoded(name, fingerprints, transport):
+                batches = stream.row_range(shard.first, shard.first + shard.samples, feed.VAE_BATCH)
+                samples = (sample for batch in batches for sample in _samples(batch, source, members))
                 _write(samples, name, f"{config.out}/{accelerator.process_index}.partial", transport)
             progress.step(done)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        pinned = snapshot.build([name for name, _ in shards], transport, sources=[config.to])
-        pinned.write(f"{config.out}/encoded{snapshot.ENDING}")
+        encoded_snapshot = snapshot.build([name for name, _ in shards], transport, sources=[config.to])
+        encoded_snapshot.write(f"{config.out}/encoded{snapshot.ENDING}")
     return record.publish(accelerator, config.out, "encode", "encodings", config, parents, step=len(shards), metrics={"samples": len(source)})
 
 
-def _already_encoded(name: str, made: dict[str, Any], transport: Transport) -> bool:
-    """Whether a shard was encoded before, in the same way."""
+def _already_encoded(name: str, fingerprints: dict[str, Any], transport: Transport) -> bool:
+    """Whether a shard was encoded before with the same settings. Raises ConfigError for other settings."""
     try:
-        there = sidecar.read(name, transport)
+        existing = sidecar.read(name, transport)
     except DataError:
         return False
-    if len(there) and there.head["encodings"] != made:
+    if len(existing) and existing.head["encodings"] != fingerprints:
         raise ConfigError(f"{urls.redact_url(name)} was encoded in another way. Choose another to=, or remove it.")
-    return not there.stamp.difference(transport.info(name))
+    return not existing.info.difference(transport.info(name))
 
 
 def _samples(batch: Batch, source: Snapshot, members: Callable[[Batch], list[dict[str, bytes]]]) -> Iterator[dict[str, Any]]:
-    """The samples of a batch for webdataset's writer: as they were, with their encodings."""
-    for row, known, made in zip(batch.rows, batch.parts, members(batch), strict=True):
+    """The samples of a batch for webdataset's writer: the original files and their encodings."""
+    for row, parts, encodings in zip(batch.rows, batch.parts, members(batch), strict=True):
         kind = "json" if source.columns["caption_json"][row] else "txt"
-        sample = {pictures.suffix(known["picture"]): known["picture"], kind: known["caption"]}
-        yield {"__key__": f"{row - source.shard(row).first:08d}", **sample, **made}
+        sample = {pictures.suffix(parts["picture"]): parts["picture"], kind: parts["caption"]}
+        yield {"__key__": f"{row - source.shard(row).first:08d}", **sample, **encodings}
 
 
 def _write(samples: Iterator[dict[str, Any]], name: str, partial: str, transport: Transport) -> None:
-    """One tar, published whole, and its index."""
+    """Writes one tar atomically, and its index."""
     with open(partial, "wb") as file:
         with webdataset.TarWriter(file, mtime=0, user="dev2pro", group="dev2pro") as shard:
             for sample in samples:

@@ -1,4 +1,4 @@
-"""The frame around every stage's story: Hydra to typed values at the door, errors to exit codes on the way out."""
+"""The frame of every stage: parses the Hydra config into dataclasses, runs the stage, maps errors to exit codes."""
 
 import dataclasses
 import difflib
@@ -28,7 +28,7 @@ from dev2pro.escape import Record, lines, printable
 C = TypeVar("C")
 NO_SPACE = "no space is left where out= writes. Free some, or choose another out=, and run again."
 
-# Hydra makes no folders and no log files of its own: a stage writes only into out=.
+# Hydra creates no folders and no log files: a stage writes only into out=.
 PLAIN_HYDRA = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
 
 
@@ -39,23 +39,23 @@ def main(name: str, schema: type[C], run: Callable[[C], Artifact]) -> None:
 
     @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=name)
     def composed(values: DictConfig) -> None:
-        outcome.append(_guarded(name, lambda: published(typed(schema, values), run)))
+        outcome.append(_exit_code(name, lambda: run_and_publish(typed(schema, values), run)))
 
     sys.argv[1:1] = PLAIN_HYDRA
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them, and we say what they mean
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them; `explain` prints them
     try:
         composed()
     except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(_fail(name, explained(error, schema), ConfigError.exit_code))
+        sys.exit(_fail(name, explain(error, schema), ConfigError.exit_code))
     sys.exit(outcome[0] if outcome else 0)
 
 
-def explained(error: BaseException, schema: type) -> str:
-    """What a mistake in the command or a yaml file was, where, and the nearest key that exists."""
-    said = [line.strip() for e in (error, error.__cause__) if e for line in str(e).splitlines()]
+def explain(error: BaseException, schema: type) -> str:
+    """An error in the command or a yaml file as one paragraph, with the nearest existing key."""
+    messages = [line.strip() for e in (error, error.__cause__) if e for line in str(e).splitlines()]
     useful = [
         line
-        for line in said
+        for line in messages
         if line and not line.startswith(("To append", "full_key", "object_type", "reference_type", "Config search", "provider="))
     ]
     message = ". ".join(line.rstrip(".") for line in dict.fromkeys(useful)).replace(":. ", ": ")
@@ -70,7 +70,7 @@ def _keys(schema: type) -> set[str]:
 
 
 def typed(schema: type[C], values: DictConfig) -> C:
-    """The dataclass for a composed config. Raises ConfigError for a value that is required and missing, or that nobody knows."""
+    """The dataclass for a composed config. Raises ConfigError for a missing required value or an unknown key."""
     missing = sorted(OmegaConf.missing_keys(values))
     if missing:
         raise ConfigError(f"These values are required and were not given: {', '.join(missing)}. Add for example {missing[0]}=... to the command.")
@@ -85,7 +85,7 @@ COUNTS = (  # 1 or more, in every stage
     "steps", "batch", "micro_batch", "every", "samples", "bins", "seeds", "bootstrap", "resolution", "bucket_step", "keep", "prefetch_mb",
 )  # fmt: skip
 SHARES = ("caption_dropout", "ema")  # 0 to 1
-RANGES = {  # the least, the most, and both in words
+RANGES = {  # minimum, maximum, and the range in words
     **dict.fromkeys(COUNTS, (1, math.inf, "1 or more")),
     **dict.fromkeys(SHARES, (0, 1, "a number from 0 to 1")),
     "pictures": (0, 16, "0, which is off, to 16"),  # what fits on a sheet
@@ -93,7 +93,7 @@ RANGES = {  # the least, the most, and both in words
 
 
 def check_ranges(values: DictConfig, above: str = "") -> None:
-    """Raises ConfigError for a count of nothing or a share of more than everything."""
+    """Raises ConfigError for counts and shares outside `RANGES`."""
     for key, value in values.items():
         if isinstance(value, DictConfig):
             check_ranges(value, f"{above}{key!s}.")
@@ -101,26 +101,26 @@ def check_ranges(values: DictConfig, above: str = "") -> None:
             raise ConfigError(f"{above}{key!s}={value} cannot work. Choose {RANGES[key][2]}.")
 
 
-def published(config: C, run: Callable[[C], Artifact]) -> Artifact:
-    """The artifact of a stage, once it is in the store of `config.publish` as well, where one is named."""
-    where = getattr(config, "publish", None)
-    if where:
-        backends.parse_url(where)  # a mistake in it is told before the run
-    made = run(config)
-    if where and os.environ.get("RANK", "0") == "0":
-        print(printable(f"published as {store.push(made.uri, where)}"), flush=True)
-    return made
+def run_and_publish(config: C, run: Callable[[C], Artifact]) -> Artifact:
+    """Runs the stage, pushes its artifact to the store of `config.publish` if there is one, and returns it."""
+    store_url = getattr(config, "publish", None)
+    if store_url:
+        backends.parse_url(store_url)  # fails on a bad address before the run
+    artifact = run(config)
+    if store_url and os.environ.get("RANK", "0") == "0":
+        print(printable(f"published as {store.push(artifact.uri, store_url)}"), flush=True)
+    return artifact
 
 
-def _guarded(name: str, work: Callable[[], Artifact]) -> int:
+def _exit_code(name: str, run: Callable[[], Artifact]) -> int:
     signals.install_handlers()
     logging.setLogRecordFactory(Record)
-    if not sys.stderr.isatty():  # a bar that redraws itself is a hundred lines in a log
+    if not sys.stderr.isatty():  # a progress bar fills a log with lines
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
     try:
-        made = work()
-        print(printable(f"{name}: done, {made.uri}/artifact.json ({made.kind} {made.id[:12]})"), flush=True)
+        artifact = run()
+        print(printable(f"{name}: done, {artifact.uri}/artifact.json ({artifact.kind} {artifact.id[:12]})"), flush=True)
         return 0
     except KeyboardInterrupt:
         return _fail(name, "interrupted. The same command goes on from the last checkpoint, if there is one.", INTERRUPTED)

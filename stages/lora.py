@@ -19,6 +19,7 @@ from dev2pro.training.checkpoint import CheckpointConfig, Checkpoints
 from dev2pro.training.distributed import HardwareConfig
 from dev2pro.training.divergence_guard import GuardConfig
 from dev2pro.training.heldout_probe import HeldoutProbe, ProbeConfig
+from dev2pro.training.loss import flow_matching_loss
 from dev2pro.training.optim import OptimConfig
 from dev2pro.training.preview import Preview, PreviewConfig
 from dev2pro.training.step import Training
@@ -75,14 +76,13 @@ def run(config: LoraConfig) -> Artifact:
     probe = HeldoutProbe(held_out, config.probe, scheduler=scheduler, seed=config.seed, batch=config.hardware.micro_batch)
     preview = Preview(config.preview, config.model, config.hardware, held_out, texts, scheduler, accelerator, seed=config.seed, out=config.out)
 
-    def draw(step: int, slots: range) -> encodings.NoisedBatch:
+    def make_batch(step: int, slots: range) -> encodings.NoisedBatch:
         return encodings.noise_batch(samples.get_batch(step, slots), texts.empty, scheduler, config.caption_dropout, config.seed, step, slots)
 
-    def loss_of(batch: encodings.NoisedBatch) -> torch.Tensor:
-        predicted = flux1.predict(training.model, batch.x_t, batch.t, batch.conditioning, config.guidance)
-        return torch.nn.functional.mse_loss(predicted.float(), batch.velocity.float())
+    def compute_loss(batch: encodings.NoisedBatch) -> torch.Tensor:
+        return flow_matching_loss(training.model, batch, config.guidance)
 
-    def measured(done: int) -> dict[str, Any]:
+    def validate(done: int) -> dict[str, Any]:
         with training.ema_weights() as model:
             preview.draw(model, done, config.guidance)
             return {"step": done, **probe.measure(model, config.guidance, config.model.usual_guidance)}
@@ -91,25 +91,18 @@ def run(config: LoraConfig) -> Artifact:
     start, curve = checkpoints.restore()
     samples.begin(start, config.steps, training.slots)
     with Log(config.out, f"lora {config.arm}", config.steps, accelerator.is_main_process, start) as log, checkpoints:
-        curve = curve or [measured(0)]
-        log.measured(*curve)
+        curve = curve or [validate(0)]
+        log.emit_validation(*curve)
         for step in range(start, config.steps):
-            loss, norm = training.step(step, lambda slots: draw(step, slots), loss_of)  # noqa: B023
+            loss, norm = training.step(step, lambda slots: make_batch(step, slots), compute_loss)  # noqa: B023
             log.write(step + 1, loss=loss, gradient_norm=norm, lr=training.lr)
             if (step + 1) % config.probe.every == 0 or step + 1 == config.steps:
-                curve.append(measured(step + 1))
-                log.measured(curve[-1])
+                curve.append(validate(step + 1))
+                log.emit_validation(curve[-1])
             checkpoints.on_step_end(step + 1, curve)
             log.step(step + 1, loss=loss, held_out=curve[-1]["loss"])
 
-    contract = {
-        "arm": config.arm,
-        "trained_on": {"path": config.trained_on, "id": record.fingerprint(config.trained_on)},
-        "apply_to": {"path": config.model.path, "id": record.fingerprint(config.model.path)},
-        "training_guidance": config.guidance,
-        "suggested_guidance": config.model.usual_guidance,
-        "suggested_strength": 1.0,
-    }
+    contract = inference_contract(config)
     record.invalidate(config.out)
     if accelerator.is_main_process:
         lora.save(accelerator.unwrap_model(training.model), config.adapter, config.out, {**contract, "config": record.identity(config)})
@@ -128,8 +121,20 @@ def run(config: LoraConfig) -> Artifact:
     )
 
 
+def inference_contract(config: LoraConfig) -> dict[str, Any]:
+    """What the LoRA was trained on, what it is to be applied to, and how."""
+    return {
+        "arm": config.arm,
+        "trained_on": {"path": config.trained_on, "id": record.fingerprint(config.trained_on)},
+        "apply_to": {"path": config.model.path, "id": record.fingerprint(config.model.path)},
+        "training_guidance": config.guidance,
+        "suggested_guidance": config.model.usual_guidance,
+        "suggested_strength": 1.0,
+    }
+
+
 def check(config: LoraConfig) -> None:
-    """Raises ConfigError for values that cannot work, before anything is read."""
+    """Raises ConfigError for invalid values, before anything is read."""
     lora.check(config.adapter)
     if config.hardware.int8_base:
         optim.need_torchao("hardware.int8_base=true")
@@ -143,12 +148,12 @@ def check(config: LoraConfig) -> None:
 
 
 def check_guidance(base: str, guidance: float) -> None:
-    """Raises ConfigError where a recovered model would be trained on at a guidance it was not recovered at: its input is dead there."""
-    made = record.read_if_artifact(store.resolve(base))
-    if made and made.stage == "recover" and made.metrics["guidance"] != guidance:
+    """Raises ConfigError for training on a recovered model at another guidance than it was recovered at: its guidance input knows no other."""
+    artifact = record.read_if_artifact(store.resolve(base))
+    if artifact and artifact.stage == "recover" and (recovered_at := artifact.metrics["guidance"]) != guidance:
         raise ConfigError(
-            f"guidance={guidance}, but {base} was recovered at guidance {made.metrics['guidance']} and knows no other. Set "
-            f"guidance={made.metrics['guidance']}; the guidance people use the LoRA at is model.usual_guidance, and true CFG is sampling.cfg_scale."
+            f"guidance={guidance}, but {base} was recovered at guidance {recovered_at} and knows no other. Set "
+            f"guidance={recovered_at}; the guidance people use the LoRA at is model.usual_guidance, and true CFG is sampling.cfg_scale."
         )
 
 

@@ -1,4 +1,4 @@
-"""Makes the miniature's frozen parts: the pipeline (tokenizers, T5, CLIP, VAE, a transformer that has learnt nothing yet) or the judge.
+"""Makes the miniature's frozen parts: the pipeline (tokenizers, T5, CLIP, VAE, an untrained transformer) or the judge.
 
 `make miniature` runs this for both, trains the teacher with `stages.recover` and distils the base with `stages.distill`.
 """
@@ -111,7 +111,7 @@ def tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
 
 
 def t5_encoder(tokens: T5TokenizerFast, seed: int) -> T5EncoderModel:
-    """A T5 encoder with random weights: fixed random features of the words, which is all the transformer needs to tell them apart."""
+    """A T5 encoder with random weights: fixed random features of the words, which is enough for the transformer to distinguish them."""
     torch.manual_seed(seed)
     return T5EncoderModel(
         T5Config(
@@ -134,7 +134,7 @@ class Augmented:
 
 
 def augmented(train: list[digits.Digit], count: int, rng: np.random.Generator) -> Augmented:
-    """Digits in random colours, places and styles, so that VAE and judge read pictures no LoRA has made yet."""
+    """Digits in random colours, places and styles, so that VAE and judge generalise to pictures that LoRAs will make."""
     chosen = [train[i] for i in rng.integers(len(train), size=count)]
     drawn, styles = zip(*(_augment(d.coverage, rng) for d in chosen), strict=True)
     pixels = torch.from_numpy(np.stack(drawn).transpose(0, 3, 1, 2).astype(np.float32) * 2 - 1)
@@ -166,12 +166,12 @@ def train_vae(config: MiniatureConfig, train: list[digits.Digit], log: Log) -> A
     )  # fmt: skip
     rng = np.random.default_rng([config.seed, 10])
 
-    def loss_of() -> Tensor:
+    def compute_loss() -> Tensor:
         pixels = augmented(train, config.vae_batch, rng).pixels
         posterior = vae.encode(pixels).latent_dist
         return mse_loss(vae.decode(posterior.sample()).sample, pixels) + 1e-5 * posterior.kl().mean()
 
-    train_model(vae, loss_of, config.vae_steps, 3 * config.lr, log, 0)
+    train_model(vae, compute_loss, config.vae_steps, 3 * config.lr, log, 0)
     with torch.no_grad():
         ink = torch.stack([_pixels(digits.picture(d, digits.ink, config.seed)) for d in train])
         latents = torch.cat([vae.encode(part).latent_dist.mean for part in ink.split(250)])
@@ -193,7 +193,7 @@ def vae_error(vae: AutoencoderKL, held_out: list[digits.Digit]) -> dict[str, flo
 
 
 def train_clip(config: MiniatureConfig, train: list[digits.Digit], tokens: CLIPTokenizer, steps: int, seed: int, log: Log, done: int) -> CLIPModel:
-    """A small CLIP, trained on augmented digits and all phrasings; every picture of the same digit (and style, if told) is a match."""
+    """A small CLIP, trained on augmented digits and all phrasings; every picture of the same digit (and style, if named) is a match."""
     torch.manual_seed(seed)
     shared = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 4, "projection_dim": WIDTH}
     text = {"vocab_size": len(tokens), "num_hidden_layers": 2, "max_position_embeddings": TOKENS, "bos_token_id": tokens.bos_token_id,
@@ -202,25 +202,24 @@ def train_clip(config: MiniatureConfig, train: list[digits.Digit], tokens: CLIPT
     clip = CLIPModel(CLIPConfig(text_config={**shared, **text}, vision_config={**shared, **vision}, projection_dim=WIDTH))
     rng = np.random.default_rng([seed, 20])
 
-    def loss_of() -> Tensor:
-        seen = augmented(train, config.clip_batch, rng)
-        told = rng.random(config.clip_batch) < 0.5  # these captions name the style as well
-        words = tokens(
-            [_told(*one, rng) for one in zip(seen.labels, seen.styles, told, strict=True)], padding=True, truncation=True, return_tensors="pt"
-        )
-        similarity = clip(pixel_values=seen.pixels, **words).logits_per_image
-        same_style = (seen.styles[:, None] == seen.styles[None, :]).all(-1) | ~told[None, :]
-        same = torch.from_numpy((seen.labels[:, None] == seen.labels[None, :]) & same_style).float()
+    def compute_loss() -> Tensor:
+        batch = augmented(train, config.clip_batch, rng)
+        with_style = rng.random(config.clip_batch) < 0.5  # captions that also name the style
+        captions = [_caption(*sample, rng) for sample in zip(batch.labels, batch.styles, with_style, strict=True)]
+        inputs = tokens(captions, padding=True, truncation=True, return_tensors="pt")
+        similarity = clip(pixel_values=batch.pixels, **inputs).logits_per_image
+        same_style = (batch.styles[:, None] == batch.styles[None, :]).all(-1) | ~with_style[None, :]
+        same = torch.from_numpy((batch.labels[:, None] == batch.labels[None, :]) & same_style).float()
         per_image, per_text = same / same.sum(1, keepdim=True), (same / same.sum(0, keepdim=True)).T
         return cross_entropy(similarity, per_image) + cross_entropy(similarity.T, per_text)
 
-    train_model(clip, loss_of, steps, config.lr, log, done)
+    train_model(clip, compute_loss, steps, config.lr, log, done)
     return clip.eval()
 
 
-def _told(label: int, styles: np.ndarray, told: bool, rng: np.random.Generator) -> str:
+def _caption(label: int, styles: np.ndarray, with_style: bool, rng: np.random.Generator) -> str:
     phrase = digits.PHRASINGS[rng.integers(len(digits.PHRASINGS))].format(digits.NAMES[label])
-    return " ".join([phrase, *(digits.STYLE_WORDS[s] for s in styles if s and told)])
+    return " ".join([phrase, *(digits.STYLE_WORDS[s] for s in styles if s and with_style)])
 
 
 @torch.no_grad()
@@ -228,11 +227,11 @@ def judge_accuracy(judge: CLIPModel, tokens: CLIPTokenizer, held_out: list[digit
     """The share of real held-out pictures whose nearest prompt names their digit, by style: the ceiling of prompt fidelity."""
     prompts = tokens([digits.PHRASINGS[0].format(name) for name in digits.NAMES], padding="max_length", truncation=True, return_tensors="pt")
     labels = torch.tensor([d.label for d in held_out])
-    found = {}
+    accuracy = {}
     for name, style in {"ink": digits.ink, **digits.STYLES}.items():
         pixels = torch.stack([_pixels(digits.picture(d, style, 0)) for d in held_out])
-        found[name] = (judge(pixel_values=pixels, **prompts).logits_per_image.argmax(1) == labels).float().mean().item()
-    return found
+        accuracy[name] = (judge(pixel_values=pixels, **prompts).logits_per_image.argmax(1) == labels).float().mean().item()
+    return accuracy
 
 
 def save_judge(judge: CLIPModel, tokens: CLIPTokenizer, folder: Path) -> None:
@@ -250,7 +249,7 @@ def save_judge(judge: CLIPModel, tokens: CLIPTokenizer, folder: Path) -> None:
 def save_pipeline(
     config: MiniatureConfig, vae: AutoencoderKL, clip: CLIPModel, clip_tokens: CLIPTokenizer, t5_tokens: T5TokenizerFast, folder: Path
 ) -> None:
-    """A FluxPipeline folder in bfloat16, as FLUX.1-dev is published; its transformer is the teacher's beginning."""
+    """A FluxPipeline folder in bfloat16, as FLUX.1-dev is published; its transformer is the teacher's initialization."""
     text = CLIPTextModel(clip.config.text_config)
     text.load_state_dict({k.removeprefix("text_model."): v for k, v in clip.state_dict().items() if k.startswith("text_model.")})
     torch.manual_seed(config.seed)
@@ -267,12 +266,12 @@ def save_pipeline(
     ).to(torch.bfloat16).save_pretrained(folder)  # fmt: skip
 
 
-def train_model(model: torch.nn.Module, loss_of: Callable[[], Tensor], steps: int, lr: float, log: Log, done: int) -> None:
-    """AdamW with a cosine to zero; the loss draws its own batch."""
+def train_model(model: torch.nn.Module, compute_loss: Callable[[], Tensor], steps: int, lr: float, log: Log, done: int) -> None:
+    """AdamW with a cosine schedule to zero; `compute_loss` draws its own batch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     for step in range(steps):
-        loss = loss_of()
+        loss = compute_loss()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -23,6 +23,7 @@ from dev2pro.training.checkpoint import CheckpointConfig, Checkpoints
 from dev2pro.training.distributed import HardwareConfig
 from dev2pro.training.divergence_guard import GuardConfig
 from dev2pro.training.heldout_probe import HeldoutProbe, ProbeConfig
+from dev2pro.training.loss import flow_matching_loss
 from dev2pro.training.optim import OptimConfig
 from dev2pro.training.preview import Preview, PreviewConfig
 from dev2pro.training.step import Training
@@ -68,7 +69,7 @@ def run(config: RecoverConfig) -> Artifact:
         parents = {**parents, **snapshots.parents()}
         finished = run_folder.acquire(config.out, "recover", config, parents)
         if finished:
-            return noted(config, snapshots, finished)
+            return record_in_ledger(config, snapshots, finished)
         snapshots.write_and_verify()
 
     dtype, scheduler = distributed.DTYPES[config.hardware.dtype], flux1.scheduler_settings(config.model.path)
@@ -87,14 +88,13 @@ def run(config: RecoverConfig) -> Artifact:
     if config.teacher:
         probe.set_teacher(flux1.load_transformer(config.teacher, dtype, config.model.variant).to(accelerator.device))
 
-    def draw(step: int, slots: range) -> encodings.NoisedBatch:
+    def make_batch(step: int, slots: range) -> encodings.NoisedBatch:
         return encodings.noise_batch(samples.get_batch(step, slots), texts.empty, scheduler, config.caption_dropout, config.seed, step, slots)
 
-    def loss_of(batch: encodings.NoisedBatch) -> torch.Tensor:
-        predicted = flux1.predict(training.model, batch.x_t, batch.t, batch.conditioning, config.guidance)
-        return torch.nn.functional.mse_loss(predicted.float(), batch.velocity.float())
+    def compute_loss(batch: encodings.NoisedBatch) -> torch.Tensor:
+        return flow_matching_loss(training.model, batch, config.guidance)
 
-    def measured(done: int) -> dict[str, Any]:
+    def validate(done: int) -> dict[str, Any]:
         with training.ema_weights() as model:
             preview.draw(model, done, config.guidance)
             return {"step": done, **probe.measure(model, config.guidance, config.model.usual_guidance)}
@@ -103,14 +103,14 @@ def run(config: RecoverConfig) -> Artifact:
     start, curve = checkpoints.restore()
     samples.begin(start, config.steps, training.slots)
     with Log(config.out, "recover (dev2pro)", config.steps, accelerator.is_main_process, start) as log, checkpoints:
-        curve = curve or [measured(0)]
-        log.measured(*curve)
+        curve = curve or [validate(0)]
+        log.emit_validation(*curve)
         for step in range(start, config.steps):
-            loss, norm = training.step(step, lambda slots: draw(step, slots), loss_of)  # noqa: B023
+            loss, norm = training.step(step, lambda slots: make_batch(step, slots), compute_loss)  # noqa: B023
             log.write(step + 1, loss=loss, gradient_norm=norm, lr=training.lr)
             if (step + 1) % config.probe.every == 0 or step + 1 == config.steps:
-                curve.append(measured(step + 1))
-                log.measured(curve[-1])
+                curve.append(validate(step + 1))
+                log.emit_validation(curve[-1])
             checkpoints.on_step_end(step + 1, curve)
             log.step(step + 1, loss=loss, held_out=curve[-1]["loss"])
 
@@ -120,19 +120,19 @@ def run(config: RecoverConfig) -> Artifact:
         **checkpoints.metrics(), "guidance": config.guidance, "curve": curve, "recovered": None if config.start else _recovered(curve),
         "data": sources.describe(stream),
     }  # fmt: skip
-    made = record.publish(
+    artifact = record.publish(
         accelerator, config.out, "recover", "transformer", config, parents, step=config.steps, metrics=metrics, watched=snapshots.local_inputs()
     )
-    return noted(config, snapshots, made)
+    return record_in_ledger(config, snapshots, artifact)
 
 
 def check(config: RecoverConfig) -> None:
-    """Raises ConfigError for values that cannot work, DataError for a damaged ledger, before anything is begun."""
+    """Raises ConfigError for invalid values and DataError for a damaged ledger, before anything is written."""
     base = flux1.check_transformer(config.model.path)
     if config.teacher:
         flux1.check_transformer(config.teacher)
     if config.start:
-        start = flux1.check_transformer(config.start)  # which another diffusers may have written, with more keys
+        start = flux1.check_transformer(config.start)  # another version of diffusers may have written more keys
         if others := [key for key in start if not key.startswith("_") and base.get(key, start[key]) != start[key]]:
             raise ConfigError(
                 f"start={config.start} has another shape than the base, model.path={config.model.path} ({others[0]}). "
@@ -144,16 +144,16 @@ def check(config: RecoverConfig) -> None:
         ledger.consumed(config.ledger)
 
 
-def noted(config: RecoverConfig, snapshots: RunSnapshots, made: Artifact) -> Artifact:
-    """The artifact, once the ledger has it: a run counts as a consumer of its shards when it has finished, and never before."""
+def record_in_ledger(config: RecoverConfig, snapshots: RunSnapshots, artifact: Artifact) -> Artifact:
+    """Records the finished run in the ledger as a consumer of its shards, and returns the artifact."""
     if config.ledger and snapshots.is_main_process:
-        epochs = config.steps / made.metrics["data"]["steps_per_epoch"]
-        ledger.record(config.ledger, made.id, snapshots.train.id, [shard.sha256 for shard in snapshots.train.shards], epochs)
-    return made
+        epochs = config.steps / artifact.metrics["data"]["steps_per_epoch"]
+        ledger.record(config.ledger, artifact.id, snapshots.train.id, [shard.sha256 for shard in snapshots.train.shards], epochs)
+    return artifact
 
 
 def _recovered(curve: list[dict[str, Any]]) -> float | None:
-    """The share of the base's distance to the teacher that was closed; None where no teacher is known, or the base was there already."""
+    """The share of the base's distance to the teacher that was closed; None without a teacher, or if the distance was zero."""
     if not curve[0].get("teacher_distance"):
         return None
     return 1 - curve[-1]["teacher_distance"] / curve[0]["teacher_distance"]

@@ -30,14 +30,14 @@ def _same_numbers_in_any_order() -> None:
 
 @pytest.fixture
 def run_stage(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Iterator[Callable[..., tuple[int, str]]]:
-    """Runs `python -m stages.<name> words...` in this process, which spares the seconds of a new one: (exit code, what it said)."""
+    """Runs `python -m stages.<name> args...` in this process, which spares the seconds of a new one: (exit code, stderr)."""
     from stages import frame
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def started(name: str, *words: str) -> tuple[int, str]:
+    def started(name: str, *args: str) -> tuple[int, str]:
         module = importlib.import_module(f"stages.{name}")
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *args])
         monkeypatch.chdir(ROOT)
         capfd.readouterr()
         with pytest.raises(SystemExit) as end:
@@ -52,19 +52,19 @@ def run_stage(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Callable[[float], Path]]:
     """Makes a file system of so many MiB."""
-    made: list[Path] = []
+    mounts: list[Path] = []
 
     def mounted(mib: float) -> Path:
-        made.append(tmp_path / f"disk-{len(made)}")
-        made[-1].mkdir()
+        mounts.append(tmp_path / f"disk-{len(mounts)}")
+        mounts[-1].mkdir()
         size = f"size={int(mib * 1024)}k"
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", made[-1]], capture_output=True, check=False).returncode:
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", mounts[-1]], capture_output=True, check=False).returncode:
             pytest.skip("no file systems may be mounted here")
-        return made[-1]
+        return mounts[-1]
 
     yield mounted
-    for place in made:
-        subprocess.run(["umount", "-l", place], check=False, capture_output=True)
+    for mount in mounts:
+        subprocess.run(["umount", "-l", mount], check=False, capture_output=True)
 
 
 def _clip(seed: int):
@@ -124,19 +124,19 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from data.index import index
     from data.storage.transport import ReadConfig, Transport
 
-    place = tmp_path_factory.mktemp("tiny_data")
-    (place / "folder").mkdir()
+    folder = tmp_path_factory.mktemp("tiny_data")
+    (folder / "folder").mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (len(CAPTIONS), 8, 8, 3), dtype=np.uint8)
     samples = []
     for i, (pixels, caption) in enumerate(zip(noise, CAPTIONS, strict=True)):
         encoded = io.BytesIO()
         Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC).save(encoded, "PNG")
         samples.append({"__key__": f"{i:04d}", "png": encoded.getvalue(), "txt": caption})
-        (place / "folder" / f"{i:04d}.png").write_bytes(encoded.getvalue())
-        (place / "folder" / f"{i:04d}.txt").write_text(caption + "\n")
-    for name, some in (("shard.tar", samples), ("heldout.tar", samples[4:])):
-        with webdataset.TarWriter(str(place / name)) as shard:
-            for sample in some:
+        (folder / "folder" / f"{i:04d}.png").write_bytes(encoded.getvalue())
+        (folder / "folder" / f"{i:04d}.txt").write_text(caption + "\n")
+    for name, members in (("shard.tar", samples), ("heldout.tar", samples[4:])):
+        with webdataset.TarWriter(str(folder / name)) as shard:
+            for sample in members:
                 shard.write(sample)
-        assert not index(str(place / name), Transport(ReadConfig())).error
-    return place
+        assert not index(str(folder / name), Transport(ReadConfig())).error
+    return folder

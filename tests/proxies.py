@@ -1,4 +1,4 @@
-"""A web server between a client and a real one: passes requests on, notes them, and can fail, or wait, at any of them."""
+"""A proxy in front of a real web server: forwards and records requests, and can fail or delay any of them."""
 
 import http.client
 import socket
@@ -17,7 +17,7 @@ HOPS = {"connection", "transfer-encoding", "keep-alive"}
 
 
 class Proxy:
-    """Stands before the server at `url` while it is entered; `rule` may be changed at any time."""
+    """Proxies the server at `url` within the block; `rule` may be changed at any time."""
 
     def __init__(self, url: str, rule: Rule | None = None) -> None:
         self.target, self.rule = urlsplit(url).netloc, rule
@@ -36,12 +36,12 @@ class Proxy:
         self._listener.server_close()
 
     def count(self, *methods: str) -> int:
-        """How many requests of these methods came."""
+        """The number of requests with these methods."""
         with self.lock:
             return sum(method in methods for method, _ in self.requests)
 
     def wait(self, method: str, many: int) -> None:
-        """Until so many requests of a method have come."""
+        """Waits for `many` requests of a method."""
         end = time.monotonic() + 60
         while self.count(method) < many:
             assert time.monotonic() < end, self.requests
@@ -53,7 +53,7 @@ class _Listener(ThreadingHTTPServer):
     owner: Proxy
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Says nothing: clients that are killed are what the tests are about."""
+        """Silent: the tests kill clients on purpose."""
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""Small artifacts as a stage makes them: claimed, filled, recorded."""
+"""Small artifacts, made as by a stage: claim the folder, write files, write the record."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ class Config:
 
 
 def make(config: Config, parents: record.Parents, **what: Any) -> record.Artifact:
-    """What a stage does: claim, make files, record."""
+    """Makes an artifact as a stage does: claim, write files, record."""
     assert run_folder.acquire(config.out, "test", config, parents) is None
     (Path(config.out) / "transformer").mkdir(exist_ok=True)
     (Path(config.out) / "transformer" / "weights.bin").write_bytes(b"weights")

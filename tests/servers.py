@@ -1,4 +1,4 @@
-"""Real servers on loopback: a web server with byte ranges that can go wrong in every way, and an s3 store (moto).
+"""Real servers on loopback: a web server with byte ranges and injectable faults, and an s3 store (moto).
 
 `PYTHONPATH=. python -m tests.servers FOLDER --latency 0.04 --port 0` prints its address and serves until it is killed.
 """
@@ -32,7 +32,7 @@ SECRET = "verySecretKeyOfTheTests"
 
 @dataclass(frozen=True)
 class Fault:
-    """What one request meets. A bare str or int stands for Fault(kind) or Fault(status=...).
+    """The fault of one request. A bare str or int stands for Fault(kind) or Fault(status=...).
 
     kind: reset, reset middle (half of the body, then RST), short (half of it, then closed in order), stall, stall middle, drip, slow, corrupt,
     whole, wrong range, html (with status 200), more (10 bytes beyond the range), flood (zeros without end), deaf (If-Match is not looked at).
@@ -50,19 +50,19 @@ Faults = Callable[[str, int, str], Fault | str | int | None]  # (path, how many 
 
 
 class Server:
-    """Serves a folder while it is entered; `latency` (seconds for every request) and `faults` may be changed at any time."""
+    """Serves a folder within the block; `latency` (seconds for every request) and `faults` may be changed at any time."""
 
-    def __init__(self, folder: str | Path, latency: float = 0.0, faults: Faults | None = None, **where: Any) -> None:
+    def __init__(self, folder: str | Path, latency: float = 0.0, faults: Faults | None = None, **options: Any) -> None:
         self.folder, self.latency, self.faults = Path(folder).resolve(), latency, faults
         self.requests: list[tuple[str, str]] = []  # (path, Range header or "")
         self.connections = 0  # accepted so far
-        self.most = 0  # requests that were under way at one time
+        self.most = 0  # the largest number of concurrent requests
         self.lock, self.stopped = threading.Lock(), threading.Event()
         self.under_way, self.counts, self.sockets = 0, Counter[str](), set[socket.socket]()
-        self._listen(**where)
+        self._listen(**options)
 
     def _listen(self, host: str = "127.0.0.1", port: int = 0, certificate: Path | None = None) -> None:
-        """With a certificate, whose file holds its key as well, it is https."""
+        """Serves https if a certificate (a file that includes the key) is given."""
         self._listener = _Listener((host, port), _Handler)
         self._listener.owner = self
         if certificate:
@@ -80,16 +80,16 @@ class Server:
         self._listener.shutdown()
         self._listener.server_close()
         with self.lock:
-            for one in self.sockets:
-                one.close()
+            for connection in self.sockets:
+                connection.close()
 
     def fault(self, path: str, wanted: str) -> Fault:
-        """Notes a request, and what is to go wrong with it."""
+        """Records a request and returns its fault."""
         with self.lock:
             self.requests.append((path, wanted))
             number, self.counts[path] = self.counts[path], self.counts[path] + 1
-        found = self.faults(path, number, wanted) if self.faults else None
-        return found if isinstance(found, Fault) else Fault(status=found) if isinstance(found, int) else Fault(found or "")
+        fault = self.faults(path, number, wanted) if self.faults else None
+        return fault if isinstance(fault, Fault) else Fault(status=fault) if isinstance(fault, int) else Fault(fault or "")
 
 
 class _Listener(ThreadingHTTPServer):
@@ -108,7 +108,7 @@ class _Listener(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Says nothing: clients that hang up are what the tests are about."""
+        """Silent: the tests disconnect clients on purpose."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -129,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
             if (pause := owner.latency + fault.delay) > 0:
                 owner.stopped.wait(pause)
             self._answer(owner.folder / path.lstrip("/"), wanted, fault)
-        finally:  # the last of the answer goes out after this
+        finally:  # the end of the response is sent after this
             with owner.lock:
                 owner.under_way -= 1
 
@@ -144,32 +144,32 @@ class _Handler(BaseHTTPRequestHandler):
             return self._say(200, b"<html>Please log in</html>", {"Content-Type": "text/html", **fault.headers})
         if not file.is_relative_to(self.server.owner.folder) or ".." in file.parts or not file.is_file():
             return self._say(404, b"not here", fault.headers)
-        state = file.stat()
-        etag = f'"{hashlib.sha256(f"{state.st_size} {state.st_mtime_ns}".encode()).hexdigest()}"'
-        headers = {"ETag": etag, "Last-Modified": email.utils.formatdate(state.st_mtime, usegmt=True), "Accept-Ranges": "bytes"}
-        if (match := self.headers.get("If-Match")) and match not in (etag, "*") and fault.kind != "deaf":
+        status = file.stat()
+        etag = f'"{hashlib.sha256(f"{status.st_size} {status.st_mtime_ns}".encode()).hexdigest()}"'
+        headers = {"ETag": etag, "Last-Modified": email.utils.formatdate(status.st_mtime, usegmt=True), "Accept-Ranges": "bytes"}
+        if (if_match := self.headers.get("If-Match")) and if_match not in (etag, "*") and fault.kind != "deaf":
             return self._say(412, b"changed", fault.headers)
-        found = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted) if fault.kind != "whole" else None
-        start = int(found[1]) if found else 0
-        end = min(int(found[2]) + 1 if found and found[2] else state.st_size, state.st_size)
-        if found and start >= state.st_size:
-            return self._say(416, b"", {"Content-Range": f"bytes */{state.st_size}", **headers, **fault.headers})
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted) if fault.kind != "whole" else None
+        start = int(match[1]) if match else 0
+        end = min(int(match[2]) + 1 if match and match[2] else status.st_size, status.st_size)
+        if match and start >= status.st_size:
+            return self._say(416, b"", {"Content-Range": f"bytes */{status.st_size}", **headers, **fault.headers})
         if fault.kind == "wrong range":
             start, end = start + 1, end + 1
-        if found:
-            headers["Content-Range"] = f"bytes {start}-{end - 1}/{state.st_size}"
+        if match:
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{status.st_size}"
         with file.open("rb") as content:
             content.seek(start)
-            self._send(206 if found else 200, content, end - start, {**headers, **fault.headers}, fault.kind)
+            self._send(206 if match else 200, content, end - start, {**headers, **fault.headers}, fault.kind)
 
     def _send(self, status: int, content: Any, length: int, headers: Mapping[str, str | None], kind: str) -> None:
         stated = {"more": length + 10, "flood": 1 << 40}.get(kind, length)
         self._head(status, {"Content-Length": str(stated), **headers})
-        left = length // 2 if kind in ("short", "reset middle", "stall middle") else length
+        remaining = length // 2 if kind in ("short", "reset middle", "stall middle") else length
         size = {"drip": 1, "slow": -(-length // 20)}.get(kind, 1 << 20)
-        while left > 0 and (part := content.read(min(left, size))):
-            left -= len(part)
-            if kind == "corrupt" and left == 0:
+        while remaining > 0 and (part := content.read(min(remaining, size))):
+            remaining -= len(part)
+            if kind == "corrupt" and remaining == 0:
                 part = part[:-1] + bytes([part[-1] ^ 1])
             self.wfile.write(part)
             if kind in ("drip", "slow"):
@@ -206,22 +206,22 @@ class _Handler(BaseHTTPRequestHandler):
 
 @dataclass(frozen=True)
 class Bucket:
-    """An s3 bucket; `place("a.tar")` is its object's address."""
+    """An s3 bucket; `url("a.tar")` is the object's URL."""
 
     name: str
     client: Any  # boto3's
 
-    def place(self, key: str) -> str:
+    def url(self, key: str) -> str:
         return f"s3://{self.name}/{key}"
 
     def put(self, key: str, content: bytes) -> str:
         self.client.put_object(Bucket=self.name, Key=key, Body=content)
-        return self.place(key)
+        return self.url(key)
 
 
 @contextmanager
 def environment(**values: str | None) -> Iterator[None]:
-    """Sets variables, or with None takes them away, and puts everything back."""
+    """Sets variables (None removes one) and restores them at the end."""
     before = {name: os.environ.get(name) for name in values}
     try:
         _set(values)
@@ -237,11 +237,11 @@ def _set(values: Mapping[str, str | None]) -> None:
             os.environ[name] = value
     import s3fs
 
-    s3fs.S3FileSystem.clear_instance_cache()  # which keeps the credentials of its first use
+    s3fs.S3FileSystem.clear_instance_cache()  # it caches the credentials of its first use
 
 
 def impatient(**changes: Any) -> ReadConfig:
-    """A ReadConfig under which whatever fails does so soon."""
+    """A ReadConfig with short timeouts and few retries."""
     values = {"workers": 0, "threads": 8, "connect_timeout": 0.5, "idle_timeout": 0.5, "hedge": 60.0, "retries": 1, "cache_gb": 0.0, **changes}
     return ReadConfig(**values)
 
@@ -259,7 +259,7 @@ def in_child(work: Callable[[], Any]) -> int:
 
 
 def s3_environment(url: str) -> dict[str, str | None]:
-    """What points s3 at `url`, and keeps what the machine's owner has set up out of it."""
+    """Variables that point s3 at `url` and override the machine's own configuration."""
     keys = {"AWS_ACCESS_KEY_ID": "AKIATESTTESTTESTTEST", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_SESSION_TOKEN": None, "AWS_PROFILE": None}
     files = dict.fromkeys(("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"), os.devnull)
     return {"AWS_ENDPOINT_URL": url, "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true", **keys, **files}
@@ -267,11 +267,11 @@ def s3_environment(url: str) -> dict[str, str | None]:
 
 @contextmanager
 def moto(name: str = "shards") -> Iterator[Bucket]:
-    """An empty bucket in an s3 store of its own, to which the environment points meanwhile."""
+    """An empty bucket in a new s3 store; the environment points to it within the block."""
     import boto3
     from moto.server import ThreadedMotoServer
 
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it tells every request
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it logs every request
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     try:

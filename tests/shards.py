@@ -1,4 +1,4 @@
-"""Builds shards, whole and damaged in every way, and runs the commands of the data room as a user does."""
+"""Builds intact and damaged shards, and runs the data commands as a user does."""
 
 import contextlib
 import gzip
@@ -40,7 +40,7 @@ def noise(seed: int = 0, width: int = 32, height: int = 24) -> Image.Image:
 
 
 def jpeg(seed: int = 0, width: int = 32, height: int = 24) -> bytes:
-    """Some 2 KB of them: three pairs are more than a tar's padding."""
+    """About 2 KB: three pairs exceed a tar's padding."""
     return encoded(noise(seed, width, height), "JPEG", quality=95, subsampling=0)
 
 
@@ -50,16 +50,16 @@ def pairs(count: int = 6) -> list[tuple[str, bytes]]:
 
 def tar(members: Iterable[tuple[str, bytes]], form: int = tarfile.USTAR_FORMAT, **options) -> bytes:
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=form, **options) as made:
+    with tarfile.open(fileobj=buffer, mode="w", format=form, **options) as archive:
         for name, content in members:
             info = tarfile.TarInfo(name)
             info.size = len(content)
-            made.addfile(info, io.BytesIO(content))
+            archive.addfile(info, io.BytesIO(content))
     return buffer.getvalue()
 
 
 def header(name: bytes, size: int = 0, kind: bytes = b"0", fields: Mapping[int, bytes] = MappingProxyType({})) -> bytes:
-    """A header made by hand, `fields` by their place in it; its checksum is right."""
+    """A handmade header with a valid checksum. `fields`: offset -> bytes."""
     block = bytearray(512)
     for start, value in {0: name, 100: b"0000644\0", 124: b"%011o\0" % size, 156: kind, 257: b"ustar\x0000", **fields}.items():
         block[start : start + len(value)] = value
@@ -82,19 +82,19 @@ def pax(**records: str | bytes) -> bytes:
     return member(b"pax", content, b"x")
 
 
-def place_of(content: bytes, name: str) -> int:
-    """Where a member's header begins."""
+def header_offset(content: bytes, name: str) -> int:
+    """The offset of a member's header."""
     return next(at for at in range(0, len(content), 512) if content[at:].startswith(name.encode() + b"\0"))
 
 
-# ---- damages: what becomes of a good shard of `pairs()`, the byte where that is seen, and words of the reason ----------------------------
+# ---- damages: an intact shard of `pairs()` -> (damaged bytes, offset at which that is detected, words of the reason) ----------------------------
 
 Damage = Callable[[bytes], tuple[bytes, int, str]]
 
 
-def _at(name: str, damage: Callable[[bytes, int], bytes], words: str, past: str = "") -> Damage:
-    """A damage at a member's header, seen there or at the header of `past`."""
-    return lambda good: (damage(good, place_of(good, name)), place_of(good, past or name), words)
+def _at(name: str, damage: Callable[[bytes, int], bytes], expected: str, past: str = "") -> Damage:
+    """A damage at a member's header, detected there or at the header of `past`."""
+    return lambda good: (damage(good, header_offset(good, name)), header_offset(good, past or name), expected)
 
 
 def _flipped(content: bytes, at: int) -> bytes:
@@ -107,7 +107,7 @@ def _replaced(content: bytes, at: int, new: bytes) -> bytes:
 
 GARBAGE = np.random.default_rng(1).bytes(512)
 ENDS = "the file ends here, without the end mark"
-SILENT: dict[str, Damage] = {  # of which webdataset says nothing
+SILENT: dict[str, Damage] = {  # webdataset reports none of these
     "cut between samples": _at("0003.jpg", lambda good, at: good[:at], ENDS),
     "cut inside a header": _at("0003.jpg", lambda good, at: good[: at + 100], ENDS),
     "cut after the jpg of a pair": _at("0003.txt", lambda good, at: good[:at], ENDS),
@@ -115,14 +115,14 @@ SILENT: dict[str, Damage] = {  # of which webdataset says nothing
     "garbage header": _at("0003.jpg", lambda good, at: _replaced(good, at, GARBAGE), "no tar header"),
     "zeroed header": _at("0003.jpg", lambda good, at: _replaced(good, at, bytes(512)), "end mark with more data behind it"),
     "rest never written": _at("0003.jpg", lambda good, at: good[:at] + bytes(len(good) - at), "more than a tar's end has"),
-    "two tars joined": lambda good: (good + good, place_of(good, "0005.txt") + 1024, "tars were joined"),
+    "two tars joined": lambda good: (good + good, header_offset(good, "0005.txt") + 1024, "tars were joined"),
 }
 DAMAGES = SILENT | {
     "cut inside member data": _at("0003.jpg", lambda good, at: good[: at + 512 + 100], "of which the file holds 100"),
     "cut behind a header": _at("0003.jpg", lambda good, at: good[: at + 512], "of which the file holds 0"),
-    "cut inside padding": lambda good: (good[: (cut := place_of(good, "0003.txt") + 512 + 30)], cut, ENDS),
+    "cut inside padding": lambda good: (good[: (cut := header_offset(good, "0003.txt") + 512 + 30)], cut, ENDS),
     "rest of a picture never written": _at("0003.jpg", lambda good, at: good[: at + 600] + bytes(len(good) - at - 600), "more than a", "0003.txt"),
-    "half an end mark": lambda good: (good[: (end := place_of(good, "0005.txt") + 1024) + 512], end, "half of a tar's end mark"),
+    "half an end mark": lambda good: (good[: (end := header_offset(good, "0005.txt") + 1024) + 512], end, "half of a tar's end mark"),
     "0-byte file": lambda _: (b"", 0, ENDS),
     "HTML body": lambda _: (HTML, 0, "begins with b'<!DOCTYPE html>"),
     "long HTML body": lambda _: (HTML * 100, 0, "begins with b'<!DOCTYPE html>"),
@@ -130,56 +130,56 @@ DAMAGES = SILENT | {
 }  # fmt: skip
 
 
-# ---- looking at them -----------------------------------------------------------------------------------------------------------------
+# ---- reading them -----------------------------------------------------------------------------------------------------------------
 
 
-def scanned(place: Path, content: bytes | None = None, **policy: bool) -> Sidecar:
+def scanned(path: Path, content: bytes | None = None, **policy: bool) -> Sidecar:
     if content is not None:
-        place.write_bytes(content)
-    return scan.scan(str(place), Transport(ReadConfig()), **policy)
+        path.write_bytes(content)
+    return scan.scan(str(path), Transport(ReadConfig()), **policy)
 
 
-def indexed(place: Path, content: bytes | None = None, folder: str | None = None, **policy: bool) -> index.Outcome:
+def indexed(path: Path, content: bytes | None = None, folder: str | None = None, **policy: bool) -> index.Outcome:
     if content is not None:
-        place.write_bytes(content)
-    return index.index(str(place), Transport(ReadConfig()), folder, **policy)
+        path.write_bytes(content)
+    return index.index(str(path), Transport(ReadConfig()), folder, **policy)
 
 
-def rows(found: Sidecar) -> list[dict[str, int]]:
-    return [{name: int(column[i]) for name, column in found.columns.items()} for i in range(len(found))]
+def rows(entry: Sidecar) -> list[dict[str, int]]:
+    return [{name: int(column[i]) for name, column in entry.columns.items()} for i in range(len(entry))]
 
 
-def parts(place: Path, found: Sidecar, part: str = "picture") -> list[bytes]:
-    """What the index points at."""
-    content = place.read_bytes()
-    return [content[row[f"{part}_offset"] :][: row[f"{part}_bytes"]] for row in rows(found)]
+def parts(path: Path, entry: Sidecar, part: str = "picture") -> list[bytes]:
+    """The bytes that the index points to."""
+    content = path.read_bytes()
+    return [content[row[f"{part}_offset"] :][: row[f"{part}_bytes"]] for row in rows(entry)]
 
 
-def rejected(found: Sidecar) -> dict[str, tuple[int, str]]:
-    return {one["key"]: (one["offset"], one["reason"]) for one in found.head["rejected"]}
+def rejected(entry: Sidecar) -> dict[str, tuple[int, str]]:
+    return {rejection["key"]: (rejection["offset"], rejection["reason"]) for rejection in entry.head["rejected"]}
 
 
 def refusal(work: Callable[[], object], kind: type[StageError] = DataError) -> str:
-    """What an error says: one paragraph, without what a terminal would obey."""
+    """The message of an error: one paragraph without control characters."""
     with pytest.raises(kind) as caught:
         work()
     assert re.fullmatch(r"[ -~\u00a1-\U0010ffff]+", str(caught.value))
     return str(caught.value)
 
 
-def called(main: Callable[[], None], *words: str | Path) -> tuple[object, str, str]:
-    """A command within this process, which is faster: its exit code, what it says, and what it says on stderr."""
-    said, told, before = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said), contextlib.redirect_stderr(told):
-        patch.setattr(sys, "argv", ["command", *map(str, words)])
+def called(main: Callable[[], None], *args: str | Path) -> tuple[object, str, str]:
+    """Runs a command within this process, which is faster. Returns exit code, stdout, stderr."""
+    stdout, stderr, before = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        patch.setattr(sys, "argv", ["command", *map(str, args)])
         with pytest.raises(SystemExit) as caught:
             main()
     signal.signal(signal.SIGTERM, before)
-    return caught.value.code, said.getvalue(), told.getvalue()
+    return caught.value.code, stdout.getvalue(), stderr.getvalue()
 
 
-def command(module: str, *words: str | Path, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def command(module: str, *args: str | Path, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", module, *map(str, words)], cwd=cwd or ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        [sys.executable, "-m", module, *map(str, args)], cwd=cwd or ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
         capture_output=True, text=True, errors="surrogateescape", timeout=60, check=False,
     )  # fmt: skip

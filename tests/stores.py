@@ -1,4 +1,4 @@
-"""What tests of stores share: reading, damaging and forging what lies in one, and refusals."""
+"""Helpers for tests of stores: read, damage and forge artifacts in one, and check errors."""
 
 import json
 import os
@@ -30,17 +30,17 @@ def refusal(kind: type[StageError], work: Callable[[], Any]) -> str:
 
 def overwrite(address: str, name: str, content: bytes) -> None:
     """Puts other bytes in a store, with the metadata of the old ones."""
-    where = f"{address}/{name}"
-    if not where.startswith("s3://"):
-        Path(where).write_bytes(content)
+    url = f"{address}/{name}"
+    if not url.startswith("s3://"):
+        Path(url).write_bytes(content)
         return
-    client, (bucket, _, key) = _client(), where[5:].partition("/")
+    client, (bucket, _, key) = _client(), url[5:].partition("/")
     metadata = client.head_object(Bucket=bucket, Key=key)["Metadata"]
     client.put_object(Bucket=bucket, Key=key, Body=content, Metadata=metadata)
 
 
 def remove(address: str, name: str) -> None:
-    backends.open_backend(address).drop(name)
+    backends.open_backend(address).delete(name)
 
 
 def _client() -> Any:
@@ -48,6 +48,6 @@ def _client() -> Any:
 
 
 def forge(address: str, change: Callable[[dict], Any]) -> None:
-    values = json.loads(backends.open_backend(address).text("artifact.json") or b"")
+    values = json.loads(backends.open_backend(address).read_small("artifact.json") or b"")
     change(values)
     overwrite(address, "artifact.json", json.dumps(values).encode())

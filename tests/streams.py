@@ -1,4 +1,4 @@
-"""Small shards of pictures in several forms, some of them broken, and streams over them."""
+"""Small shards of pictures with several aspect ratios, some of them broken, and streams over them."""
 
 import io
 import json
@@ -27,7 +27,7 @@ BAD = {3, 17, 18}  # rows whose pictures cannot be decoded
 
 
 def picture(row: int, broken: bool = False) -> bytes:
-    """Told apart by every pixel; a broken one has a good header and half of its body."""
+    """Random pixels, different for every row; a broken one has a valid header and half of its body."""
     width, height = FORMS[row % len(FORMS)]
     pixels = np.random.default_rng(row).integers(0, 256, (height, width, 3), dtype=np.uint8)
     buffer = io.BytesIO()
@@ -35,22 +35,22 @@ def picture(row: int, broken: bool = False) -> bytes:
     return buffer.getvalue()[: len(buffer.getvalue()) // 2] if broken else buffer.getvalue()
 
 
-def pinned(folder: Path, shards: int, bad: frozenset[int] = frozenset()) -> Snapshot:
-    """A snapshot of shards whose samples have three captions each, every fourth one."""
-    transport, places = Transport(READ), []
+def write_snapshot(folder: Path, shards: int, bad: frozenset[int] = frozenset()) -> Snapshot:
+    """A snapshot of new shards; every fourth sample has three captions."""
+    transport, paths = Transport(READ), []
     for number in range(shards):
         members: list[tuple[str, bytes]] = []
         for row in range(number * PER_SHARD, (number + 1) * PER_SHARD):
             several = json.dumps({"captions": [f"picture {row} {word}" for word in ("seen", "told", "shown")]}).encode()
             caption = (f"{row:04d}.txt", b"picture %d" % row) if row % 4 else (f"{row:04d}.json", several)
             members += [(f"{row:04d}.png", picture(row, row in bad)), caption]
-        places.append(str(folder / f"{number}.tar"))
-        Path(places[-1]).write_bytes(tar(members))
-        assert not index.index(places[-1], transport).error
-    return snapshot.build(places, transport)
+        paths.append(str(folder / f"{number}.tar"))
+        Path(paths[-1]).write_bytes(tar(members))
+        assert not index.index(paths[-1], transport).error
+    return snapshot.build(paths, transport)
 
 
 def stream(pins: Snapshot, *, batch: int, seed: int = 0, workers: int = 0, augment: Augment = DRAWN, path: str | None = None) -> Stream:
     quarantine = Quarantine(pins, path)
-    quarantine._check = lambda *_: None  # three of eleven are too many; that is another test's matter
+    quarantine._check = lambda *_: None  # three of eleven exceed the limit, which another test covers
     return Stream(Order(pins, BUCKETS, seed, batch), replace(READ, workers=workers), augment, quarantine)

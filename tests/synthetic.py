@@ -1,4 +1,4 @@
-"""Snapshots that pin no real bytes: for what is arithmetic on sizes and counts."""
+"""Snapshots without real shards, for arithmetic on sizes and counts."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from data.shards.table import columns_sum
 
 
 def snapshot(shards: Sequence[int], sides: Sequence[tuple[int, int]] = ((64, 64),), repeats: Sequence[int] = ()) -> Snapshot:
-    """Shards of so many samples each; the samples' (width, height) are `sides`, over and over again."""
+    """`shards`: samples per shard. The samples' (width, height) cycle through `sides`."""
     count = sum(shards)
     columns = {name: np.zeros(count, kind) for name, kind in COLUMNS.items() if not name.startswith(("latents", "text"))}
     columns["width"][:], columns["height"][:] = np.resize(np.array(sides), (count, 2)).T if count else (0, 0)

@@ -1,4 +1,4 @@
-"""How fast shards are indexed: headers alone, headers with checksums and picture sizes, and the command.
+"""Throughput of indexing shards: headers alone, headers with checksums and picture sizes, and the command.
 
 `python -m bench.data.index [pairs]`. Everything lies in the page cache.
 """
@@ -25,7 +25,7 @@ SHARDS, PICTURES = 6, 256  # tars, samples in each
 
 
 def timed(work: Callable[[], int]) -> tuple[float, float]:
-    """(things a second, things a CPU second)."""
+    """(items a second, items a CPU second)."""
     start, cpu = time.perf_counter(), time.process_time()
     count = work()
     return count / (time.perf_counter() - start), count / (time.process_time() - cpu)
@@ -46,10 +46,10 @@ def walking(pairs: int) -> None:
         (path,) = tars(folder, [bytes(300)], 1, SMALL)
         rounds = [(timed(lambda: ours(path)), timed(lambda: pythons(path))) for _ in range(pairs)]
     print(f"\nheaders alone, {2 * SMALL:,} members of up to 300 bytes in one tar; {pairs} pairs")
-    own, other = zip(*rounds, strict=True)
-    for name, found in (("data.shards.tar.walk, strict", own), ("Python's tarfile", other)):
-        print(f"  {name:24} {spread([one[0] for one in found])} members/s, {median([one[1] for one in found]):,.0f} a CPU second")
-    times = ratio([one[1] for one in own], [one[1] for one in other])
+    ours_rates, other = zip(*rounds, strict=True)
+    for name, results in (("data.shards.tar.walk, strict", ours_rates), ("Python's tarfile", other)):
+        print(f"  {name:24} {spread([rate[0] for rate in results])} members/s, {median([rate[1] for rate in results]):,.0f} a CPU second")
+    times = ratio([rate[1] for rate in ours_rates], [rate[1] for rate in other])
     print(f"  ours is {times} times as fast by CPU; target 100,000 members/s")
 
 
@@ -62,16 +62,17 @@ def scanning(side: int, pairs: int) -> None:
     print(f"\nthe whole of {SHARDS} shards with {samples:,} pictures of {side} px, {size:.0f} MB: CRC-32, SHA-256, picture headers; {pairs} rounds")
     alone, whole = zip(*rounds, strict=True)
     each = size / samples
-    rates, costs = [one[0] for one in alone], [one[1] for one in alone]
+    rates, costs = [timing[0] for timing in alone], [timing[1] for timing in alone]
     print(
-        f"  data.shards.scan.scan, one process {spread(rates)} samples/s, {each * median(rates):,.0f} MB/s ({each * median(costs):,.0f} MB a CPU second)"
+        f"  data.shards.scan.scan, one process {spread(rates)} samples/s, {each * median(rates):,.0f} MB/s "
+        f"({each * median(costs):,.0f} MB a CPU second)"
     )
-    commands = [samples / one for one in whole]
+    commands = [samples / timing for timing in whole]
     print(f"  python -m data.index        {spread(commands)} samples/s, {size / median(whole):,.0f} MB/s, {median(whole):.2f} s with its start-up")
 
 
 def command(paths: Sequence[str]) -> float:
-    """Seconds of indexing them from nothing."""
+    """Seconds to index the shards without existing sidecars."""
     for path in paths:
         Path(sidecar.path_of(path)).unlink(missing_ok=True)
     start = time.perf_counter()

@@ -1,85 +1,71 @@
-"""Memory for pixels that is used again and again, because fresh pages cost the system a third of the time that decoding takes.
+"""Reusable shared-memory buffers for pixels. New pages would cost a third of the decoding time.
 
-Workers fill it and the main process gives it back. It needs nothing of /dev/shm, which is small in containers.
+Workers fill a buffer and the main process releases it. No /dev/shm is used, because it is small in containers.
 """
 
-import ctypes
 import math
 import mmap
 import os
 import weakref
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import ImageFile
 from torch import Tensor
 from torch.utils.data import get_worker_info
-
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
-
-
-def tune_allocator() -> None:
-    """Has this process keep what it frees for the next picture, which glibc would give back to the system, and Pillow give a picture in one piece."""
-    ImageFile.MAXBLOCK = 1 << 22  # bytes; at its 64 KiB every picture is put together from pieces
-    with suppress(AttributeError, OSError):  # another libc
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(TRIM_THRESHOLD, 1 << 28)
-        mallopt(MMAP_THRESHOLD, 1 << 25)
 
 
 @dataclass(frozen=True)
 class BufferHandle:
-    """The beginning of a piece of memory, as it goes from the worker that filled it to the main process."""
+    """A handle to a filled buffer (number, shape), sent from a worker to the main process."""
 
     number: int
     shape: tuple[int, ...]
 
 
 class BufferPool:
-    """`each` pieces of `size` bytes for every worker, of the process that makes it; workers are forked from it afterwards."""
+    """`per_worker` buffers of `size` bytes for every worker. The creating process owns them; create it before workers are forked."""
 
-    def __init__(self, workers: int, each: int, size: int) -> None:
-        self.each, self.size, self._owner = each, size, os.getpid()
-        self._pieces = [mmap.mmap(-1, size) for _ in range(workers * each)]  # shared, and no memory before they are used
-        self._free = mmap.mmap(-1, workers * each)  # 1 for each that nobody has; one worker takes it, and the main process gives it back
+    def __init__(self, workers: int, per_worker: int, size: int) -> None:
+        self.per_worker, self.size, self._owner = per_worker, size, os.getpid()
+        self._memory = [mmap.mmap(-1, size) for _ in range(workers * per_worker)]  # shared; pages are allocated at first use
+        self._free = mmap.mmap(-1, workers * per_worker)  # 1 if the buffer is free; a worker sets 0, the main process sets 1
         self._free[:] = b"\1" * len(self._free)
 
     def acquire(self, size: int) -> int | None:
-        """In a worker: the number of a piece for `size` bytes. None while all its pieces are in use, and where they are too small."""
+        """In a worker: reserves a buffer for `size` bytes and returns its number. None if all are in use or too small."""
         worker = get_worker_info()
-        first = worker.id * self.each if worker else 0
-        number = self._free.find(b"\1", first, first + self.each)
+        first = worker.id * self.per_worker if worker else 0
+        number = self._free.find(b"\1", first, first + self.per_worker)
         if number < 0 or size > self.size or not worker:
             return None
         self._free[number] = 0
         return number
 
-    def array(self, piece: BufferHandle) -> np.ndarray:
-        """A view of the piece."""
-        return np.frombuffer(self._pieces[piece.number], np.uint8, math.prod(piece.shape)).reshape(piece.shape)
+    def array(self, handle: BufferHandle) -> np.ndarray:
+        """The array in the buffer of `handle`."""
+        return np.frombuffer(self._memory[handle.number], np.uint8, math.prod(handle.shape)).reshape(handle.shape)
 
-    def tensor(self, piece: BufferHandle) -> Tensor:
-        """In the main process: the piece, which is free again once no tensor shares its memory."""
-        array = self.array(piece)
-        weakref.finalize(array, self._give_back, piece.number).atexit = False
+    def tensor(self, handle: BufferHandle) -> Tensor:
+        """In the main process: the tensor in a buffer, which is released when no tensor shares its memory."""
+        array = self.array(handle)
+        weakref.finalize(array, self._release, handle.number).atexit = False
         return torch.from_numpy(array)
 
-    def _give_back(self, number: int) -> None:
-        if os.getpid() == self._owner:  # a worker has copies of what the main process held when it was forked
+    def _release(self, number: int) -> None:
+        if os.getpid() == self._owner:  # a forked worker holds copies of the parent's finalizers
             self._free[number] = 1
 
 
 class Buffer:
-    """Where the pixels of a batch come to lie: in lent memory, if there is some."""
+    """The array for a batch's pixels: a pooled buffer if one is free, else new memory."""
 
-    def __init__(self, lender: BufferPool | None, shape: tuple[int, ...]) -> None:
-        number = lender.acquire(math.prod(shape)) if lender else None
-        self.piece = BufferHandle(number, shape) if lender and number is not None else None
-        self.array = lender.array(self.piece) if lender and self.piece else np.empty(shape, np.uint8)
+    def __init__(self, pool: BufferPool | None, shape: tuple[int, ...]) -> None:
+        number = pool.acquire(math.prod(shape)) if pool else None
+        self.handle = BufferHandle(number, shape) if pool and number is not None else None
+        self.array = pool.array(self.handle) if pool and self.handle else np.empty(shape, np.uint8)
 
     def filled(self, count: int) -> Any:
-        """The first `count` pictures: a tensor, or the piece that is one for the main process."""
-        return replace(self.piece, shape=(count, *self.piece.shape[1:])) if self.piece else torch.from_numpy(self.array[:count])
+        """The first `count` pictures: a tensor, or a handle from which the main process makes one."""
+        return replace(self.handle, shape=(count, *self.handle.shape[1:])) if self.handle else torch.from_numpy(self.array[:count])

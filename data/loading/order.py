@@ -1,4 +1,4 @@
-"""Which sample fills which slot of which step: arithmetic on (snapshot, sizes, seed, global batch, step), so that nothing has to be remembered.
+"""Which sample fills which slot of which step: arithmetic on (snapshot, sizes, seed, global batch, step), so the order needs no stored state.
 
 An epoch takes every sample once (or as often as its shard's weight says), bar a remainder that is counted and falls on other samples in
 the next epoch. All samples of a step go into one bucket, so every rank has the same shape. Samples are shuffled in blocks of neighbours
@@ -23,8 +23,8 @@ Size = tuple[int, int]  # width, height in pixels
 def sizes(resolution: int, step: int, aspect: float) -> list[Size]:
     """Buckets of about resolution² pixels, sides multiples of `step`, from 1:aspect to aspect:1; widest last. One square for aspect 1."""
     high = [(w, round(resolution * resolution / w / step) * step) for w in range(step, resolution, step)]
-    found = {(resolution, resolution)} | {(w, h) for w, h in high if w < h <= aspect * w}
-    return sorted(found | {(h, w) for w, h in found}, key=lambda one: one[0] / one[1])
+    tall = {(resolution, resolution)} | {(w, h) for w, h in high if w < h <= aspect * w}
+    return sorted(tall | {(h, w) for w, h in tall}, key=lambda size: size[0] / size[1])
 
 
 def nearest(width: np.ndarray, height: np.ndarray, buckets: list[Size]) -> np.ndarray:
@@ -38,7 +38,7 @@ def nearest(width: np.ndarray, height: np.ndarray, buckets: list[Size]) -> np.nd
 
 @dataclass(frozen=True)
 class Step:
-    """What one step is made of: samples (B,) in the order of the slots, all to be cropped to `size`."""
+    """The samples (B,) of one step in slot order, all cropped to `size`."""
 
     rows: np.ndarray
     size: Size
@@ -46,9 +46,9 @@ class Step:
 
 
 class Order:
-    """The order of a whole run. Cheap to make anew anywhere: its state is (snapshot id, seed, batch, step).
+    """The order of a whole run. Cheap to rebuild: its state is (snapshot id, seed, batch, step).
 
-    A bucket with too few samples for a step gives them to the nearest one, unless they are `cropped` already: then they are left out.
+    Samples of a bucket too small for a step move to the nearest bucket. If they are already `cropped` they are left out.
     """
 
     def __init__(self, snapshot: Snapshot, buckets: list[Size], seed: int, batch: int, *, cropped: bool = False) -> None:
@@ -56,7 +56,7 @@ class Order:
         self._rows, self._block = _entries(snapshot, batch)
         assigned = nearest(snapshot.columns["width"], snapshot.columns["height"], buckets).astype(np.uint16)
         if not cropped:
-            assigned = _merged(np.bincount(assigned[self._rows], minlength=len(buckets)), buckets, batch)[assigned]
+            assigned = _merge_buckets(np.bincount(assigned[self._rows], minlength=len(buckets)), buckets, batch)[assigned]
         self._assigned = assigned
         self._bucket = assigned[self._rows]  # of each entry
         self._members = [np.flatnonzero(self._bucket == b).astype(np.int32) for b in range(len(buckets))]  # entries of each bucket
@@ -73,7 +73,7 @@ class Order:
         return Step(self._rows[entries[number]], self.buckets[buckets[number]], epoch)
 
     def substitute(self, step: int, slot: int, attempt: int) -> int:
-        """A sample of the same bucket for a slot whose own cannot be used; another one for every attempt."""
+        """A replacement from the same bucket for an unusable sample; a different one per attempt."""
         epoch, number = divmod(step, self.steps_per_epoch)
         members = self._members[self._epoch(epoch)[1][number]]
         draw = np.random.Philox(key=[self.seed, epoch], counter=[step, slot, attempt, 1]).random_raw()  # type: ignore[call-arg]
@@ -85,8 +85,8 @@ class Order:
 
     def rows_by_size(self) -> list[tuple[Size, np.ndarray]]:
         """The samples of every bucket in use, each once."""
-        found = [(size, np.flatnonzero(self._assigned == b)) for b, size in enumerate(self.buckets)]
-        return [(size, rows) for size, rows in found if len(rows)]
+        by_size = [(size, np.flatnonzero(self._assigned == b)) for b, size in enumerate(self.buckets)]
+        return [(size, rows) for size, rows in by_size if len(rows)]
 
     def cropped_away(self) -> float:
         """The mean share of a picture that lies outside its crop."""
@@ -102,10 +102,10 @@ class Order:
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(entries (T, B), bucket (T,)) of an epoch's T steps."""
         shuffled = self._shuffled(epoch)
-        shuffled = shuffled[self._kept(epoch)[shuffled]]
+        shuffled = shuffled[self._use_mask(epoch)[shuffled]]
         by_bucket = np.argsort(self._bucket[shuffled], kind="stable").astype(np.int32)  # whole batches of each bucket, one bucket after the other
         batches = by_bucket.reshape(-1, self.batch)
-        batches = batches[np.argsort(batches[:, -1], kind="stable")]  # a batch goes out once its last sample has come
+        batches = batches[np.argsort(batches[:, -1], kind="stable")]  # batches are ordered by the position of their last sample
         entries = shuffled[batches]
         return entries, self._bucket[entries[:, 0]]
 
@@ -113,49 +113,49 @@ class Order:
         """All entries: blocks shuffled, then samples within windows of them."""
         count, blocks = len(self._rows), int(self._block[-1]) + 1
         raw = np.random.Philox(key=[self.seed, epoch]).random_raw(count + blocks)
-        place = np.empty(blocks, np.uint64)  # of each block in the shuffled row of blocks
-        place[np.argsort(raw[count:], kind="stable")] = np.arange(blocks, dtype=np.uint64)
+        block_rank = np.empty(blocks, np.uint64)  # position of each block in the shuffled order
+        block_rank[np.argsort(raw[count:], kind="stable")] = np.arange(blocks, dtype=np.uint64)
         high, low = (blocks // WINDOW).bit_length(), count.bit_length()
-        key = raw[:count]  # a sample's window in the high bits, its own number in the low ones, chance between them
+        key = raw[:count]  # window in the high bits, random bits in the middle, sample index in the low bits
         key >>= np.uint64(high + low)
         key <<= np.uint64(low)
         key |= np.arange(count, dtype=np.uint64)
-        key |= (place // np.uint64(WINDOW) << np.uint64(64 - high))[self._block] if high else np.uint64(0)
+        key |= (block_rank // np.uint64(WINDOW) << np.uint64(64 - high))[self._block] if high else np.uint64(0)
         key.sort()  # much faster than argsort
         return (key & np.uint64((1 << low) - 1)).astype(np.int32)
 
-    def _kept(self, epoch: int) -> np.ndarray:
+    def _use_mask(self, epoch: int) -> np.ndarray:
         """Which entries (N,) are used: in every bucket the remainder moves on by its own length each epoch, so all are left out equally often."""
-        kept = np.ones(len(self._rows), bool)
+        mask = np.ones(len(self._rows), bool)
         for members in self._members:
             if rest := len(members) % self.batch:
-                kept[members[(epoch * rest + np.arange(rest)) % len(members)]] = False
-        return kept
+                mask[members[(epoch * rest + np.arange(rest)) % len(members)]] = False
+        return mask
 
 
 def _entries(snapshot: Snapshot, batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """(row, block) of everything an epoch takes: each sample as often as its shard's weight says, and all again until they fill a step."""
+    """(row, block) of every entry of an epoch: each sample as often as its shard's `repeat`, and all again until they fill a step."""
     once = sum(shard.samples * shard.repeat for shard in snapshot.shards)
     passes = -(-batch // once)
     rows, blocks, block = [], [], 0
     for shard in snapshot.shards:
         for _ in range(shard.repeat * passes):
-            own = np.arange(shard.samples, dtype=np.int32)
-            rows.append(shard.first + own)
-            blocks.append(block + own // BLOCK)
+            indices = np.arange(shard.samples, dtype=np.int32)
+            rows.append(shard.first + indices)
+            blocks.append(block + indices // BLOCK)
             block += -(-shard.samples // BLOCK)
     return np.concatenate(rows), np.concatenate(blocks)
 
 
-def _merged(counts: np.ndarray, buckets: list[Size], batch: int) -> np.ndarray:
-    """Where each bucket's samples go: those of a bucket too small for one step to the nearest one in use, until all are large enough."""
-    goes, counts = np.arange(len(buckets), dtype=np.uint16), counts.copy()
+def _merge_buckets(counts: np.ndarray, buckets: list[Size], batch: int) -> np.ndarray:
+    """Bucket to target bucket. Merges each bucket that is too small for one step into the nearest used one, until all are large enough."""
+    targets, counts = np.arange(len(buckets), dtype=np.uint16), counts.copy()
     form = np.array([w / h for w, h in buckets])
-    while (small := np.flatnonzero((counts > 0) & (counts < batch))).size and np.count_nonzero(counts) > 1:
-        one = small[np.argmin(counts[small])]
-        others = np.flatnonzero((counts > 0) & (np.arange(len(counts)) != one))
-        target = others[np.argmin(np.maximum(form[others] / form[one], form[one] / form[others]))]
-        goes[goes == one] = target
-        counts[target] += counts[one]
-        counts[one] = 0
-    return goes
+    while (too_small := np.flatnonzero((counts > 0) & (counts < batch))).size and np.count_nonzero(counts) > 1:
+        smallest = too_small[np.argmin(counts[too_small])]
+        others = np.flatnonzero((counts > 0) & (np.arange(len(counts)) != smallest))
+        target = others[np.argmin(np.maximum(form[others] / form[smallest], form[smallest] / form[others]))]
+        targets[targets == smallest] = target
+        counts[target] += counts[smallest]
+        counts[smallest] = 0
+    return targets

@@ -1,4 +1,4 @@
-"""Fetches samples by their place in the snapshot: verified bytes, read ahead by threads, in the order asked for."""
+"""Reads samples by row: CRC-verified bytes, prefetched by threads, in request order."""
 
 import zlib
 from collections import deque
@@ -18,13 +18,13 @@ from data.storage.transport import ReadConfig, Transport
 from dev2pro.errors import DataError, TryAgainError
 
 J = TypeVar("J")
-NEAR = 1 << 16  # bytes between two parts of a sample that are worth reading along
-TOGETHER = 4  # samples of this machine that a thread reads one after the other
-MAX_BLOCK = 1 << 26  # bytes of neighbours fetched for the cache at a time; every thread may hold one
+MAX_GAP = 1 << 16  # largest gap between two parts that one read spans
+LOCAL_GROUP = 4  # local samples that one job of a thread reads
+MAX_BLOCK = 1 << 26  # bytes fetched for the cache in one read, per thread
 
 
 class Reader:
-    """Reads `parts` of samples. It belongs to the process that made it."""
+    """Reads `parts` of samples. Use it only in the process that created it."""
 
     def __init__(self, snapshot: Snapshot, config: ReadConfig, parts: Sequence[str]) -> None:
         self.snapshot, self.config, self.parts = snapshot, config, parts
@@ -34,26 +34,26 @@ class Reader:
     def sample(self, row: int) -> dict[str, bytes]:
         """part -> its bytes, as they were indexed.
 
-        Raises what `Transport.read` raises, ChangedError for other bytes in a local shard, TryAgainError for such from afar.
+        Raises what `Transport.read` raises. For a CRC mismatch raises ChangedError (local shard) or TryAgainError (remote).
         """
         shard = self.snapshot.shard(row)
         spans = {part: self.snapshot.span(row, part) for part in self.parts}
-        if wrong := next((part for part in spans if spans[part].bytes > LIMITS[part]), ""):
+        if name := next((part for part in spans if spans[part].bytes > LIMITS[part]), ""):
             raise DataError(
-                f"{urls.redact_url(shard.url)}: the snapshot has a {wrong} of {spans[wrong].bytes:,} bytes, which no index lets in. Make it again."
+                f"{urls.redact_url(shard.url)}: the snapshot has a {name} of {spans[name].bytes:,} bytes, which no index lets in. Make it again."
             )
-        found = self._parts(shard, row, spans)
-        if not _first_mismatch(spans, found):
-            return found
-        found = self._parts(shard, row, spans, fresh=True)
-        if wrong := _first_mismatch(spans, found):
-            where = f"bytes {spans[wrong].offset} to {spans[wrong].offset + spans[wrong].bytes} ({wrong}) are not those of the index, twice"
+        parts = self._parts(shard, row, spans)
+        if not _first_mismatch(spans, parts):
+            return parts
+        parts = self._parts(shard, row, spans, fresh=True)
+        if name := _first_mismatch(spans, parts):
+            mismatch = f"bytes {spans[name].offset} to {spans[name].offset + spans[name].bytes} ({name}) are not those of the index, twice"
             if not urls.is_remote(shard.url):
-                raise ChangedError(shard.url, where)
+                raise ChangedError(shard.url, mismatch)
             raise TryAgainError(
-                f"{urls.redact_url(shard.url)}: {where}. The network or the store damages data; look there, then run the same command."
+                f"{urls.redact_url(shard.url)}: {mismatch}. The network or the store damages data; look there, then run the same command."
             )
-        return found
+        return parts
 
     def key(self, row: int) -> str:
         """The name of a sample's picture in its shard, from the header before it; for messages."""
@@ -61,38 +61,42 @@ class Reader:
         return urls.printable(tar.name_of(self.transport.read(shard.url, max(0, offset - tar.BLOCK), tar.BLOCK, shard.info)))
 
     def prefetch(self, jobs: Iterable[tuple[int, J]]) -> Iterator[tuple[J, dict[str, bytes]]]:
-        """(job, sample) for every (row, job), in order, while up to `threads` more are on their way; prefetch_mb holds half of what waits."""
+        """(job, sample) for every (row, job), in order, while up to `threads` more are being read. Pending bytes use at most half of prefetch_mb."""
         limit = self.config.prefetch_mb * 2**20 / max(1, self.config.workers) / 2
         waiting: deque[tuple[list[tuple[int, J]], int, Future]] = deque()
-        each = 1 if any(urls.is_remote(shard.url) for shard in self.snapshot.shards) else TOGETHER
-        jobs, held = iter(jobs), 0
+        group_size = 1 if any(urls.is_remote(shard.url) for shard in self.snapshot.shards) else LOCAL_GROUP
+        jobs, pending_bytes = iter(jobs), 0
         pool = ThreadPoolExecutor(self.config.threads, "sample")
         try:
             while True:
-                while len(waiting) * each < 2 * self.config.threads and (held < limit or not waiting) and (some := list(islice(jobs, each))):
-                    size = sum(self.snapshot.span(row, part).bytes for row, _ in some for part in self.parts)
-                    waiting.append((some, size, pool.submit(lambda rows: [self.sample(row) for row in rows], [row for row, _ in some])))
-                    held += size
+                while (
+                    len(waiting) * group_size < 2 * self.config.threads
+                    and (pending_bytes < limit or not waiting)
+                    and (group := list(islice(jobs, group_size)))
+                ):
+                    size = sum(self.snapshot.span(row, part).bytes for row, _ in group for part in self.parts)
+                    waiting.append((group, size, pool.submit(lambda rows: [self.sample(row) for row in rows], [row for row, _ in group])))
+                    pending_bytes += size
                 if not waiting:
                     return
-                some, size, read = waiting.popleft()
-                for (_, one), found in zip(some, read.result(), strict=True):
-                    yield one, found
-                held -= size
+                group, size, future = waiting.popleft()
+                for (_, job), parts in zip(group, future.result(), strict=True):
+                    yield job, parts
+                pending_bytes -= size
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # what hangs must not hold up an error
+            pool.shutdown(wait=False, cancel_futures=True)  # does not wait for a hanging read
 
     def _parts(self, shard: Shard, row: int, spans: dict[str, Span], fresh: bool = False) -> dict[str, bytes]:
-        found = dict.fromkeys(spans, b"")
+        parts = dict.fromkeys(spans, b"")
         for group in _coalesce(spans):
             start = min(spans[part].offset for part in group)
             end = max(spans[part].offset + spans[part].bytes for part in group)
             content = self._range(shard, row, group, start, end, fresh)
-            found |= {part: content[(first := spans[part].offset - start) : first + spans[part].bytes] for part in group}
-        return found
+            parts |= {part: content[(first := spans[part].offset - start) : first + spans[part].bytes] for part in group}
+        return parts
 
     def _range(self, shard: Shard, row: int, group: Sequence[str], start: int, end: int, fresh: bool) -> bytes:
-        """Bytes of a shard; through the cache a whole block of neighbours, which the order soon asks for as well."""
+        """Bytes of a shard. With a cache, reads the whole block of neighbouring samples, which the order needs soon."""
 
         def fetch(first: int, last: int) -> bytes:
             return self.transport.read(shard.url, first, last - first, shard.info)
@@ -116,11 +120,11 @@ class Reader:
 
 
 def _coalesce(spans: dict[str, Span]) -> list[list[str]]:
-    """Parts that lie near enough to each other for one read; those that hold nothing lie nowhere."""
+    """Groups parts that are close enough for one read. Skips empty parts."""
     groups: list[list[str]] = []
     end = 0
     for part in sorted((part for part, span in spans.items() if span.bytes), key=lambda part: spans[part].offset):
-        if groups and spans[part].offset - end <= NEAR:
+        if groups and spans[part].offset - end <= MAX_GAP:
             groups[-1].append(part)
         else:
             groups.append([part])
@@ -128,6 +132,6 @@ def _coalesce(spans: dict[str, Span]) -> list[list[str]]:
     return groups
 
 
-def _first_mismatch(spans: dict[str, Span], found: dict[str, bytes]) -> str:
-    """The first part whose bytes are not those that were indexed, or nothing."""
-    return next((part for part, span in spans.items() if zlib.crc32(found[part]) != span.crc), "")
+def _first_mismatch(spans: dict[str, Span], parts: dict[str, bytes]) -> str:
+    """The first part whose CRC differs from the index, or ""."""
+    return next((part for part, span in spans.items() if zlib.crc32(parts[part]) != span.crc), "")

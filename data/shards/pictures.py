@@ -1,4 +1,4 @@
-"""From the bytes of a picture or caption to what they say: allowed kinds only, within limits, upright, cropped to a size."""
+"""Decodes images and captions: allowed kinds only, within limits, upright, cropped to a size."""
 
 import io
 import json
@@ -18,14 +18,14 @@ PNG_EXIF = (b"eXIf", b"tEXtRaw profile type exif", b"zTXtRaw profile type exif",
 
 
 class BadContent(ValueError):
-    """A picture or caption whose bytes arrived whole and cannot be used. It says why, in half a sentence."""
+    """A picture or caption that was read completely and is unusable. The message is half a sentence."""
 
 
 @contextmanager
-def _decoding(trouble: str) -> Iterator[None]:
-    """Decoders meet broken bytes with exceptions of every kind; all of them are the picture's fault, but for a lack of memory.
+def _decoding(message: str) -> Iterator[None]:
+    """Turns every decoder exception into BadContent, except MemoryError.
 
-    Their warnings name no picture, and say nothing that matters here: of damaged EXIF data, of sizes whose limit is ours.
+    Suppresses decoder warnings, which name no file and are irrelevant here: of damaged EXIF data, of sizes whose limit is ours.
     """
     try:
         with warnings.catch_warnings():
@@ -34,13 +34,13 @@ def _decoding(trouble: str) -> Iterator[None]:
     except (MemoryError, BadContent):
         raise
     except UnidentifiedImageError as error:  # its text holds nothing but an address in memory
-        raise BadContent(trouble) from error
+        raise BadContent(message) from error
     except Exception as error:
-        raise BadContent(f"{trouble} ({str(error) or type(error).__name__})") from error
+        raise BadContent(f"{message} ({str(error) or type(error).__name__})") from error
 
 
 def open_image(encoded: bytes) -> Image.Image:
-    """The picture with its header read and its pixels not. Raises BadContent for other kinds and for picture bombs."""
+    """Opens the image: reads the header, not the pixels. Raises BadContent for other kinds and for picture bombs."""
     with _decoding("it is no readable JPEG, PNG or WebP picture"):
         image: Image.Image = Image.open(io.BytesIO(encoded), formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
@@ -63,15 +63,15 @@ def size(encoded: bytes) -> tuple[int, int]:
 
 
 def _has_exif(png: bytes) -> bool:
-    """Looks at the heads of a PNG's chunks: what is wanted may lie behind the pixels, and Pillow would decode them all to get there."""
-    at = 8
-    while at + 8 <= len(png) and not png.startswith(PNG_EXIF, at + 4):
-        at += 12 + int.from_bytes(png[at : at + 4], "big")
-    return at + 8 <= len(png)
+    """Looks at the heads of a PNG's chunks: EXIF may follow the pixel data, and Pillow would decode all pixels to reach it."""
+    position = 8
+    while position + 8 <= len(png) and not png.startswith(PNG_EXIF, position + 4):
+        position += 12 + int.from_bytes(png[position : position + 4], "big")
+    return position + 8 <= len(png)
 
 
 def upright(encoded: bytes, target: int = 0) -> Image.Image:
-    """The RGB picture as its camera held it. A JPEG may come at a fraction of its size, both sides at least twice `target` pixels."""
+    """The RGB image with its EXIF orientation applied. A JPEG may come at a fraction of its size, both sides at least twice `target` pixels."""
     image = open_image(encoded)
     with _decoding("its pixels cannot be decoded"):
         if target and image.format == "JPEG":
@@ -83,7 +83,7 @@ def upright(encoded: bytes, target: int = 0) -> Image.Image:
 
 
 def crop_resize(image: Image.Image, target: tuple[int, int], across: float = 0.5, down: float = 0.5) -> Image.Image:
-    """The largest part of the form of `target` (width, height), scaled to it (Lanczos). `across` and `down`, 0 to 1, say which: 0.5 is the middle."""
+    """Crops to the aspect ratio of `target` (width, height) and resizes to it (Lanczos). `across` and `down`, 0 to 1, position the crop."""
     width, height = target
     scale = min(image.width / width, image.height / height)
     left, top = (image.width - scale * width) * across, (image.height - scale * height) * down
@@ -92,26 +92,26 @@ def crop_resize(image: Image.Image, target: tuple[int, int], across: float = 0.5
 
 
 def captions(encoded: bytes, suffix: str) -> list[str]:
-    """What a caption file says: the text of a .txt; of a .json a string, a list of them, or such under "captions", "caption" or "text".
+    """Parses a caption file: the text of a .txt; of a .json a string, a list of them, or such under "captions", "caption" or "text".
 
-    Raises BadContent where that is nothing.
+    Raises BadContent if there is no caption.
     """
     if len(encoded) > MAX_CAPTION:
         raise BadContent(f"its caption has {len(encoded)} bytes, more than {MAX_CAPTION}")
     try:
-        found = encoded.decode("utf-8-sig") if suffix == "txt" else json.loads(encoded)
+        value = encoded.decode("utf-8-sig") if suffix == "txt" else json.loads(encoded)
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise BadContent(f"its caption is not {'UTF-8 text' if suffix == 'txt' else 'JSON'} ({error})") from error
-    if isinstance(found, dict):
-        found = next((found[key] for key in ("captions", "caption", "text") if found.get(key) is not None), None)
-    texts = [found] if isinstance(found, str) else found
+    if isinstance(value, dict):
+        value = next((value[key] for key in ("captions", "caption", "text") if value.get(key) is not None), None)
+    texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise BadContent('its .json holds no caption: a string or a list of strings, alone or under "captions"')
-    kept = [text.strip() for text in texts if text.strip()]
-    if not kept:
+    nonempty = [text.strip() for text in texts if text.strip()]
+    if not nonempty:
         raise BadContent("its caption is empty")
     try:
-        "".join(kept).encode()
+        "".join(nonempty).encode()
     except UnicodeEncodeError as error:  # JSON can spell half a character, and no text encoder takes it
         raise BadContent(f"its caption has half a character ({error.reason})") from error
-    return kept
+    return nonempty

@@ -1,4 +1,4 @@
-"""What a shard holds and where, in a file beside it: a row of numbers for each whole sample, and the list of what was rejected."""
+"""The sidecar index of a shard: one row per complete sample, and the rejected samples."""
 
 import hashlib
 import re
@@ -26,7 +26,7 @@ COLUMNS = {f"{part}_{what}": kind for part in PARTS for what, kind in (("offset"
 
 @dataclass(frozen=True)
 class Sidecar:
-    """`head`: the shard's size, ETag or time of change, SHA-256, and what was rejected. `columns`: one row per sample, see COLUMNS."""
+    """`head`: the shard's size, ETag or modification time, SHA-256, and the rejected samples. `columns`: one row per sample, see COLUMNS."""
 
     head: dict[str, Any]
     columns: dict[str, np.ndarray]
@@ -36,8 +36,8 @@ class Sidecar:
         return table.encode(FORM, VERSION, self.head, self.columns)
 
     @property
-    def stamp(self) -> FileInfo:
-        """The state of the tar that was indexed."""
+    def info(self) -> FileInfo:
+        """Size and ETag or modification time of the tar when it was indexed."""
         return FileInfo(self.head["size"], self.head["etag"], self.head["modified"])
 
     def __len__(self) -> int:
@@ -49,25 +49,25 @@ def key_number(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
 
 
-def path_of(place: str, folder: str | None = None) -> str:
-    """Where a shard's sidecar lies: beside it, or in `folder` under a name that no two addresses share."""
+def path_of(url: str, folder: str | None = None) -> str:
+    """The path of a shard's sidecar: beside the shard, or in `folder` under a name that is unique to the URL."""
     if folder is None:
-        return place + ENDING
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", place.rsplit("/", 1)[-1])[-100:]
-    return f"{folder}/{name}-{hashlib.sha256(place.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}{ENDING}"
+        return url + ENDING
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", url.rsplit("/", 1)[-1])[-100:]
+    return f"{folder}/{name}-{hashlib.sha256(url.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}{ENDING}"
 
 
-def read(place: str, transport: Transport, folder: str | None = None) -> Sidecar:
-    """The sidecar of a shard. Raises DataError where there is none or it is damaged."""
-    there = path_of(place, folder)
+def read(url: str, transport: Transport, folder: str | None = None) -> Sidecar:
+    """Reads the sidecar of a shard. Raises DataError if it is missing or damaged."""
+    sidecar_path = path_of(url, folder)
     try:
-        head, columns = table.decode(transport.read_all(there, MAX_BYTES), FORM, VERSION, urls.redact_url(there))
+        head, columns = table.decode(transport.read_all(sidecar_path, MAX_BYTES), FORM, VERSION, urls.redact_url(sidecar_path))
         if {name: column.dtype for name, column in columns.items()} != {name: np.dtype(kind) for name, kind in COLUMNS.items()}:
-            raise DataError(f"{urls.redact_url(there)} is damaged: it has other columns than an index.")
+            raise DataError(f"{urls.redact_url(sidecar_path)} is damaged: it has other columns than an index.")
     except DataError as error:
-        command = shlex.join(["python", "-m", "data.index", urls.redact_url(place), *(["--to", urls.redact_url(folder)] if folder else [])])
+        command = shlex.join(["python", "-m", "data.index", urls.redact_url(url), *(["--to", urls.redact_url(folder)] if folder else [])])
         raise DataError(
-            f"{urls.redact_url(place)} is not indexed ({str(error).partition('. ')[0]}). Index it with `{command}`, "
+            f"{urls.redact_url(url)} is not indexed ({str(error).partition('. ')[0]}). Index it with `{command}`, "
             "which also says what is wrong with a shard that it rejects."
         ) from error
     return Sidecar(head, columns)

@@ -1,4 +1,4 @@
-"""A pinned, ordered list of shards and of the samples in them: the only thing a run looks at."""
+"""A snapshot: the fixed, ordered list of shards and samples that a run reads."""
 
 import functools
 import hashlib
@@ -22,7 +22,7 @@ ENDING = ".snapshot"
 
 
 class Span(NamedTuple):
-    """Where a part of a sample lies in its shard, and the CRC-32 of its bytes."""
+    """The byte range of a sample's part in its shard, and its CRC-32."""
 
     offset: int
     bytes: int
@@ -54,13 +54,13 @@ class Filters:
     def mask(self, sha256: str, columns: table.Columns) -> np.ndarray:
         """(N,) bool."""
         width, height, chars = (columns[name].astype(np.float64) for name in ("width", "height", "caption_chars"))
-        kept = (np.minimum(width, height) >= self.min_side) & (chars >= self.min_caption)
+        mask = (np.minimum(width, height) >= self.min_side) & (chars >= self.min_caption)
         if self.max_aspect:
-            kept &= np.maximum(width, height) <= self.max_aspect * np.minimum(width, height)
+            mask &= np.maximum(width, height) <= self.max_aspect * np.minimum(width, height)
         if self.max_caption:
-            kept &= chars <= self.max_caption
+            mask &= chars <= self.max_caption
         unwanted = [number for shard, number in self.without if shard == sha256]
-        return kept & ~np.isin(columns["key"], np.array(unwanted, np.uint64))
+        return mask & ~np.isin(columns["key"], np.array(unwanted, np.uint64))
 
     def json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -69,15 +69,15 @@ class Filters:
 
 
 class Snapshot:
-    """Samples are numbered 0 to N-1 in the order of the shards. `id` depends on what they are, not on where they lie."""
+    """Samples are numbered 0 to N-1 in the order of the shards. `id` depends on their contents, not on their URLs."""
 
     def __init__(self, head: dict[str, Any], columns: table.Columns) -> None:
         self.head, self.columns = head, columns
-        counts = [one["samples"] for one in head["shards"]]
+        counts = [shard["samples"] for shard in head["shards"]]
         self._firsts = np.cumsum([0, *counts])
         self.shards = [
-            Shard(one["place"], FileInfo(**one["stamp"]), one["sha256"], int(first), one["samples"], one["repeat"])
-            for one, first in zip(head["shards"], self._firsts, strict=False)
+            Shard(shard["place"], FileInfo(**shard["stamp"]), shard["sha256"], int(first), shard["samples"], shard["repeat"])
+            for shard, first in zip(head["shards"], self._firsts, strict=False)
         ]
         self.encodings: dict[str, Any] = head["encodings"]
         self.id: str = head["id"]
@@ -90,30 +90,30 @@ class Snapshot:
         return self.shards[int(np.searchsorted(self._firsts, row, "right")) - 1]
 
     def span(self, row: int, part: str) -> Span:
-        """Where the picture, caption, latents or text of a sample lie."""
+        """The byte range of a sample's picture, caption, latents or text."""
         return Span(*(int(self.columns[f"{part}_{what}"][row]) for what in ("offset", "bytes", "crc")))
 
     def write(self, path: str) -> None:
-        """Writes the snapshot at once."""
+        """Writes the snapshot atomically."""
         write_atomic(path, table.encode(FORM, VERSION, self.head, self.columns))
 
 
 def read(path: str) -> Snapshot:
-    """The snapshot in a file, its columns mapped. Raises DataError for a file that is damaged or something else."""
+    """Reads a snapshot with memory-mapped columns. Raises DataError for a file that is damaged or of another kind."""
     head, columns = table.open_mapped(path, FORM, VERSION)
     lengths = {len(column) for column in columns.values()}
     try:
-        found = Snapshot(head, columns)
-        fits = lengths == {len(found)} and found.id == _id(head, head["columns"])
+        snapshot = Snapshot(head, columns)
+        fits = lengths == {len(snapshot)} and snapshot.id == _id(head, head["columns"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{urls.redact_url(path)} is damaged ({type(error).__name__}: {error}). Make the snapshot again.") from error
     if not fits:
         raise DataError(f"{urls.redact_url(path)} is damaged: its id is not that of its contents. Make the snapshot again.")
-    for shard in found.shards:
+    for shard in snapshot.shards:
         urls.normalize(shard.url)
         if not shard.info.etag.isprintable():  # it goes into a header
             raise DataError(f"{urls.redact_url(path)} has an ETag that no server gives. Make the snapshot again.")
-    return found
+    return snapshot
 
 
 def build(
@@ -128,108 +128,106 @@ def build(
     advance: Callable[[], None] = lambda: None,
     unusable: dict[str, str] | None = None,
 ) -> Snapshot:
-    """A snapshot of indexed shards; `repeat` says by SHA-256 how often an epoch uses one, 0 leaves it out.
+    """A snapshot of indexed shards. `repeat`: SHA-256 -> how often an epoch uses the shard; 0 leaves it out.
 
-    `sources` and `folders` (packed folder -> listing) are notes of where the shards came from; `folder` holds the sidecars.
+    `sources` and `folders` (packed folder -> listing) record where the shards came from; `folder` holds the sidecars.
 
     Raises DataError for a shard that is not indexed, changed since, or there twice (or leaves it out, with the reason, where `unusable` is given),
     and for one with other encodings than the rest.
     """
 
-    def one(place: str) -> tuple[str, Sidecar, FileInfo] | None:
+    def read_verified(url: str) -> tuple[str, Sidecar, FileInfo] | None:
         try:
-            found = sidecar.read(place, transport, folder)
-            return place, found, verified(place, found.stamp, found.head["sha256"], transport)
+            entry = sidecar.read(url, transport, folder)
+            return url, entry, verify_unchanged(url, entry.info, entry.head["sha256"], transport)
         except DataError as error:
             if unusable is None:
                 raise
-            unusable[place] = str(error)
+            unusable[url] = str(error)
             return None
         finally:
             advance()
 
     with ThreadPoolExecutor(transport.config.threads) as pool:
-        found = [one for one in pool.map(one, shards) if one]
-    stamps = {place: stamp for place, _, stamp in found}
-    used = [(place, known, repeat(known.head["sha256"])) for place, known, _ in found if len(known)]
-    used = [(place, known, times) for place, known, times in used if times]
-    if twice := _twice([(place, known) for place, known, _ in used]):
+        results = [result for result in pool.map(read_verified, shards) if result]
+    infos = {url: info for url, _, info in results}
+    used = [(url, entry, repeat(entry.head["sha256"])) for url, entry, _ in results if len(entry)]
+    used = [(url, entry, times) for url, entry, times in used if times]
+    if duplicates := _duplicates([(url, entry) for url, entry, _ in used]):
         if unusable is None:
-            raise DataError(next(iter(twice.values())))
-        unusable |= twice
-        used = [one for one in used if one[0] not in twice]
-    _check_encodings([(place, known) for place, known, _ in used])
-    kept = [filters.mask(known.head["sha256"], known.columns) for _, known, _ in used]
+            raise DataError(next(iter(duplicates.values())))
+        unusable |= duplicates
+        used = [shard for shard in used if shard[0] not in duplicates]
+    _check_encodings([(url, entry) for url, entry, _ in used])
+    masks = [filters.mask(entry.head["sha256"], entry.columns) for _, entry, _ in used]
     encodings = used[0][1].head["encodings"] if used else {}
     names = [name for name in COLUMNS if (part := name.partition("_")[0]) not in encoded.PARTS or part in encodings]
     columns = {
-        name: np.concatenate([known.columns[name][mask] for (_, known, _), mask in zip(used, kept, strict=True)] or [np.empty(0, COLUMNS[name])])
+        name: np.concatenate([entry.columns[name][mask] for (_, entry, _), mask in zip(used, masks, strict=True)] or [np.empty(0, COLUMNS[name])])
         for name in names
     }
     head = {
         "sources": list(sources), "folders": dict(folders), "filters": filters.json(), "encodings": encodings,
         "shards": [
-            {"place": place, "stamp": stamps[place].json(), "sha256": known.head["sha256"], "samples": int(mask.sum()), "repeat": times}
-            for (place, known, times), mask in zip(used, kept, strict=True)
+            {"place": url, "stamp": infos[url].json(), "sha256": entry.head["sha256"], "samples": int(mask.sum()), "repeat": times}
+            for (url, entry, times), mask in zip(used, masks, strict=True)
         ],
     }  # fmt: skip
     return Snapshot({**head, "id": _id(head, table.columns_sum(columns))}, columns)
 
 
 def _id(head: dict[str, Any], columns: str) -> str:
-    """A hash of what the samples are: contents of shards in their order, which rows, how often."""
-    return table.digest([VERSION, [[one["sha256"], one["samples"], one["repeat"]] for one in head["shards"]], head["encodings"], columns])
+    """A hash of the samples: shard contents in order, selected rows, repeats."""
+    return table.digest([VERSION, [[shard["sha256"], shard["samples"], shard["repeat"]] for shard in head["shards"]], head["encodings"], columns])
 
 
-def _twice(used: Sequence[tuple[str, Sidecar]]) -> dict[str, str]:
-    """Shards whose bytes came before, and what to say about each."""
+def _duplicates(used: Sequence[tuple[str, Sidecar]]) -> dict[str, str]:
+    """Shards with the bytes of an earlier one -> the error message."""
     seen: dict[str, str] = {}
-    found: dict[str, str] = {}
-    for place, known in used:
-        if (first := seen.get(known.head["sha256"])) is None:
-            seen[known.head["sha256"]] = place
+    messages: dict[str, str] = {}
+    for url, entry in used:
+        if (first := seen.get(entry.head["sha256"])) is None:
+            seen[entry.head["sha256"]] = url
             continue
-        twice = (
-            f"{urls.redact_url(place)} is given twice"
-            if first == place
-            else f"{urls.redact_url(place)} and {urls.redact_url(first)} hold the same bytes"
+        message = (
+            f"{urls.redact_url(url)} is given twice" if first == url else f"{urls.redact_url(url)} and {urls.redact_url(first)} hold the same bytes"
         )
-        found[place] = f"{twice}. Leave one out; repeating is what weights are for."
-    return found
+        messages[url] = f"{message}. Leave one out; repeating is what weights are for."
+    return messages
 
 
 def _check_encodings(used: Sequence[tuple[str, Sidecar]]) -> None:
-    for place, known in used:
-        if known.head["encodings"] != used[0][1].head["encodings"]:
+    for url, entry in used:
+        if entry.head["encodings"] != used[0][1].head["encodings"]:
             raise DataError(
-                f"{urls.redact_url(place)} has other encodings than {urls.redact_url(used[0][0])}. Encode both in the same way, or use one kind."
+                f"{urls.redact_url(url)} has other encodings than {urls.redact_url(used[0][0])}. Encode both in the same way, or use one kind."
             )
 
 
 def check(snapshot: Snapshot, transport: Transport, *, remote: bool = True) -> Snapshot:
-    """The snapshot, once every shard is `verified`; `remote=False` leaves out what does not lie on this machine."""
+    """Verifies every shard and returns the snapshot. `remote=False` skips shards that are not local."""
     shards = [shard for shard in snapshot.shards if remote or not urls.is_remote(shard.url)]
     with ThreadPoolExecutor(transport.config.threads) as pool:
-        list(pool.map(lambda shard: verified(shard.place, shard.stamp, shard.sha256, transport), shards))
+        list(pool.map(lambda shard: verify_unchanged(shard.url, shard.info, shard.sha256, transport), shards))
     return snapshot
 
 
-def verified(place: str, stamp: FileInfo, sha256: str, transport: Transport) -> FileInfo:
-    """The state of a shard now, if it is the one that was indexed. Raises ChangedError, or what `Transport.stamp` raises.
+def verify_unchanged(url: str, info: FileInfo, sha256: str, transport: Transport) -> FileInfo:
+    """The current FileInfo of a shard. Raises ChangedError if it is not the shard that was indexed, or what `Transport.info` raises.
 
-    On this machine another time of change alone makes it read the shard and compare hashes: a copy is as good.
+    If only the modification time of a local shard differs, compares the SHA-256 of its bytes: a copy is valid.
     """
-    now = transport.info(place)
-    if urls.is_remote(place) or now.size != stamp.size:
-        why = stamp.difference(now)
+    actual = transport.info(url)
+    if urls.is_remote(url) or actual.size != info.size:
+        reason = info.difference(actual)
     else:
-        why = "" if now.modified == stamp.modified or _sha256(place, now.modified) == sha256 else "its contents are others"
-    if why:
-        raise ChangedError(place, why)
-    return now
+        reason = "" if actual.modified == info.modified or _sha256(url, actual.modified) == sha256 else "its contents are others"
+    if reason:
+        raise ChangedError(url, reason)
+    return actual
 
 
 @functools.lru_cache(1 << 16)
-def _sha256(place: str, _modified: str) -> str:
-    with open(place, "rb") as file:
+def _sha256(path: str, _modified: str) -> str:
+    with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

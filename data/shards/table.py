@@ -24,15 +24,15 @@ def digest(value: Any) -> str:
 
 
 def encode(form: str, version: int, head: dict[str, Any], columns: Columns) -> bytes:
-    """The file's bytes, the same for the same values. The head tells the form, its version and sums of the columns and of itself besides."""
+    """The file's bytes; deterministic. Adds form, version and hashes of the columns and of the head itself to the head."""
     whole = {**head, "form": form, "version": version, "columns": columns_sum(columns)}
     return save(dict(columns), metadata={"head": json.dumps({**whole, "head": digest(whole)}, sort_keys=True)})
 
 
 def columns_sum(columns: Columns) -> str:
-    """SHA-256 of the columns as they lie in a file."""
+    """SHA-256 of the columns as stored in a file."""
     layout, start, _ = _layout(content := save(dict(columns)))
-    return _sum(layout, [memoryview(content)[start:]])
+    return _hash(layout, [memoryview(content)[start:]])
 
 
 def decode(content: bytes, form: str, version: int, name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -42,52 +42,52 @@ def decode(content: bytes, form: str, version: int, name: str) -> tuple[dict[str
         layout, start, head = _layout(content)
     except DAMAGE as error:
         raise DataError(f"{name} is damaged or no {form} ({error}). Make it again.") from error
-    _check(head, form, version, name, _sum(layout, [memoryview(content)[start:]]))
+    _check(head, form, version, name, _hash(layout, [memoryview(content)[start:]]))
     return head, columns
 
 
 def open_mapped(path: str, form: str, version: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Like `decode`, from a large file: the columns are mapped, and only their sum reads them once."""
+    """Like `decode`, from a large file: the columns are memory-mapped, and read once for their hash."""
     try:
         with Path(path).open("rb") as file, safe_open(path, "numpy"):  # the library checks that the layout fits the file
             size = file.read(8)
             layout, start, head = _layout(size + file.read(int.from_bytes(size, "little")))
-            columns = {name: _mapped(path, of, start) for name, of in layout.items()}
-            found = _sum(layout, iter(lambda: file.read(1 << 20), b""))
+            columns = {name: _map_column(path, spec, start) for name, spec in layout.items()}
+            checksum = _hash(layout, iter(lambda: file.read(1 << 20), b""))
     except OSError as error:
         raise DataError(f"{urls.redact_url(path)} cannot be read: {error.strerror or error}. Correct the path, or make it again.") from error
     except DAMAGE as error:
         raise DataError(f"{urls.redact_url(path)} is damaged or no {form} ({error}). Make it again.") from error
-    _check(head, form, version, urls.redact_url(path), found)
+    _check(head, form, version, urls.redact_url(path), checksum)
     return head, columns
 
 
 def _layout(content: bytes) -> tuple[dict[str, Any], int, Any]:
-    """(what lies where, where the columns begin, the head or {}) of a file's first bytes."""
+    """(tensor layout, offset of the columns, head or {}) from a file's first bytes."""
     start = 8 + int.from_bytes(content[:8], "little")
     layout = json.loads(content[8:start])
     head = layout.pop("__metadata__", None)
     return layout, start, json.loads(head["head"]) if head else {}
 
 
-def _mapped(path: str, of: dict[str, Any], start: int) -> np.ndarray:
-    kind, shape = KINDS[of["dtype"]], tuple(of["shape"])
-    return np.memmap(path, kind, "r", start + of["data_offsets"][0], shape) if all(shape) else np.empty(shape, kind)
+def _map_column(path: str, spec: dict[str, Any], start: int) -> np.ndarray:
+    kind, shape = KINDS[spec["dtype"]], tuple(spec["shape"])
+    return np.memmap(path, kind, "r", start + spec["data_offsets"][0], shape) if all(shape) else np.empty(shape, kind)
 
 
-def _sum(layout: dict[str, Any], parts: Iterable[Any]) -> str:
+def _hash(layout: dict[str, Any], parts: Iterable[Any]) -> str:
     """SHA-256 over the layout and all that follows it."""
-    whole = hashlib.sha256(json.dumps(layout, sort_keys=True).encode())
+    hasher = hashlib.sha256(json.dumps(layout, sort_keys=True).encode())
     for part in parts:
-        whole.update(part)
-    return whole.hexdigest()
+        hasher.update(part)
+    return hasher.hexdigest()
 
 
-def _check(head: Any, form: str, version: int, name: str, found: str) -> None:
-    """Takes the head's sum of itself out of it."""
+def _check(head: Any, form: str, version: int, name: str, checksum: str) -> None:
+    """Checks form, version and hashes. Removes the head's own hash from it."""
     if not isinstance(head, dict) or head.get("form") != form:
         raise DataError(f"{name} is no {form}. Correct the path.")
     if head.get("version") != version:
         raise DataError(f"{name} is a {form} of version {head.get('version')}; this dev2pro reads version {version}. Make it again.")
-    if head.pop("head", None) != digest(head) or head.get("columns") != found:
+    if head.pop("head", None) != digest(head) or head.get("columns") != checksum:
         raise DataError(f"{name} is damaged: its contents are not those it was written with. Make it again.")

@@ -1,4 +1,4 @@
-"""Walks the headers of a tar strictly: every member whole and in its place, or an error that says where it is not.
+"""Strict tar reader: yields every member, or raises an error with the byte offset of the damage.
 
 Python's tarfile and webdataset take a damaged header, or a file that was cut between two members, for the end of the archive.
 Formats: POSIX.1-1988 ustar, POSIX.1-2001 pax, GNU long names (https://www.gnu.org/software/tar/manual/html_node/Standard.html).
@@ -22,7 +22,7 @@ OTHER_KINDS = {
 }  # fmt: skip
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 
-At = Callable[[int, int], bytes]  # (offset, length) -> that many bytes, fewer at the end of the file
+ReadAt = Callable[[int, int], bytes]  # (offset, length) -> that many bytes, fewer at the end of the file
 
 
 class Member(NamedTuple):
@@ -34,27 +34,27 @@ class Member(NamedTuple):
 
 
 class DamagedTar(ValueError):
-    """A tar that cannot be trusted from byte `offset` on."""
+    """A tar that is damaged at byte `offset`."""
 
     def __init__(self, offset: int, reason: str) -> None:
         super().__init__(f"at byte {offset}: {reason}")
         self.offset, self.reason = offset, reason
 
 
-def walk(at: At, size: int) -> Iterator[Member]:
-    """Every regular file of a tar of `size` bytes, in order. Raises DamagedTar at the first thing that is not as it must be.
+def walk(read_at: ReadAt, size: int) -> Iterator[Member]:
+    """Every regular file of a tar of `size` bytes, in order. Raises DamagedTar at the first violation of the format.
 
-    `at` is asked for growing offsets only. Links, devices and sparse files are refused, directories skipped.
+    Calls `read_at` with increasing offsets only. Refuses links, devices and sparse files, and skips directories.
     """
     position, extended = 0, dict[str, str]()
     while True:
-        block = at(position, BLOCK)
+        block = read_at(position, BLOCK)
         if block == ZEROS:
             if extended:
                 raise DamagedTar(position, "an end mark where the member of a long name or pax header was to come")
-            return _check_end(at, position, size)
-        if len(block) < BLOCK or not _sum_is_right(block):
-            raise DamagedTar(min(position, size), _no_header(block, position))
+            return _check_end(read_at, position, size)
+        if len(block) < BLOCK or not _checksum_matches(block):
+            raise DamagedTar(min(position, size), _header_problem(block, position))
         kind, length = block[156:157], _number(block[124:136], position)
         if kind in b"0\0":
             name = name_of(block)
@@ -66,7 +66,7 @@ def walk(at: At, size: int) -> Iterator[Member]:
                 raise DamagedTar(position, f"{name!r} has {length} bytes, of which the file holds {max(0, size - position - BLOCK)}")
             yield Member(name, position + BLOCK, length)
         elif kind in b"xgL":  # of the next member: pax records, global ones, a GNU long name
-            extended |= _extension(kind, at(position + BLOCK, min(length, MAX_EXTENSION + 1)), length, position)
+            extended |= _extension(kind, read_at(position + BLOCK, min(length, MAX_EXTENSION + 1)), length, position)
         elif kind == b"5":
             extended, length = {}, 0
         else:
@@ -75,14 +75,14 @@ def walk(at: At, size: int) -> Iterator[Member]:
         position += BLOCK + (length + BLOCK - 1) // BLOCK * BLOCK
 
 
-def _sum_is_right(block: bytes) -> bool:
-    """Whether the checksum fits: the sum of all bytes, its own field read as spaces. Adler-32 has it, modulo 65521, 20 times faster."""
+def _checksum_matches(block: bytes) -> bool:
+    """Whether the checksum matches: the sum of all bytes, with its own field as spaces. Adler-32 holds this sum modulo 65521, 20 times faster."""
     stated = OCTAL.fullmatch(block, 148, 156)
     return stated is not None and (int(stated[1], 8) + sum(block[148:156]) - 8 * 32 + 1) % ADLER == zlib.adler32(block) & 0xFFFF
 
 
-def _no_header(block: bytes, position: int) -> str:
-    """Why a block is no header. At the start it helps to know what the file is instead."""
+def _header_problem(block: bytes, position: int) -> str:
+    """Why a block is no header. For the first block, names the actual file type."""
     packed = next((name for magic, name in COMPRESSED.items() if block.startswith(magic)), "")
     if packed and position == 0:
         return f"this is a {packed} file, and shards are plain tars; unpack it"
@@ -95,8 +95,8 @@ def _number(field: bytes, position: int) -> int:
     """Octal, or GNU's base 256 for sizes of 8 GiB and more."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
-    if found := OCTAL.fullmatch(field):
-        return int(found[1], 8)
+    if match := OCTAL.fullmatch(field):
+        return int(match[1], 8)
     if field.strip(b" \0"):
         raise DamagedTar(position, f"a size of {field!r}")
     return 0
@@ -117,7 +117,7 @@ def name_of(block: bytes) -> str:
 
 
 def _extension(kind: bytes, content: bytes, length: int, position: int) -> dict[str, str]:
-    """What an extension header says: its records by name; a long name as `path`."""
+    """Parses an extension header: its records by name; a long name as `path`."""
     if length > MAX_EXTENSION or len(content) < length:
         raise DamagedTar(position, f"a header extension of {length} bytes, of which {len(content)} are there and {MAX_EXTENSION} allowed")
     if kind == b"L":
@@ -140,11 +140,11 @@ def _extension(kind: bytes, content: bytes, length: int, position: int) -> dict[
     return records
 
 
-def _check_end(at: At, position: int, size: int) -> None:
-    """Two blocks of zeros, and nothing but some zeros of padding after them: a zeroed header in the middle is no end."""
+def _check_end(read_at: ReadAt, position: int, size: int) -> None:
+    """Checks that two zero blocks and at most some zero padding follow: a zeroed header in the middle is no end."""
     if size < position + 2 * BLOCK:
         raise DamagedTar(position, "the file ends here, with half of a tar's end mark")
-    zeros = at(position, MOST_ZEROS + 1)
+    zeros = read_at(position, MOST_ZEROS + 1)
     if any(zeros):
         raise DamagedTar(position, "an end mark with more data behind it: a header was overwritten with zeros, or tars were joined")
     if len(zeros) > MOST_ZEROS:

@@ -1,4 +1,4 @@
-"""Reads and writes files wherever they lie, and tries again: the one door between dev2pro's data and disks, web servers and s3."""
+"""Reads and writes local, http(s) and s3 files with retries. All data I/O goes through it."""
 
 import errno
 import functools
@@ -20,12 +20,12 @@ from dev2pro.retry import LONGEST_PAUSE as LONGEST_PAUSE
 from dev2pro.retry import TransientError
 
 T = TypeVar("T")
-STEADY = 1e6  # bytes per second: a read that is this fast is not slow, however long it takes
+STEADY_RATE = 1e6  # bytes per second: a read at this rate is never hedged, however long it takes
 
 
 @dataclass(slots=True, kw_only=True)
 class ReadConfig:
-    """How bytes are fetched and held; nothing here changes what comes out of them."""
+    """How bytes are fetched and cached. No value changes the samples."""
 
     workers: int = 2  # processes that read and decode; 0 does it in the training process
     threads: int = 16  # reads under way at a time, per worker
@@ -39,177 +39,177 @@ class ReadConfig:
 
 
 class Transport:
-    """Reads for many threads. It belongs to the process that made it: connections do not survive a fork."""
+    """Thread-safe reads. Use it only in the process that created it: connections do not survive a fork."""
 
     def __init__(self, config: ReadConfig) -> None:
         self.config = config
-        self._web = RangeClient(2 * config.threads, config.connect_timeout, config.idle_timeout)
-        self._hands = ThreadPoolExecutor(2 * config.threads, "read")
+        self._client = RangeClient(2 * config.threads, config.connect_timeout, config.idle_timeout)
+        self._executor = ThreadPoolExecutor(2 * config.threads, "read")
 
-    def info(self, place: str) -> FileInfo:
-        """The state of a file now. Raises DataError where there is none."""
-        if urls.is_remote(place):
-            return self._with_retries(place, lambda: self._web.get_range(place, 0, 1))[1]
-        found = self._with_retries(place, lambda: _state(place))
-        return FileInfo(found.st_size, modified=str(found.st_mtime_ns))
+    def info(self, url: str) -> FileInfo:
+        """Size and version of a file. Raises DataError if it does not exist."""
+        if urls.is_remote(url):
+            return self._with_retries(url, lambda: self._client.get_range(url, 0, 1))[1]
+        status = self._with_retries(url, lambda: _stat(url))
+        return FileInfo(status.st_size, modified=str(status.st_mtime_ns))
 
-    def read(self, place: str, start: int, length: int, stamp: FileInfo | None = None) -> bytes:
-        """Exactly `length` bytes from `start`, of the file that `stamp` describes.
+    def read(self, url: str, start: int, length: int, info: FileInfo | None = None) -> bytes:
+        """Exactly `length` bytes from `start`, of the file that `info` describes.
 
-        Raises DataError where the file is not there, not allowed or not that file; TryAgainError where it could not be had for long.
+        Raises DataError if the file does not exist, may not be read or is another file; TryAgainError if all retries fail.
         """
         if length == 0:
             return b""
-        ask = self._hedged if urls.is_remote(place) else _local
-        found = self._with_retries(place, lambda: ask(place, start, length, stamp))
-        if len(found) < length:
-            raise ChangedError(place, f"it ends before byte {start + length}")
-        return found
+        fetch = self._hedged if urls.is_remote(url) else _read_local
+        content = self._with_retries(url, lambda: fetch(url, start, length, info))
+        if len(content) < length:
+            raise ChangedError(url, f"it ends before byte {start + length}")
+        return content
 
-    def read_all(self, place: str, limit: int) -> bytes:
+    def read_all(self, url: str, limit: int) -> bytes:
         """A small file of up to `limit` bytes."""
-        stamp = self.info(place)
-        if stamp.size > limit:
-            raise DataError(f"{urls.redact_url(place)} has {stamp.size:,} bytes, more than the {limit:,} such a file may have.")
-        return self.read(place, 0, stamp.size, stamp)
+        info = self.info(url)
+        if info.size > limit:
+            raise DataError(f"{urls.redact_url(url)} has {info.size:,} bytes, more than the {limit:,} such a file may have.")
+        return self.read(url, 0, info.size, info)
 
-    def write(self, place: str, content: bytes) -> None:
-        """A small file, at once: a reader sees the old one or the new one."""
-        once = _write_s3 if _writable(place) else _write_here
-        self._with_retries(place, lambda: once(place, content), "written")
+    def write(self, url: str, content: bytes) -> None:
+        """Writes a small file atomically: a reader sees the old content or the new one."""
+        operation = _write_s3 if _writable(url) else _write_local
+        self._with_retries(url, lambda: operation(url, content), "written")
 
-    def move(self, file: str, place: str) -> None:
-        """A finished file of this machine to its place, at once."""
-        once = _move_to_s3 if _writable(place) else _move_here
-        self._with_retries(place, lambda: once(file, place), "written")
+    def move(self, file: str, url: str) -> None:
+        """Moves a finished local file to `url`, atomically."""
+        operation = _move_s3 if _writable(url) else _move_local
+        self._with_retries(url, lambda: operation(file, url), "written")
 
-    def _with_retries(self, place: str, once: Callable[[], T], done: str = "read") -> T:
-        """What `once` returns; failures that may pass are met with pauses and more tries."""
+    def _with_retries(self, url: str, operation: Callable[[], T], verb: str = "read") -> T:
+        """Calls `operation` and retries transient failures with backoff. `verb`, for the error: read or written."""
         try:
-            return retry.with_retries(once, self.config.retries)
+            return retry.with_retries(operation, self.config.retries)
         except TransientError as error:
             last = error
         raise TryAgainError(
-            f"{urls.redact_url(place)} could not be {done} in {self.config.retries + 1} tries (the last: {urls.printable(str(last))}). "
+            f"{urls.redact_url(url)} could not be {verb} in {self.config.retries + 1} tries (the last: {urls.printable(str(last))}). "
             "Nothing was skipped: the same command goes on from the last checkpoint once the place answers again."
         )
 
-    def _hedged(self, place: str, start: int, length: int, stamp: FileInfo | None) -> bytes:
-        """One read and, when it takes long, a second one beside it: the first good answer wins."""
-        asked = {self._hands.submit(self._web.get_range, place, start, length, stamp)}
-        done, _ = wait(asked, timeout=self.config.hedge + length / STEADY)
+    def _hedged(self, url: str, start: int, length: int, info: FileInfo | None) -> bytes:
+        """One read, and a second one in parallel if the first is slow. The first successful response wins."""
+        pending = {self._executor.submit(self._client.get_range, url, start, length, info)}
+        done, _ = wait(pending, timeout=self.config.hedge + length / STEADY_RATE)
         if not done:
-            asked.add(self._hands.submit(self._web.get_range, place, start, length, stamp))
-        while asked:
-            done, asked = wait(asked, return_when=FIRST_COMPLETED)
-            last = min(done, key=lambda one: one.exception() is not None)
-            if last.exception() is None:
+            pending.add(self._executor.submit(self._client.get_range, url, start, length, info))
+        while pending:
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            future = min(done, key=lambda future: future.exception() is not None)
+            if future.exception() is None:
                 break
-        return last.result()[0]
+        return future.result()[0]
 
 
-def _writable(place: str) -> bool:
-    """Whether a place is in s3; raises DataError for http."""
-    if urls.is_remote(place) and not place.startswith("s3://"):
-        raise DataError(f"{urls.redact_url(place)} cannot be written: http is for reading. Choose a folder on this machine, or s3.")
-    return urls.is_remote(place)
+def _writable(url: str) -> bool:
+    """Whether `url` is in s3. Raises DataError for http."""
+    if urls.is_remote(url) and not url.startswith("s3://"):
+        raise DataError(f"{urls.redact_url(url)} cannot be written: http is for reading. Choose a folder on this machine, or s3.")
+    return urls.is_remote(url)
 
 
-def _write_s3(place: str, content: bytes) -> None:
+def _write_s3(url: str, content: bytes) -> None:
     try:
-        s3.client().pipe_file(place, content)
+        s3.client().pipe_file(url, content)
     except Exception as error:  # botocore's, aiohttp's, the system's
-        raise http.s3_trouble(place, error) from None
+        raise http.translate_s3_error(url, error) from None
 
 
-def _move_to_s3(file: str, place: str) -> None:
+def _move_s3(file: str, url: str) -> None:
     try:
-        s3.client().put_file(file, place)
+        s3.client().put_file(file, url)
     except Exception as error:
-        raise http.s3_trouble(place, error) from None
+        raise http.translate_s3_error(url, error) from None
     os.unlink(file)
 
 
-def _move_here(file: str, place: str) -> None:
-    with _explained(place):
-        os.makedirs(os.path.dirname(place) or ".", exist_ok=True)
+def _move_local(file: str, path: str) -> None:
+    with _translate_errors(path):
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         try:
-            os.replace(file, place)
+            os.replace(file, path)
         except OSError as error:
-            if error.errno != errno.EXDEV:  # the place is on another disk
+            if error.errno != errno.EXDEV:  # the target is on another disk
                 raise
-            with open(file, "rb") as source, _atomic_file(place) as target:
+            with open(file, "rb") as source, _atomic_file(path) as target:
                 shutil.copyfileobj(source, target, 1 << 20)
             os.unlink(file)
 
 
-def _write_here(place: str, content: bytes) -> None:
-    with _explained(place):
-        write_atomic(place, content)
+def _write_local(path: str, content: bytes) -> None:
+    with _translate_errors(path):
+        write_atomic(path, content)
 
 
-def write_atomic(place: str, content: bytes) -> None:
-    """Writes beside and renames, so that a file with this name is always whole."""
-    os.makedirs(os.path.dirname(place) or ".", exist_ok=True)
-    with _atomic_file(place) as file:
+def write_atomic(path: str, content: bytes) -> None:
+    """Writes to a temporary file and renames it, so that `path` is never incomplete."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with _atomic_file(path) as file:
         file.write(content)
 
 
 @contextmanager
-def _atomic_file(place: str) -> Iterator[BinaryIO]:
-    """A file to be written, which takes its place at the end of the block, or is gone where that fails."""
-    partial = f"{place}.{os.getpid()}-{threading.get_ident()}.partial"
+def _atomic_file(path: str) -> Iterator[BinaryIO]:
+    """A temporary file that replaces `path` at the end of the block. It is deleted if the block raises."""
+    partial = f"{path}.{os.getpid()}-{threading.get_ident()}.partial"
     try:
         with open(partial, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, place)
+        os.replace(partial, path)
     finally:
         if os.path.exists(partial):
             os.unlink(partial)
 
 
 class _File:
-    """An open file that closes when nobody holds it any more: forgetting it takes it from no thread that reads.
+    """An open file, closed when the last reference goes. Evicting it from the cache does not close it for a reading thread.
 
-    `_node` is there for the cache: a file that took the place of another is another one.
+    `_inode` is part of the cache key: a file that replaced another is opened anew.
     """
 
-    def __init__(self, place: str, _node: int) -> None:
+    def __init__(self, path: str, _inode: int) -> None:
         self.fd = -1
-        self.fd = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
 
 
-_opened = functools.lru_cache(256)(_File)
+_open_cached = functools.lru_cache(256)(_File)
 
 
-def _local(place: str, start: int, length: int, _stamp: FileInfo | None) -> bytes:
-    state, parts = _state(place), list[bytes]()
-    with _explained(place):
-        file = _opened(place, state.st_ino)
-        while length and (part := os.pread(file.fd, length, start)):  # which may give less than is there
+def _read_local(path: str, start: int, length: int, _info: FileInfo | None) -> bytes:
+    status, parts = _stat(path), list[bytes]()
+    with _translate_errors(path):
+        file = _open_cached(path, status.st_ino)
+        while length and (part := os.pread(file.fd, length, start)):  # may return fewer bytes than requested
             parts.append(part)
             start, length = start + len(part), length - len(part)
     return b"".join(parts)
 
 
-def _state(place: str) -> os.stat_result:
-    with _explained(place):
-        found = os.stat(place)
-    if not stat.S_ISREG(found.st_mode):
-        raise DataError(f"{urls.redact_url(place)} is a {'folder' if stat.S_ISDIR(found.st_mode) else 'device or pipe'}, where a file was expected.")
-    return found
+def _stat(path: str) -> os.stat_result:
+    with _translate_errors(path):
+        status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{urls.redact_url(path)} is a {'folder' if stat.S_ISDIR(status.st_mode) else 'device or pipe'}, where a file was expected.")
+    return status
 
 
 @contextmanager
-def _explained(place: str) -> Iterator[None]:
-    """Turns the errors of a place that is not there or not allowed into DataErrors, of a full disk into SpaceErrors, other ones into Passing."""
-    name = urls.redact_url(place)
+def _translate_errors(path: str) -> Iterator[None]:
+    """Turns OSErrors into DataError (missing, not allowed), SpaceError (full disk) or TransientError (the rest)."""
+    name = urls.redact_url(path)
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -221,5 +221,5 @@ def _explained(place: str) -> Iterator[None]:
             raise SpaceError(f"{name} could not be written: no room is left there. Make room, then run the same command.") from error
         if error.errno in (errno.EINVAL, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS):
             raise DataError(f"{name} cannot be used ({error.strerror}). Choose another path.") from error
-        _opened.cache_clear()
-        raise TransientError(f"{error.strerror}") from error  # a network file system that is away
+        _open_cached.cache_clear()
+        raise TransientError(f"{error.strerror}") from error  # a network file system that is not reachable

@@ -1,4 +1,4 @@
-"""Where data may lie: on this machine, behind http(s), or in s3; and how such a place is named, found and shown without secrets."""
+"""Paths and URLs of data (local, http(s), s3): normalizes, expands and redacts them."""
 
 import glob
 import itertools
@@ -15,81 +15,81 @@ from dev2pro.escape import printable as printable
 from dev2pro.s3 import ADDRESS, redact_url
 
 REMOTE = ("http", "https", "s3")
-MOST = 1_000_000  # places that braces may name
+MAX_URLS = 1_000_000  # that braces may expand to
 _RANGE = re.compile(r"\{(-?[0-9]{1,4000})\.\.(-?[0-9]{1,4000})(?:\.\.-?([0-9]{1,4000}))?\}")  # braces with numbers from and to
 
 
-def is_remote(place: str) -> bool:
-    """Whether a checked place is an address and not a path on this machine."""
-    return bool(ADDRESS.match(place))
+def is_remote(url: str) -> bool:
+    """Whether a normalized location is a URL and not a local path."""
+    return bool(ADDRESS.match(url))
 
 
-def normalize(place: str) -> str:
-    """The place as it is kept: an address, or an absolute path. Raises DataError for addresses that are not read.
+def normalize(url: str) -> str:
+    """Normalizes to a URL or an absolute path. Raises DataError for URLs that are not supported.
 
-    A name such as `pipe:cat x` or `a.tar::pipe:ls` is a path like any other: no part of a place is ever run.
+    A name such as `pipe:cat x` or `a.tar::pipe:ls` is a path like any other: no part of it is executed.
     """
-    found = ADDRESS.match(place)
-    if not found:
-        return os.path.abspath(place)
-    scheme = found[1].lower()
+    match = ADDRESS.match(url)
+    if not match:
+        return os.path.abspath(url)
+    scheme = match[1].lower()
     if scheme == "file":
-        return os.path.abspath(place[len("file://") :])
+        return os.path.abspath(url[len("file://") :])
     if scheme not in REMOTE:
         raise DataError(
-            f"{redact_url(place)} cannot be read: of addresses only {', '.join(f'{s}://' for s in REMOTE)} are. Copy it there, or to this machine."
+            f"{redact_url(url)} cannot be read: of addresses only {', '.join(f'{s}://' for s in REMOTE)} are. Copy it there, or to this machine."
         )
     try:
-        parts = urlsplit(place)
+        parts = urlsplit(url)
     except ValueError:  # its text may hold the password
-        raise DataError(f"{redact_url(place)} is no address. Correct it.") from None
+        raise DataError(f"{redact_url(url)} is no address. Correct it.") from None
     if scheme != "s3" and (parts.query or parts.fragment):
         raise DataError(
-            f"{redact_url(place)} has a query, which would put its secret into every snapshot, and may run out. "
+            f"{redact_url(url)} has a query, which would put its secret into every snapshot, and may run out. "
             "Give s3://bucket/key with the credentials in the environment, or an address that needs none."
         )
     if "@" in parts.netloc:
-        raise DataError(f"{redact_url(place)} holds a password. Give it without; dev2pro keeps no secrets in snapshots.")
-    return scheme + place[len(scheme) :]
+        raise DataError(f"{redact_url(url)} holds a password. Give it without; dev2pro keeps no secrets in snapshots.")
+    return scheme + url[len(scheme) :]
 
 
 def expand(pattern: str, what: str) -> list[str]:
-    """Every place a pattern names, in order: {000..012} braces anywhere, * and ? on this machine and in s3.
+    """Every path or URL that a pattern names, in order: {000..012} braces anywhere, * and ? for local files and s3.
 
-    `what` names the setting in the DataError that is raised when nothing matches, or nothing one of the braces' names.
+    Raises DataError, with the setting `what` in its message, if the pattern or one of its expanded braces matches nothing.
     """
-    many = math.prod(abs(int(last) - int(first)) // max(1, int(step or 1)) + 1 for first, last, step in _RANGE.findall(pattern)) > MOST
+    many = math.prod(abs(int(last) - int(first)) // max(1, int(step or 1)) + 1 for first, last, step in _RANGE.findall(pattern)) > MAX_URLS
     try:
-        patterns = [] if many else list(itertools.islice(braceexpand.braceexpand(pattern), MOST + 1))  # which holds all of a range at once
+        patterns = [] if many else list(itertools.islice(braceexpand.braceexpand(pattern), MAX_URLS + 1))  # it materializes a whole range
     except ValueError:  # braces that do not balance: a plain path may hold one
         patterns = [pattern]
     if os.path.exists(pattern):
         patterns = [pattern]
-    elif many or len(patterns) > MOST:
-        raise DataError(f"{what}: {redact_url(pattern)} names more than {MOST:,} places. Correct the numbers in its braces.")
-    found = {one: _matches(one) for one in patterns}
-    for one, places in found.items():
-        if not places:
-            among = f", one of {redact_url(pattern)}" if one != pattern else ""
-            raise DataError(f"{what}: nothing matches {redact_url(one)}{among}. Correct the path or address, or bring the file back.")
-    return [place for places in found.values() for place in places]
+    elif many or len(patterns) > MAX_URLS:
+        raise DataError(f"{what}: {redact_url(pattern)} names more than {MAX_URLS:,} places. Correct the numbers in its braces.")
+    matches = {single: _matches(single) for single in patterns}
+    for single, locations in matches.items():
+        if not locations:
+            among = f", one of {redact_url(pattern)}" if single != pattern else ""
+            raise DataError(f"{what}: nothing matches {redact_url(single)}{among}. Correct the path or address, or bring the file back.")
+    return [location for locations in matches.values() for location in locations]
 
 
 def _matches(pattern: str) -> list[str]:
-    place = normalize(pattern)
-    if not is_remote(place):
-        return [place] if os.path.lexists(place) else sorted(glob.glob(place))
-    if place.startswith("s3://"):
-        return _listed(place) if re.search(r"[*?\[]", place) else [place]
-    if "*" in place:
+    url = normalize(pattern)
+    if not is_remote(url):
+        return [url] if os.path.lexists(url) else sorted(glob.glob(url))
+    if url.startswith("s3://"):
+        return _list_s3(url) if re.search(r"[*?\[]", url) else [url]
+    if "*" in url:
         raise DataError(f"{redact_url(pattern)} cannot be listed: http has no folders. Name the shards with braces, such as {{000000..000099}}.tar.")
-    return [place]
+    return [url]
 
 
-def _listed(place: str) -> list[str]:
+def _list_s3(url: str) -> list[str]:
     try:
-        return [f"s3://{name}" for name in sorted(s3.client().glob(place))]
+        return [f"s3://{name}" for name in sorted(s3.client().glob(url))]
     except Exception as error:  # botocore's are many, and their texts may name keys
         raise (TryAgainError if s3.is_transient(error) else DataError)(
-            f"{redact_url(place)} cannot be listed ({type(error).__name__}). Check the address, the network, and {s3.CURE}"
+            f"{redact_url(url)} cannot be listed ({type(error).__name__}). Check the address, the network, and {s3.CURE}"
         ) from None

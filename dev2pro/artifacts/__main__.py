@@ -1,4 +1,4 @@
-"""The command `python -m dev2pro.artifacts`: what an artifact is, where it comes from, whether it is whole; stores; and what may go."""
+"""The command `python -m dev2pro.artifacts`: show, verify and trace artifacts, push and pull them, and remove those that are not needed."""
 
 import argparse
 import contextlib
@@ -24,23 +24,23 @@ from dev2pro.errors import INTERRUPTED, ConfigError, DataError, SpaceError, Stag
 from dev2pro.escape import lines, printable
 from dev2pro.s3 import redact_url
 
-SHORT = 12  # digits of an id that are shown
-DEEPEST = 20_000  # calls: a recurring recovery has a generation every day; with 100,000 a deeply nested record of others ends the process
+SHORT_ID = 12  # digits of an id in the output
+RECURSION_LIMIT = 20_000  # calls: a recurring recovery has a generation every day; with 100,000 a deeply nested untrusted record ends the process
 STYLES = {
-    lineage.THERE: "green", lineage.PRUNED: "dim", lineage.CHANGED: "yellow", lineage.GONE: "red", lineage.AWAY: "red", lineage.NAMED: "dim",
+    lineage.PRESENT: "green", lineage.PRUNED: "dim", lineage.CHANGED: "yellow", lineage.GONE: "red", lineage.UNREACHABLE: "red", lineage.NAMED: "dim",
 }  # fmt: skip
 
 
 def main() -> NoReturn:
-    """Does what the command says and ends with an exit code of errors.py; what went wrong is told in one paragraph."""
-    options = _words().parse_args()
+    """Runs the command and exits with a code of errors.py. Prints errors as one paragraph."""
+    options = _argument_parser().parse_args()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = options.work(options)
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = _fail("interrupted. Nothing is half done; the same command goes on from there.", INTERRUPTED)
-    except BrokenPipeError:  # whoever read this has seen enough
+    except BrokenPipeError:  # the reader closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
     except StageError as error:
@@ -48,8 +48,8 @@ def main() -> NoReturn:
     except OSError as error:
         full = errors.out_of_space(error)
         cure = "Make room" if full else "Mend that, or choose another place"
-        where = redact_url(str(error.filename or "a file"))
-        code = _fail(f"{where}: {error.strerror or error}. {cure}, and run the same command again.", (SpaceError if full else ConfigError).exit_code)
+        path = redact_url(str(error.filename or "a file"))
+        code = _fail(f"{path}: {error.strerror or error}. {cure}, and run the same command again.", (SpaceError if full else ConfigError).exit_code)
     except Exception:
         print(lines(traceback.format_exc()), file=sys.stderr, end="", flush=True)
         code = 1
@@ -65,10 +65,10 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _words() -> argparse.ArgumentParser:
+def _argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m dev2pro.artifacts", description=__doc__.partition(": ")[2].capitalize(), allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, work, story in (
+    for name, work, description in (
         ("verify", verify_command, "Looks through every file, and parents as far as they lie here. Ends with 0 only if all is whole, else with 3."),
         ("show", show, "Tells what made an artifact, with which configuration, and what it holds."),
         ("lineage", tree, "Draws where an artifact comes from, back to the base and the data, and whether that is still there."),
@@ -77,7 +77,7 @@ def _words() -> argparse.ArgumentParser:
         ("prune", prune, "Removes an artifact's weights and checkpoints and keeps its record, so that what was made from it still has its past."),
         ("gc", gc_command, "Lists the finished artifacts that nothing kept was made from, and what they take up; removes them only with --delete."),
     ):
-        command = commands.add_parser(name, help=story, description=story, allow_abbrev=False)
+        command = commands.add_parser(name, help=description, description=description, allow_abbrev=False)
         command.set_defaults(work=work)
         if name in ("verify", "prune"):
             command.add_argument("paths", nargs="+", metavar="PATH", help="an artifact's folder")
@@ -96,57 +96,57 @@ def _words() -> argparse.ArgumentParser:
     return parser
 
 
-def _say(text: str = "") -> None:
+def _print(text: str = "") -> None:
     print(printable(text))
 
 
-def _opened(path: str) -> Artifact:
-    """The artifact in a folder or, without its files, in a store."""
+def _open_artifact(path: str) -> Artifact:
+    """Reads the artifact in a folder, or its record alone in a store."""
     if not record.STORED.fullmatch(path):
         return record.read(path)
-    if (made := store.read_record(path.rstrip("/"))) is None:
+    if (artifact := store.read_record(path.rstrip("/"))) is None:
         raise ConfigError(f"{redact_url(path)} is no finished artifact: {record.RECORD} is missing. Correct the address.")
-    return made
+    return artifact
 
 
 # ---- verify -------------------------------------------------------------------------------------------------------------------------
 
 
 def verify_command(options: argparse.Namespace) -> int:
-    """One line for each problem; what was asked for first, then ancestors, which may have been pruned."""
+    """Prints one line for each problem: the requested artifacts first, then their ancestors, which may be pruned."""
     problems, seen = 0, set[str]()
     todo = deque((record.read(store.resolve(path)), "") for path in options.paths)
     while todo:
-        made, why = todo.popleft()
-        if os.path.realpath(made.uri) not in seen:
-            seen.add(os.path.realpath(made.uri))
-            found, above = _verify(made, why)
-            problems += found
-            todo += [(parent.made, f" ({parent.role} of {made.uri})") for parent in above if parent.made and "://" not in parent.place]
+        artifact, why = todo.popleft()
+        if os.path.realpath(artifact.uri) not in seen:
+            seen.add(os.path.realpath(artifact.uri))
+            count, parents = _verify(artifact, why)
+            problems += count
+            todo += [(p.artifact, f" ({p.role} of {artifact.uri})") for p in parents if p.artifact and "://" not in p.location]
     return DataError.exit_code if problems else 0
 
 
-def _verify(made: Artifact, why: str) -> tuple[int, list[Parent]]:
-    """(problems, parents). `why` an ancestor is looked at, too."""
-    pruned = record.pruned(made.uri) if why else frozenset()
-    problems = list(verify.find_problems(made, without=pruned))
-    parents = list(lineage.parents(made))
+def _verify(artifact: Artifact, why: str) -> tuple[int, list[Parent]]:
+    """Returns (problems, parents). `why` names the descendant of an ancestor; it is empty for a requested artifact."""
+    pruned = record.pruned(artifact.uri) if why else frozenset()
+    problems = list(verify.find_problems(artifact, without=pruned))
+    parents = list(lineage.parents(artifact))
     for parent in parents:
         if parent.state == lineage.CHANGED:
             problems.append(
-                f"{made.uri}: its {parent.role}, {parent.uri}, changed: {parent.id[:SHORT]} lies there no more. Bring it back, or pull it."
+                f"{artifact.uri}: its {parent.role}, {parent.uri}, changed: {parent.id[:SHORT_ID]} lies there no more. Bring it back, or pull it."
             )
-        elif parent.state not in (lineage.THERE, lineage.PRUNED):
-            _say(f"{made.uri}: its {parent.role}, {parent.uri}, is {parent.state}, and was not looked at.")
+        elif parent.state not in (lineage.PRESENT, lineage.PRUNED):
+            _print(f"{artifact.uri}: its {parent.role}, {parent.uri}, is {parent.state}, and was not looked at.")
     for problem in problems:
-        _say(problem)
-    strangers = verify.untracked_files(made)
-    if strangers:
-        _say(f"{made.uri}: {len(strangers)} files are there that are no part of it ({', '.join(strangers[:5])}).")
+        _print(problem)
+    untracked = verify.untracked_files(artifact)
+    if untracked:
+        _print(f"{artifact.uri}: {len(untracked)} files are there that are no part of it ({', '.join(untracked[:5])}).")
     if not problems:
-        left = [one["bytes"] for one in made.files if one["path"] not in pruned]
-        how = f"whole but for {len(made.files) - len(left)} files that were removed to make room" if pruned else "whole"
-        _say(f"{made.uri}: {how}, {made.kind} {made.id[:SHORT]}, {len(left)} files, {_size(sum(left))}{why}")
+        sizes = [entry["bytes"] for entry in artifact.files if entry["path"] not in pruned]
+        how = f"whole but for {len(artifact.files) - len(sizes)} files that were removed to make room" if pruned else "whole"
+        _print(f"{artifact.uri}: {how}, {artifact.kind} {artifact.id[:SHORT_ID]}, {len(sizes)} files, {_human_size(sum(sizes))}{why}")
     return len(problems), parents
 
 
@@ -154,55 +154,55 @@ def _verify(made: Artifact, why: str) -> tuple[int, list[Parent]]:
 
 
 def show(options: argparse.Namespace) -> int:
-    """The record for people."""
-    made = _opened(options.path)
+    """Prints the record as text."""
+    artifact = _open_artifact(options.path)
     facts = {
-        "kind": made.kind, "stage": made.stage, "id": made.id, "where": redact_url(made.uri), "created": made.created, "steps": made.step,
-        "git revision": made.git_revision, "command": f"python -m stages.{made.stage} {shlex.join(made.command)}",
-        "packages": ", ".join(f"{name} {version}" for name, version in made.packages.items()),
+        "kind": artifact.kind, "stage": artifact.stage, "id": artifact.id, "where": redact_url(artifact.uri), "created": artifact.created,
+        "steps": artifact.step, "git revision": artifact.git_revision, "command": f"python -m stages.{artifact.stage} {shlex.join(artifact.command)}",
+        "packages": ", ".join(f"{name} {version}" for name, version in artifact.packages.items()),
     }  # fmt: skip
     for name, value in facts.items():
-        _say(f"{name:<14}{value}")
-    _part("made from", [f"{p['role']:<14}{p['id'][:SHORT]}  {redact_url(p['uri'])}" for p in made.parents])
-    _part("how to use it", _yaml(made.inference))
-    _part("configuration", _yaml(made.config))
-    _part("metrics", _yaml(_of_interest(made.metrics)))
-    width = max((len(f"{one['bytes']:,}") for one in made.files), default=0)
-    _part(f"files, {_size(sum(one['bytes'] for one in made.files))}", [f"{one['bytes']:>{width},}  {one['path']}" for one in made.files])
+        _print(f"{name:<14}{value}")
+    _print_section("made from", [f"{p['role']:<14}{p['id'][:SHORT_ID]}  {redact_url(p['uri'])}" for p in artifact.parents])
+    _print_section("how to use it", _yaml(artifact.inference))
+    _print_section("configuration", _yaml(artifact.config))
+    _print_section("metrics", _yaml(_summarize(artifact.metrics)))
+    width = max((len(f"{entry['bytes']:,}") for entry in artifact.files), default=0)
+    _print_section(f"files, {_human_size(sum(f['bytes'] for f in artifact.files))}", [f"{f['bytes']:>{width},}  {f['path']}" for f in artifact.files])
     return 0
 
 
-def _part(title: str, lines: list[str]) -> None:
+def _print_section(title: str, lines: list[str]) -> None:
     if lines:
-        _say()
-        _say(title)
+        _print()
+        _print(title)
         for line in lines:
-            _say(f"  {line}")
+            _print(f"  {line}")
 
 
 def _yaml(values: Any) -> list[str]:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000).splitlines() if values else []
 
 
-def _of_interest(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Metrics without what is one of many: of a list, the last, and how many there are; numbers as long as they say something."""
-    return {name: _shorter(value) for name, value in metrics.items()}
+def _summarize(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Shortens metrics: of a list the last item and the length; numbers with five significant digits."""
+    return {name: _shorten(value) for name, value in metrics.items()}
 
 
-def _shorter(value: Any) -> Any:
+def _shorten(value: Any) -> Any:
     match value:
         case float():
             return float(f"{value:.5g}")
         case dict():
-            return {name: _shorter(inner) for name, inner in value.items()}
+            return {name: _shorten(inner) for name, inner in value.items()}
         case [*_, last] if len(value) > 3 or isinstance(last, dict):
-            return {f"the last of {len(value)}": _shorter(last)}
+            return {f"the last of {len(value)}": _shorten(last)}
         case list():
-            return [_shorter(inner) for inner in value]
+            return [_shorten(inner) for inner in value]
     return value
 
 
-def _size(bytes_: int) -> str:
+def _human_size(bytes_: int) -> str:
     return next((f"{bytes_ / scale:.3g} {unit}" for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if bytes_ >= scale), f"{bytes_} bytes")
 
 
@@ -210,15 +210,15 @@ def _size(bytes_: int) -> str:
 
 
 def tree(options: argparse.Namespace) -> int:
-    """Drawn with rich; without colours where nobody looks."""
-    made = _opened(options.path)
-    root = Tree(_label((f"{made.kind} {made.id[:SHORT]}", "bold"), (f"  {redact_url(made.uri)}", "")))
-    usual = sys.getrecursionlimit()
-    sys.setrecursionlimit(DEEPEST)
+    """Draws the lineage with rich; without colours if stdout is no terminal."""
+    artifact = _open_artifact(options.path)
+    root = Tree(_label((f"{artifact.kind} {artifact.id[:SHORT_ID]}", "bold"), (f"  {redact_url(artifact.uri)}", "")))
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(RECURSION_LIMIT)
     try:
-        _grow(root, made, {made.id})
+        _add_parents(root, artifact, {artifact.id})
     finally:
-        sys.setrecursionlimit(usual)
+        sys.setrecursionlimit(limit)
     drawn = io.StringIO()
     terminal = sys.stdout.isatty()
     Console(file=drawn, force_terminal=terminal, width=None if terminal else 10_000, highlight=False).print(root, soft_wrap=True)
@@ -226,23 +226,23 @@ def tree(options: argparse.Namespace) -> int:
     return 0
 
 
-def _grow(node: Tree, made: Artifact, drawn: set[str]) -> None:
-    """A parent that was drawn before is named and not drawn again, and so a circle has an end."""
-    for path, state in lineage.watched(made):
+def _add_parents(node: Tree, artifact: Artifact, drawn: set[str]) -> None:
+    """Adds the parents below `node`. Names a parent that is already drawn without expanding it again, so cycles end."""
+    for path, state in lineage.changed_inputs(artifact):
         node.add(_label(("watched  ", ""), (state, STYLES[state]), (f"  {redact_url(path)}", "")))
-    for parent in lineage.parents(made):
-        kind = f"{parent.made.kind} " if parent.made else ""
-        moved = f" (was {redact_url(parent.uri)})" if parent.place != parent.uri else ""
-        id = parent.id[:SHORT] if record.HASH.fullmatch(parent.id) else ""
-        again = parent.made is not None and parent.id in drawn
+    for parent in lineage.parents(artifact):
+        kind = f"{parent.artifact.kind} " if parent.artifact else ""
+        moved = f" (was {redact_url(parent.uri)})" if parent.location != parent.uri else ""
+        id = parent.id[:SHORT_ID] if record.HASH.fullmatch(parent.id) else ""
+        again = parent.artifact is not None and parent.id in drawn
         label = _label(
             (f"{parent.role}  ", ""), (f"{kind}{id}".strip(), "bold"), ("  " if id else "", ""), (parent.state, STYLES[parent.state]),
-            (f"  {redact_url(parent.place)}{moved}{'  (see above)' if again else ''}", ""),
+            (f"  {redact_url(parent.location)}{moved}{'  (see above)' if again else ''}", ""),
         )  # fmt: skip
         branch = node.add(label)
-        if parent.made and not again:
+        if parent.artifact and not again:
             drawn.add(parent.id)
-            _grow(branch, parent.made, drawn)
+            _add_parents(branch, parent.artifact, drawn)
 
 
 def _label(*parts: tuple[str, str]) -> Text:
@@ -253,46 +253,46 @@ def _label(*parts: tuple[str, str]) -> Text:
 
 
 def push(options: argparse.Namespace) -> int:
-    """The address goes to stdout, progress to stderr."""
+    """Prints the address to stdout and progress to stderr."""
     with contextlib.redirect_stdout(sys.stderr):
         address = store.push(options.path, options.store)
-    _say(address)
+    _print(address)
     return 0
 
 
 def pull(options: argparse.Namespace) -> int:
-    """The folder goes to stdout, progress to stderr."""
+    """Prints the folder to stdout and progress to stderr."""
     with contextlib.redirect_stdout(sys.stderr):
         folder = store.pull(options.path)
-    _say(folder)
+    _print(folder)
     return 0
 
 
 def prune(options: argparse.Namespace) -> int:
-    """A line for each artifact."""
+    """Prints a line for each artifact."""
     needed = gc.needed(options.runs)
     for path in options.paths:
-        made = record.read(path)
-        freed, why = (0, "an unfinished run was given it") if needed(made) else gc.prune(made)
-        _say(f"{redact_url(made.uri)}: {f'left as it is: {why}' if why else f'{_size(freed)} removed; its record stays'}")
+        artifact = record.read(path)
+        freed, why = (0, "an unfinished run was given it") if needed(artifact) else gc.prune(artifact)
+        _print(f"{redact_url(artifact.uri)}: {f'left as it is: {why}' if why else f'{_human_size(freed)} removed; its record stays'}")
     return 0
 
 
 def gc_command(options: argparse.Namespace) -> int:
-    """A line for each artifact that may go."""
-    found = gc.plan_gc(options.folders, options.keep)
-    for note in dict.fromkeys(found.notes):
-        _say(f"note: {note}")
+    """Prints a line for each artifact that is not needed."""
+    plan = gc.plan_gc(options.folders, options.keep)
+    for note in dict.fromkeys(plan.notes):
+        _print(f"note: {note}")
     freed, word = 0, "removed" if options.delete else "unneeded"
-    for made in found.unneeded:
-        freed += (size := gc.bytes_of(made))
-        left = gc.remove(made) if options.delete else []
-        _say(f"{word:<9} {made.id[:SHORT]}  {made.kind:<12} {_size(size):>9}  {redact_url(made.uri)}")
-        if left:
-            _say(f"          still there, as no part of it: {', '.join(left[:3])}{f' and {len(left) - 3} more' if len(left) > 3 else ''}")
-    _say(f"{len(found.unneeded)} {word}, {_size(freed)}; {len(found.kept)} kept, or needed by what is kept")
-    if found.unneeded and not options.delete:
-        _say("Nothing was removed. The same command with --delete does it.")
+    for artifact in plan.unneeded:
+        freed += (size := gc.bytes_of(artifact))
+        rest = gc.remove(artifact) if options.delete else []
+        _print(f"{word:<9} {artifact.id[:SHORT_ID]}  {artifact.kind:<12} {_human_size(size):>9}  {redact_url(artifact.uri)}")
+        if rest:
+            _print(f"          still there, as no part of it: {', '.join(rest[:3])}{f' and {len(rest) - 3} more' if len(rest) > 3 else ''}")
+    _print(f"{len(plan.unneeded)} {word}, {_human_size(freed)}; {len(plan.kept)} kept, or needed by what is kept")
+    if plan.unneeded and not options.delete:
+        _print("Nothing was removed. The same command with --delete does it.")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Artifacts that nobody needs any more: found by id through the parents of those that are kept, and removed, records first; or only their weights."""
+"""Garbage collection: finds artifacts not reachable from the kept ones, removes them record first, or prunes only their weights."""
 
 import functools
 import os
@@ -20,23 +20,23 @@ WEIGHTS = ".safetensors"
 
 @dataclass
 class GcPlan:
-    """What may go, what stays, and what had to be guessed."""
+    """Artifacts to remove, artifacts to keep, and notes on parents that are unknown."""
 
     unneeded: list[Artifact] = field(default_factory=list)
     kept: list[Artifact] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
-def artifacts(place: str) -> list[Artifact]:
-    """Every finished artifact in a folder and below it, or in a store in s3. Raises ConfigError where there is no such place."""
-    where = backends.parse_url(place)
-    if where.startswith("s3://"):
-        if record.STORED.fullmatch(where):
-            return [made] if (made := store.read_record(where.rstrip("/"))) else []
-        return list(store.listed(where))
-    if not Path(where).is_dir():
-        raise ConfigError(f"{place} is no folder. Correct the path.")
-    return [made for folder, _, files in os.walk(where) if RECORD in files and (made := _readable(folder))]
+def artifacts(url: str) -> list[Artifact]:
+    """Every finished artifact in a folder and below it, or in a store in s3. Raises ConfigError if the folder does not exist."""
+    root = backends.parse_url(url)
+    if root.startswith("s3://"):
+        if record.STORED.fullmatch(root):
+            return [artifact] if (artifact := store.read_record(root.rstrip("/"))) else []
+        return list(store.list_store(root))
+    if not Path(root).is_dir():
+        raise ConfigError(f"{url} is no folder. Correct the path.")
+    return [artifact for folder, _, files in os.walk(root) if RECORD in files and (artifact := _readable(folder))]
 
 
 def _readable(folder: str) -> Artifact | None:
@@ -47,97 +47,101 @@ def _readable(folder: str) -> Artifact | None:
 
 
 def plan_gc(folders: list[str], keep: list[str]) -> GcPlan:
-    """What lies in `folders` and is neither kept, nor an ancestor of what is kept, nor in use.
+    """Finds the artifacts in `folders` that are neither in `keep`, nor ancestors of those, nor in use.
 
-    Raises ConfigError for a place to keep that holds no artifact, TryAgainError where a parent's store is not reached: it may have parents here.
+    Raises ConfigError for a path to keep that holds no artifact, TryAgainError if a parent's store is unreachable: it may have parents here.
     """
-    candidates = [made for folder in folders for made in artifacts(folder)]
-    wanted = list[Artifact]()
-    for place in keep:
-        if not (there := artifacts(place)):
-            raise ConfigError(f"--keep {place} holds no finished artifact. Correct it: what is not kept would be removed.")
-        wanted += there
-    candidates = list({_absolute(made): made for made in candidates}.values())
-    begun = needed(folders)
-    wanted += [made for made in candidates if begun(made) or _in_use(made)]
-    return _reached(candidates, wanted)
+    candidates = [artifact for folder in folders for artifact in artifacts(folder)]
+    roots = list[Artifact]()
+    for url in keep:
+        if not (matches := artifacts(url)):
+            raise ConfigError(f"--keep {url} holds no finished artifact. Correct it: what is not kept would be removed.")
+        roots += matches
+    candidates = list({_real_uri(artifact): artifact for artifact in candidates}.values())
+    is_needed = needed(folders)
+    roots += [artifact for artifact in candidates if is_needed(artifact) or _in_use(artifact)]
+    return _trace(candidates, roots)
 
 
 def needed(folders: list[str]) -> Callable[[Artifact], bool]:
-    """Whether an unfinished run in one of these folders was given an artifact, by its id or by a place in it: it needs that to go on."""
-    begun = {word for folder in folders for word in _unfinished(folder)}
-    return lambda made: made.id in begun or any(_at_or_below(one, made) for one in begun)
+    """Returns a test whether an unfinished run in these folders uses an artifact as input, by id or path; it needs that to continue."""
+    inputs = {text for folder in folders for text in _unfinished_inputs(folder)}
+    return lambda artifact: artifact.id in inputs or any(_is_at_or_below(text, artifact) for text in inputs)
 
 
-def _reached(candidates: list[Artifact], wanted: list[Artifact]) -> GcPlan:
-    """Goes up from what is wanted, by id, and by place where a record names a file in an artifact's folder or another artifact lies in it."""
-    known = {made.id: made for made in [*candidates, *wanted]}
-    found, ids, seen = GcPlan(), set[str](), set[str]()
-    todo = list(wanted)
+def _trace(candidates: list[Artifact], roots: list[Artifact]) -> GcPlan:
+    """Follows parents up from the roots: by id, and by path where a record names a file in an artifact's folder or an artifact is nested in it."""
+    by_id = {artifact.id: artifact for artifact in [*candidates, *roots]}
+    plan, ids, seen = GcPlan(), set[str](), set[str]()
+    todo = list(roots)
     while todo:
-        made = todo.pop()
-        if _absolute(made) in seen:
+        artifact = todo.pop()
+        if _real_uri(artifact) in seen:
             continue
-        seen.add(_absolute(made))
-        ids.add(made.id)
-        for parent in lineage.parents(made, known):
+        seen.add(_real_uri(artifact))
+        ids.add(artifact.id)
+        for parent in lineage.parents(artifact, by_id):
             ids.add(parent.id)
-            if parent.state == lineage.AWAY:
-                raise TryAgainError(f"{parent.uri}, which {made.uri} was made from, is not reached, and may itself need what lies here. Try again.")
+            if parent.state == lineage.UNREACHABLE:
+                raise TryAgainError(
+                    f"{parent.uri}, which {artifact.uri} was made from, is not reached, and may itself need what lies here. Try again."
+                )
             if parent.state == lineage.GONE and not parent.role.startswith(record.DATA):
-                found.notes.append(f"{made.uri} was made from {parent.uri} ({parent.id[:12]}), which is gone: what that was made from is not known.")
-            todo += [parent.made] if parent.made else []
-        named = [place for place in _places(made) if place != _absolute(made)]
-        todo += [one for one in candidates if one.id in ids or _below(_absolute(one), made) or any(_below(place, one) for place in named)]
-    found.kept = [made for made in candidates if _absolute(made) in seen]
-    found.unneeded = [made for made in candidates if _absolute(made) not in seen]
-    return found
+                plan.notes.append(
+                    f"{artifact.uri} was made from {parent.uri} ({parent.id[:12]}), which is gone: what that was made from is not known."
+                )
+            todo += [parent.artifact] if parent.artifact else []
+        inputs = [path for path in _input_paths(artifact) if path != _real_uri(artifact)]
+        todo += [c for c in candidates if c.id in ids or _is_below(_real_uri(c), artifact) or any(_is_below(path, c) for path in inputs)]
+    plan.kept = [artifact for artifact in candidates if _real_uri(artifact) in seen]
+    plan.unneeded = [artifact for artifact in candidates if _real_uri(artifact) not in seen]
+    return plan
 
 
-def _places(made: Artifact) -> list[str]:
-    """Where on this machine an artifact's record says that something lies that it was made from."""
-    uris = [place for parent in made.parents for place in parent["uri"].split(", ")]
-    return [_real(place) for place in (*uris, *made.watched) if "://" not in place]
+def _input_paths(artifact: Artifact) -> list[str]:
+    """Local paths of an artifact's inputs, from its record."""
+    uris = [path for parent in artifact.parents for path in parent["uri"].split(", ")]
+    return [_resolve(path) for path in (*uris, *artifact.watched) if "://" not in path]
 
 
-def _below(place: str, made: Artifact) -> bool:
-    return "://" not in place and place.startswith(f"{_absolute(made)}{os.sep}")
+def _is_below(path: str, artifact: Artifact) -> bool:
+    return "://" not in path and path.startswith(f"{_real_uri(artifact)}{os.sep}")
 
 
-def _at_or_below(place: str, made: Artifact) -> bool:
-    return _real(place) == _absolute(made) or _below(_real(place), made)
+def _is_at_or_below(path: str, artifact: Artifact) -> bool:
+    return _resolve(path) == _real_uri(artifact) or _is_below(_resolve(path), artifact)
 
 
-def _absolute(made: Artifact) -> str:
-    return _real(made.uri)
+def _real_uri(artifact: Artifact) -> str:
+    return _resolve(artifact.uri)
 
 
-def _real(uri: str) -> str:
+def _resolve(uri: str) -> str:
     return uri if "://" in uri or "\0" in uri else _realpath(os.path.abspath(uri))
 
 
 _realpath = functools.lru_cache(None)(os.path.realpath)
 
 
-def _unfinished(place: str) -> Iterator[str]:
-    """The ids and the places that runs name which were begun."""
-    if backends.parse_url(place).startswith("s3://"):
+def _unfinished_inputs(path: str) -> Iterator[str]:
+    """Every string in the configurations and parents of unfinished runs: ids and paths of their inputs are among them."""
+    if backends.parse_url(path).startswith("s3://"):
         return
-    for folder, _, files in os.walk(backends.parse_url(place)):
+    for folder, _, files in os.walk(backends.parse_url(path)):
         if CONFIG in files and RECORD not in files and (run := _claim(Path(folder))):
-            yield from _words([run["config"], run["parents"]])
+            yield from _strings([run["config"], run["parents"]])
 
 
-def _words(value: Any) -> Iterator[str]:
+def _strings(value: Any) -> Iterator[str]:
     """Every string in a JSON value."""
     if isinstance(value, str):
         yield value
     for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _words(inner)
+        yield from _strings(inner)
 
 
 def _claim(folder: Path) -> dict | None:
-    """The claim of a run on a folder; a model's config.json is none."""
+    """The claim of a run on a folder; None for a model's config.json."""
     try:
         values = record.read_json(folder / CONFIG)
     except (ConfigError, OSError):
@@ -148,58 +152,58 @@ def _claim(folder: Path) -> dict | None:
 # ---- removal ----------------------------------------------------------------------------------------------------------------------
 
 
-def bytes_of(made: Artifact) -> int:
-    """What its removal frees: its files, and what an earlier run left in its folder."""
-    if "://" in made.uri:
-        return sum(one["bytes"] for one in made.files)
-    return sum(file.stat().st_size for file in _own(made) if file.is_file())
+def bytes_of(artifact: Artifact) -> int:
+    """Bytes that removal frees: the artifact's files, and leftovers of an earlier run in its folder."""
+    if "://" in artifact.uri:
+        return sum(entry["bytes"] for entry in artifact.files)
+    return sum(file.stat().st_size for file in _owned_files(artifact) if file.is_file())
 
 
-def remove(made: Artifact) -> list[str]:
-    """Takes the record away, then the files it names and what comes and goes beside them. Returns what it left: files that were never part of it."""
-    if "://" in made.uri:
-        away = backends.open_backend(made.uri)
-        for name in (RECORD, *(one["path"] for one in made.files)):
-            away.drop(name)
+def remove(artifact: Artifact) -> list[str]:
+    """Deletes the record, then the files it lists and transient ones. Returns the files that remain, which were never part of it."""
+    if "://" in artifact.uri:
+        backend = backends.open_backend(artifact.uri)
+        for name in (RECORD, *(entry["path"] for entry in artifact.files)):
+            backend.delete(name)
         return []
-    folder = Path(made.uri)
-    with backends.on_disk(made.uri), _held(folder) as free:
-        there = _readable(made.uri)
-        if not free or there is None or there.id != made.id:
+    folder = Path(artifact.uri)
+    with backends.translate_os_errors(artifact.uri), _locked(folder) as locked:
+        current = _readable(artifact.uri)
+        if not locked or current is None or current.id != artifact.id:
             return [f"{folder}: in use, or changed meanwhile"]
-        own = _own(made)
+        owned = _owned_files(artifact)
         (folder / RECORD).unlink()
-        for file in own:
+        for file in owned:
             file.unlink(missing_ok=True)
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
-        for place in sorted((p for p in folder.rglob("*") if p.is_dir() and not p.is_symlink()), reverse=True):
-            _prune(place)
-        _prune(folder)
+        for subfolder in sorted((p for p in folder.rglob("*") if p.is_dir() and not p.is_symlink()), reverse=True):
+            _remove_if_empty(subfolder)
+        _remove_if_empty(folder)
         return [str(file) for file in sorted(folder.rglob("*")) if file.is_file()] if folder.exists() else []
 
 
-def prune(made: Artifact) -> tuple[int, str]:
-    """Removes weights and checkpoints, and notes which before it does. Returns (bytes freed, why nothing was done)."""
-    folder = Path(made.uri)
-    with backends.on_disk(made.uri), _held(folder) as free:
-        if not free:
+def prune(artifact: Artifact) -> tuple[int, str]:
+    """Removes weights and checkpoints, after it has written down which. Returns (bytes freed, why nothing was done)."""
+    folder = Path(artifact.uri)
+    with backends.translate_os_errors(artifact.uri), _locked(folder) as locked:
+        if not locked:
             return 0, "it is in use"
-        gone = [file for file in _own(made) if file.name.endswith(WEIGHTS) or file.relative_to(folder).parts[0].startswith("checkpoint-")]
-        size = sum(file.stat().st_size for file in gone)
-        weights = [one["path"] for one in made.files if one["path"].endswith(WEIGHTS)]
+        files = [f for f in _owned_files(artifact) if f.name.endswith(WEIGHTS) or f.relative_to(folder).parts[0].startswith("checkpoint-")]
+        size = sum(file.stat().st_size for file in files)
+        weights = [entry["path"] for entry in artifact.files if entry["path"].endswith(WEIGHTS)]
         record.write_json(folder / record.PRUNED, {"files": weights, "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
-        for file in gone:
+        for file in files:
             file.unlink(missing_ok=True)
         record.remove_temporary(folder, keep=0)
     return size, ""
 
 
-def _own(made: Artifact) -> list[Path]:
-    """The files that are an artifact's alone: those of its record, bar what lies in folders of other artifacts and runs, and leftovers."""
-    folder = Path(made.uri)
-    others = {place for place, _, files in os.walk(folder) if place != str(folder) and (RECORD in files or (CONFIG in files and _claim(Path(place))))}
-    named = [folder / one["path"] for one in made.files]
+def _owned_files(artifact: Artifact) -> list[Path]:
+    """The files of an artifact's record and leftovers, except those in folders of other artifacts and runs."""
+    folder = Path(artifact.uri)
+    others = {path for path, _, files in os.walk(folder) if path != str(folder) and (RECORD in files or (CONFIG in files and _claim(Path(path))))}
+    named = [folder / entry["path"] for entry in artifact.files]
     leftovers = [file for top in folder.iterdir() if record.TRANSIENT.match(top.name) for file in ([top] if top.is_file() else top.rglob("*"))]
     return [
         file
@@ -208,14 +212,14 @@ def _own(made: Artifact) -> list[Path]:
     ]
 
 
-def _prune(place: Path) -> None:
-    if not any(place.iterdir()):
-        place.rmdir()
+def _remove_if_empty(folder: Path) -> None:
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[bool]:
-    """Whether the folder is this process's for now, as runs hold theirs."""
+def _locked(folder: Path) -> Iterator[bool]:
+    """Locks the folder as a run does; yields whether that worked."""
     handle = run_folder.lock(folder)
     try:
         yield handle is not None
@@ -224,8 +228,8 @@ def _held(folder: Path) -> Iterator[bool]:
             os.close(handle)
 
 
-def _in_use(made: Artifact) -> bool:
-    if "://" in made.uri:
+def _in_use(artifact: Artifact) -> bool:
+    if "://" in artifact.uri:
         return False
-    with _held(Path(made.uri)) as free:
-        return not free
+    with _locked(Path(artifact.uri)) as locked:
+        return not locked

@@ -1,4 +1,4 @@
-"""Who comes from whom: an artifact's parents, where they lie today, and whether they are still what they were."""
+"""Lineage: finds an artifact's parents and checks whether they are unchanged."""
 
 import glob
 import json
@@ -12,95 +12,95 @@ from dev2pro.artifacts import record, store
 from dev2pro.artifacts.record import Artifact
 from dev2pro.errors import ConfigError, DataError, TryAgainError
 
-THERE, CHANGED, GONE, NAMED, AWAY, PRUNED = "there", "changed", "gone", "by name", "not reached", "pruned"
+PRESENT, CHANGED, GONE, NAMED, UNREACHABLE, PRUNED = "there", "changed", "gone", "by name", "not reached", "pruned"
 EMPTY: Mapping[str, Artifact] = {}
 
 
 @dataclass(frozen=True)
 class Parent:
-    """`state`: there, changed (something else lies there now), gone, by name (a hub id, which is not looked at), not reached (its store),
-    pruned (its weights were removed on purpose; its record still tells what it was).
+    """`state`: there, changed (something else has its path now), gone, by name (a hub id, which is not checked), not reached (its store),
+    pruned (its weights were removed on purpose; its record is still complete).
     """
 
     role: str
     uri: str
     id: str
     state: str
-    place: str  # where it was found, which need not be its uri
-    made: Artifact | None = None  # what it is, if it is an artifact
+    location: str  # the path or URL where it was found, which may differ from its uri
+    artifact: Artifact | None = None  # its record, if it is an artifact
 
 
-def parents(made: Artifact, known: Mapping[str, Artifact] = EMPTY) -> Iterator[Parent]:
-    """Every parent that is recorded, found by its id: among the known ones, where it was, beside the artifact, or in the cache."""
-    for one in made.parents:
-        role, uri, id = one["role"], one["uri"], one["id"]
-        state, place, found = _snapshot(uri, id) if role.startswith(record.DATA) else _found(uri, id, made, known)
-        yield Parent(role, uri, id, state, place, found)
+def parents(artifact: Artifact, by_id: Mapping[str, Artifact] = EMPTY) -> Iterator[Parent]:
+    """Every recorded parent, searched by id: in `by_id`, at its uri, beside the artifact, or in the cache."""
+    for parent in artifact.parents:
+        role, uri, id = parent["role"], parent["uri"], parent["id"]
+        state, location, ancestor = _snapshot_state(uri, id) if role.startswith(record.DATA) else _locate(uri, id, artifact, by_id)
+        yield Parent(role, uri, id, state, location, ancestor)
 
 
-def _found(uri: str, id: str, made: Artifact, known: Mapping[str, Artifact]) -> tuple[str, str, Artifact | None]:
-    if id in known:
-        return _whole(known[id].uri), known[id].uri, known[id]
-    here = "://" not in uri and Path(uri).exists()
-    if here and _identity(uri) == id:
-        return _whole(uri), uri, _origin(uri)
-    for place in (f"{made.uri.rstrip('/').rpartition('/')[0]}/{id}", f"{store.CACHE}/{id}", uri):
-        state, there = _stored(place, id)
+def _locate(uri: str, id: str, artifact: Artifact, by_id: Mapping[str, Artifact]) -> tuple[str, str, Artifact | None]:
+    if id in by_id:
+        return _present_or_pruned(by_id[id].uri), by_id[id].uri, by_id[id]
+    exists = "://" not in uri and Path(uri).exists()
+    if exists and _fingerprint(uri) == id:
+        return _present_or_pruned(uri), uri, _read_artifact(uri)
+    for location in (f"{artifact.uri.rstrip('/').rpartition('/')[0]}/{id}", f"{store.CACHE}/{id}", uri):
+        state, candidate = _look_up(location, id)
         if state != GONE:
-            return state, place, there
-    return (NAMED if uri == id else CHANGED if here else GONE), uri, None
+            return state, location, candidate
+    return (NAMED if uri == id else CHANGED if exists else GONE), uri, None
 
 
-def _whole(uri: str) -> str:
-    return PRUNED if (Path(uri) / record.PRUNED).is_file() else THERE
+def _present_or_pruned(uri: str) -> str:
+    return PRUNED if (Path(uri) / record.PRUNED).is_file() else PRESENT
 
 
-def _stored(place: str, id: str) -> tuple[str, Artifact | None]:
-    """What lies at a place in a store, of this machine or in s3, if it has the id."""
-    if not record.HASH.fullmatch(place.rstrip("/").rpartition("/")[2]):
+def _look_up(location: str, id: str) -> tuple[str, Artifact | None]:
+    """The artifact at a location in a store, local or s3, if it has the id."""
+    if not record.HASH.fullmatch(location.rstrip("/").rpartition("/")[2]):
         return GONE, None
     try:
-        there = store.read_record(place)
+        artifact = store.read_record(location)
     except TryAgainError:
-        return AWAY, None
+        return UNREACHABLE, None
     except (ConfigError, DataError):
         return GONE, None
-    return (THERE, there) if there and there.id == id else (GONE, None)
+    return (PRESENT, artifact) if artifact and artifact.id == id else (GONE, None)
 
 
-def _origin(path: str) -> Artifact | None:
+def _read_artifact(path: str) -> Artifact | None:
     try:
         return record.read_if_artifact(path)
     except ConfigError:
         return None
 
 
-def _identity(path: str) -> str:
+def _fingerprint(path: str) -> str:
     try:
         return record.fingerprint(path)
     except (ConfigError, OSError):
         return ""
 
 
-def _snapshot(uri: str, id: str) -> tuple[str, str, None]:
-    """A snapshot holds its id; shards, which a stage encoded, are there or not."""
-    places = uri.split(", ")
-    if any("://" in place for place in places):
+def _snapshot_state(uri: str, id: str) -> tuple[str, str, None]:
+    """A snapshot holds its id; encoded shards are only checked for existence."""
+    paths = uri.split(", ")
+    if any("://" in path for path in paths):
         return NAMED, uri, None
-    if not all(glob.glob(glob.escape(place)) or glob.glob(place) for place in places):
+    if not all(glob.glob(glob.escape(path)) or glob.glob(path) for path in paths):
         return GONE, uri, None
     if not uri.endswith(".snapshot"):
-        return THERE, uri, None
+        return PRESENT, uri, None
     try:
         with safe_open(uri, "numpy") as file:
-            held = json.loads(file.metadata()["head"])["id"]
+            stored_id = json.loads(file.metadata()["head"])["id"]
     except (SafetensorError, OSError, ValueError, KeyError, TypeError):
-        held = ""
-    return (THERE if held == id else CHANGED), uri, None
+        stored_id = ""
+    return (PRESENT if stored_id == id else CHANGED), uri, None
 
 
-def watched(made: Artifact) -> Iterator[tuple[str, str]]:
-    """(path, changed or gone) for what went in from this machine and is not as it was."""
-    for path, was in made.watched.items():
-        if (now := record.state(path)) != was:
-            yield path, GONE if now is None else CHANGED
+def changed_inputs(artifact: Artifact) -> Iterator[tuple[str, str]]:
+    """(path, changed or gone) of each local input that differs from the record."""
+    for path, recorded in artifact.watched.items():
+        if (current := record.state(path)) != recorded:
+            yield path, GONE if current is None else CHANGED

@@ -19,14 +19,14 @@ from dev2pro.errors import ConfigError
 
 SCHEMA = 1
 RECORD = "artifact.json"
-CONFIG = "config.json"  # which run a folder belongs to, from its start on
+CONFIG = "config.json"  # which run a folder belongs to; written when the run starts
 PRUNED = "pruned.json"  # which files of a finished artifact were removed on purpose, to make room
 CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")  # a folder
-TRANSIENT = re.compile(r"(artifact|pruned)\.json$|checkpoint-|.*\.(partial|lock)$")  # under a stage's folder, but no part of what it made
-PREVIEWS = "previews"  # the folder with what a model drew while it was trained
-UNIDENTIFYING = re.compile(rf".*\.(jsonl|log|snapshot)$|{PREVIEWS}/")  # times, places, looks; what a snapshot pins is among the parents
+TRANSIENT = re.compile(r"(artifact|pruned)\.json$|checkpoint-|.*\.(partial|lock)$")  # in a stage's folder, but not part of its artifact
+PREVIEWS = "previews"  # folder of preview sheets sampled during training
+EXCLUDED_FROM_ID = re.compile(rf".*\.(jsonl|log|snapshot)$|{PREVIEWS}/")  # logs, snapshots, previews; the id of a snapshot is among the parents
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
-DATA = "data."  # how the roles of snapshots begin: their ids come from the data room, and `watched` says whether they still hold
+DATA = "data."  # prefix of the roles of data snapshots; `data/` computes their ids, and `watched` detects changes
 ROOT = Path(__file__).resolve().parents[2]
 LARGEST = 16 << 20  # bytes of a record
 HASH = re.compile(r"[0-9a-f]{64}")  # SHA-256
@@ -35,7 +35,7 @@ STORED = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.*/([0-9a-f]{64})/?")  # an arti
 
 @dataclass(frozen=True)
 class Artifact:
-    """What a stage made. `id` is a hash of the contents; `parents` are (role, uri, id); `inference` is a LoRA's contract."""
+    """The result of a stage. `id` is a hash of the contents; `parents` are (role, uri, id); `inference` is a LoRA's contract."""
 
     kind: str
     stage: str
@@ -52,7 +52,7 @@ class Artifact:
     git_revision: str = "unknown"
     packages: dict[str, str] = field(default_factory=dict)
     created: str = ""
-    watched: dict[str, Any] = field(default_factory=dict)  # local files and folders that went in: state when it was made; no part of the id
+    watched: dict[str, Any] = field(default_factory=dict)  # local input files and folders -> their state at that time; not part of the id
     schema: int = SCHEMA
     uri: str = ""  # where it was read from; not part of the record
 
@@ -63,19 +63,19 @@ def digest(value: Any) -> str:
 
 
 def fingerprint(path: str) -> str:
-    """The identity of a parent: an artifact's id, a hash of a folder's or file's names, sizes and contents, or a hub id as it stands."""
+    """The identity of a parent: an artifact's id, a hash of a folder's or file's names, sizes and contents, or the hub id unchanged."""
     if stored := STORED.fullmatch(path):
         return stored[1]
-    place = Path(path)
-    if (place / RECORD).is_file():
+    target = Path(path)
+    if (target / RECORD).is_file():
         return read(path).id
-    if not place.exists():
+    if not target.exists():
         return path
-    files = sorted(f for f in place.rglob("*") if f.is_file()) if place.is_dir() else [place]
-    return digest([[str(f.relative_to(place)), f.stat().st_size, _head(f)] for f in files])
+    files = sorted(f for f in target.rglob("*") if f.is_file()) if target.is_dir() else [target]
+    return digest([[str(f.relative_to(target)), f.stat().st_size, _head_hash(f)] for f in files])
 
 
-def _head(file: Path) -> str:
+def _head_hash(file: Path) -> str:
     """SHA-256 of the first 16 MiB: pictures and configs whole; of big weights the header, which names every tensor, and some weights."""
     with file.open("rb") as f:
         return hashlib.sha256(f.read(1 << 24)).hexdigest()
@@ -84,13 +84,13 @@ def _head(file: Path) -> str:
 Parents = Mapping[str, str | tuple[str, str]]  # role -> path, or (path, id) where the id is known
 
 
-def known(parents: Parents) -> dict[str, tuple[str, str]]:
+def with_ids(parents: Parents) -> dict[str, tuple[str, str]]:
     """role -> (path, id) of every parent."""
-    return {role: (one, fingerprint(one)) if isinstance(one, str) else one for role, one in parents.items()}
+    return {role: (value, fingerprint(value)) if isinstance(value, str) else value for role, value in parents.items()}
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """A config as JSON values without `out` and what else does not change what a run makes (fields with identity=False)."""
+    """A config as JSON values, without `out` and the fields with identity=False, which do not change the result."""
     values = {
         field.name: identity(value) if dataclasses.is_dataclass(value := getattr(config, field.name)) else value
         for field in dataclasses.fields(config)
@@ -100,8 +100,8 @@ def identity(config: Any) -> dict[str, Any]:
 
 
 def compute_id(kind: str, stage: str, config_digest: str, parents: list[dict[str, str]], files: list[dict[str, Any]]) -> str:
-    """The id of an artifact: what it was made from and how, and the contents of its files."""
-    content = [f for f in files if not UNIDENTIFYING.match(f["path"])]
+    """The id of an artifact: a hash of its kind, stage, config, parents and file contents."""
+    content = [f for f in files if not EXCLUDED_FROM_ID.match(f["path"])]
     return digest([kind, stage, config_digest, [p["id"] for p in parents], content])
 
 
@@ -117,21 +117,21 @@ def write(
     inference: dict | None = None,
     watched: Iterable[str] = (),
 ) -> Artifact:
-    """Records everything under `out` as finished: sweeps it, hashes the files, then writes `artifact.json` by rename.
+    """Records everything under `out` as finished: removes temporary files, hashes the others, then writes `artifact.json` by rename.
 
-    `watched`: local files and folders whose change means that the stage must look again (see `stands`).
+    `watched`: local files and folders; when one changes, the stage runs its checks again (see `run_folder.up_to_date`).
     """
     folder = Path(out)
-    remove_temporary(folder)  # before the record: a folder that has one is at rest
-    files = [entry(folder, f) for f in sorted(folder.rglob("*")) if f.is_file() and proper(str(f.relative_to(folder)))]
-    asked = identity(config)
-    lineage = [{"role": role, "uri": uri, "id": known} for role, (uri, known) in known(parents).items()]
+    remove_temporary(folder)  # before the record is written: a folder with a record no longer changes
+    files = [entry(folder, f) for f in sorted(folder.rglob("*")) if f.is_file() and is_valid_name(str(f.relative_to(folder)))]
+    settings = identity(config)
+    lineage = [{"role": role, "uri": uri, "id": id} for role, (uri, id) in with_ids(parents).items()]
     record = Artifact(
         kind=kind,
         stage=stage,
-        id=compute_id(kind, stage, digest(asked), lineage, files),
-        config=asked,
-        config_digest=digest(asked),
+        id=compute_id(kind, stage, digest(settings), lineage, files),
+        config=settings,
+        config_digest=digest(settings),
         parents=lineage,
         step=step,
         metrics=metrics,
@@ -151,30 +151,30 @@ def write(
 
 
 def remove_temporary(folder: Path, keep: int = 1) -> None:
-    """Removes what a finished run needs no more: all but `keep` checkpoints, the last one for more steps to go on from, and what killed ones left."""
-    there = sorted((int(name[1]), place) for place in folder.iterdir() if (name := CHECKPOINT.fullmatch(place.name)))
-    for _, place in there[: len(there) - keep]:
-        gone = place.with_name(f"{place.name}-old.partial")  # what is called a checkpoint is whole
-        shutil.rmtree(gone, ignore_errors=True)
-        place.rename(gone)
-    for left in folder.glob("*.partial"):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    """Removes all but the `keep` newest checkpoints of a finished run, and leftovers of killed runs. The newest allows training for more steps."""
+    checkpoints = sorted((int(name[1]), checkpoint) for checkpoint in folder.iterdir() if (name := CHECKPOINT.fullmatch(checkpoint.name)))
+    for _, checkpoint in checkpoints[: len(checkpoints) - keep]:
+        renamed = checkpoint.with_name(f"{checkpoint.name}-old.partial")  # a folder named checkpoint-N is always complete
+        shutil.rmtree(renamed, ignore_errors=True)
+        checkpoint.rename(renamed)
+    for leftover in folder.glob("*.partial"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def invalidate(out: str) -> None:
-    """What is in the folder is no artifact any more, until `write`: before files of a finished one are written over."""
+    """Removes the record, so the folder is no artifact until `write`. Call before overwriting files of a finished one."""
     for name in (RECORD, PRUNED):
         (Path(out) / name).unlink(missing_ok=True)
 
 
 def pruned(path: str) -> frozenset[str]:
-    """The files of an artifact that were removed on purpose (see `unneeded.prune`); its record is kept for the sake of what was made from it."""
+    """The files of an artifact that were removed on purpose (see `gc.prune`); its record stays for the lineage of its descendants."""
     note = Path(path) / PRUNED
     return frozenset(map(str, read_json(note).get("files", ()))) if note.is_file() else frozenset()
 
 
 def publish(accelerator: Any, out: str, stage: str, kind: str, config: Any, parents: Parents, **what: Any) -> Artifact:
-    """`write` on the main process, once every rank is there; every rank gets the record. `place` is accelerate's."""
+    """Waits for all ranks, calls `write` on the main process and returns the record on every rank. `accelerator` is accelerate's."""
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write(out, stage, kind, config, parents, **what)
@@ -183,7 +183,7 @@ def publish(accelerator: Any, out: str, stage: str, kind: str, config: Any, pare
 
 
 def read(path: str) -> Artifact:
-    """The artifact in a folder. Raises ConfigError when there is none or it was written by another schema."""
+    """The artifact in a folder. Raises ConfigError if there is none or its record has another schema."""
     record = Path(path) / RECORD
     if not record.is_file():
         raise ConfigError(f"{path} is no finished artifact: {record} is missing. Run the stage that makes it, or correct the path.")
@@ -191,43 +191,43 @@ def read(path: str) -> Artifact:
 
 
 def parse(values: dict[str, Any], record: str, uri: str) -> Artifact:
-    """The artifact of a record's values, which may be anybody's; `record` names it in the ConfigError for one that is not as `write` makes them."""
+    """Builds the artifact from a record's values, which are untrusted. Raises ConfigError, naming `record`, for malformed values."""
     if values.get("schema") != SCHEMA:
         raise ConfigError(f"{record} has schema {str(values.get('schema'))[:20]}; this version reads schema {SCHEMA}. Make it again.")
     try:
-        made = Artifact(**{**values, "uri": uri})
-        wrong = _malformed(made)
+        artifact = Artifact(**{**values, "uri": uri})
+        problem = _format_problem(artifact)
     except (TypeError, KeyError) as error:
-        wrong = str(error)
-    if wrong:
-        raise ConfigError(f"{record} is damaged ({wrong}). Remove the folder and make it again.")
-    return made
+        problem = str(error)
+    if problem:
+        raise ConfigError(f"{record} is damaged ({problem}). Remove the folder and make it again.")
+    return artifact
 
 
-def _malformed(made: Artifact) -> str:
-    """What in a record has another form than `write` gives it, or nothing."""
+def _format_problem(artifact: Artifact) -> str:
+    """Describes the first malformed field of a record; empty if there is none."""
     for name, hint in get_type_hints(Artifact).items():
-        if not isinstance(getattr(made, name), kind := get_origin(hint) or hint):
+        if not isinstance(getattr(artifact, name), kind := get_origin(hint) or hint):
             return f"{name} is no {kind.__name__}"
-    if not HASH.fullmatch(made.id):
+    if not HASH.fullmatch(artifact.id):
         return "its id is no SHA-256"
-    if not all(isinstance(p, dict) and all(isinstance(p[key], str) for key in ("role", "uri", "id")) for p in made.parents):
+    if not all(isinstance(p, dict) and all(isinstance(p[key], str) for key in ("role", "uri", "id")) for p in artifact.parents):
         return "parents are (role, uri, id)"
-    for f in made.files:
+    for f in artifact.files:
         if not (isinstance(f, dict) and isinstance(f["path"], str) and type(f["bytes"]) is int and f["bytes"] >= 0):
             return "files are (path, bytes, sha256)"
-        if not proper(f["path"]):
+        if not is_valid_name(f["path"]):
             return f"no file of an artifact may be called {f['path'][:80]!r}"
         if not (isinstance(f["sha256"], str) and HASH.fullmatch(f["sha256"])):
             return f"{f['path']} has no SHA-256"
-    names = {f["path"] for f in made.files}
-    if len(names) < len(made.files) or any(str(above) in names for name in names for above in PurePosixPath(name).parents):
+    names = {f["path"] for f in artifact.files}
+    if len(names) < len(artifact.files) or any(str(above) in names for name in names for above in PurePosixPath(name).parents):
         return "two files have one name"
     return ""
 
 
-def proper(name: str) -> bool:
-    """Whether a file of an artifact may be called so: a relative path that stays in the folder, and nothing that comes and goes there."""
+def is_valid_name(name: str) -> bool:
+    """Whether a name is valid for an artifact's file: a relative path inside the folder that is not a transient file."""
     parts = name.split("/")
     return name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(parts) and not TRANSIENT.match(name)
 
@@ -246,7 +246,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_if_artifact(path: str) -> Artifact | None:
-    """The artifact in a folder, or None where the folder, file or hub id is no artifact of ours."""
+    """The artifact in a folder, or None if the folder, file or hub id is no dev2pro artifact."""
     return read(path) if (Path(path) / RECORD).is_file() else None
 
 
@@ -257,10 +257,10 @@ def conf_digest() -> str:
 
 def state(path: str) -> Any:
     """Size and time of a file; of a folder a digest of those of its files; null for nothing."""
-    place = Path(path)
-    if place.is_dir():
-        return digest([[str(f.relative_to(place)), f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(place.rglob("*")) if f.is_file()])
-    return [place.stat().st_size, place.stat().st_mtime_ns] if place.is_file() else None
+    target = Path(path)
+    if target.is_dir():
+        return digest([[str(f.relative_to(target)), f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(target.rglob("*")) if f.is_file()])
+    return [target.stat().st_size, target.stat().st_mtime_ns] if target.is_file() else None
 
 
 def entry(folder: Path, file: Path) -> dict[str, Any]:
@@ -270,7 +270,7 @@ def entry(folder: Path, file: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes beside and renames: a reader finds the old object or the new one."""
+    """Writes a temporary file and renames it: a reader sees the old object or the new one."""
     partial = path.with_suffix(".partial")
     with partial.open("w") as f:
         json.dump(value, f, indent=1, sort_keys=True)

@@ -1,4 +1,4 @@
-"""Artifacts in stores, each at <store>/<id>: pushed record last, pulled and verified. A store is a folder, or a place in s3."""
+"""Artifacts in stores, each at <store>/<id>: pushes them record last, pulls and verifies them. A store is a folder or an s3 prefix."""
 
 import hashlib
 import json
@@ -21,80 +21,80 @@ from dev2pro.s3 import redact_url
 
 CACHE = "runs/cache/artifacts"
 MB = 1_000_000
-LONG = 100  # MB from which on progress is told
+PROGRESS_FROM = 100  # MB from which on progress is printed
 
 
 def resolve(path: str) -> str:
-    """A path on this machine: an artifact in s3 is pulled, anything else is returned as it is. Raises ConfigError for other addresses."""
-    where = backends.parse_url(path)
-    return pull(where) if where.startswith("s3://") else where
+    """Returns a local path: pulls an artifact in s3, leaves other paths unchanged. Raises ConfigError for other addresses."""
+    url = backends.parse_url(path)
+    return pull(url) if url.startswith("s3://") else url
 
 
 # ---- push ---------------------------------------------------------------------------------------------------------------------------
 
 
 def push(out: str, store: str) -> str:
-    """Publishes a whole artifact and returns its address. The record goes last, so nobody finds half of one; what is there is not sent again."""
-    made = record.read(out)
-    known = _states(made)
-    with _progress("check", made) as told:
-        verify.check(made, told)
-    address = f"{backends.parse_url(store).rstrip('/')}/{made.id}"
+    """Publishes a verified artifact and returns its address. Uploads the record last, so no reader sees half an artifact; skips existing files."""
+    artifact = record.read(out)
+    before = _file_states(artifact)
+    with _progress("check", artifact) as on_progress:
+        verify.check(artifact, on_progress)
+    address = f"{backends.parse_url(store).rstrip('/')}/{artifact.id}"
     target = backends.open_backend(address)
-    with _alone(address):
-        if _published(target, address):
+    with _locked(address):
+        if _is_published(target, address):
             return address
-        with _progress("push", made) as told:
-            _send(made, target, told)
-        if _states(made) != known:
+        with _progress("push", artifact) as on_progress:
+            _send(artifact, target, on_progress)
+        if _file_states(artifact) != before:
             raise DataError(f"{out} changed while it was pushed, and is not published. Push it again once the run in it has come to its end.")
         target.put(Path(out) / RECORD, record.entry(Path(out), Path(out) / RECORD), lambda _done: None)
     return address
 
 
-def _published(target: Backend, address: str) -> bool:
-    """Whether the artifact is there, whole. A record that promises more than is there is taken away before anything else is done."""
+def _is_published(target: Backend, address: str) -> bool:
+    """Whether the artifact is complete in the store. A record whose files are incomplete is deleted first."""
     try:
-        there = read_record(address)
-        if there is None:
+        published = read_record(address)
+        if published is None:
             return False
-        if not verify.record_mismatch(there) and all(target.holds(one) for one in there.files):
+        if not verify.record_mismatch(published) and all(target.contains(entry) for entry in published.files):
             return True
     except DataError:
         pass
-    target.drop(RECORD)
+    target.delete(RECORD)
     return False
 
 
-def _send(made: Artifact, target: Backend, told: ProgressCallback) -> None:
-    for before, one in _with_bytes_before(made):
-        if not target.holds(one):
-            target.put(Path(made.uri) / one["path"], one, _from(before, told))
-        told(before + one["bytes"])
+def _send(artifact: Artifact, target: Backend, on_progress: ProgressCallback) -> None:
+    for offset, entry in _files_with_offsets(artifact):
+        if not target.contains(entry):
+            target.put(Path(artifact.uri) / entry["path"], entry, _from_offset(offset, on_progress))
+        on_progress(offset + entry["bytes"])
 
 
-def _with_bytes_before(made: Artifact) -> Iterator[tuple[int, dict[str, Any]]]:
-    before = 0
-    for one in made.files:
-        yield before, one
-        before += one["bytes"]
+def _files_with_offsets(artifact: Artifact) -> Iterator[tuple[int, dict[str, Any]]]:
+    offset = 0
+    for entry in artifact.files:
+        yield offset, entry
+        offset += entry["bytes"]
 
 
-def _from(before: int, told: ProgressCallback) -> ProgressCallback:
-    return lambda done: told(before + done)
+def _from_offset(offset: int, on_progress: ProgressCallback) -> ProgressCallback:
+    return lambda done: on_progress(offset + done)
 
 
-def _states(made: Artifact) -> list[Any]:
-    """What changes when somebody writes to the files."""
-    return [record.state(str(Path(made.uri) / name)) for name in (RECORD, *(one["path"] for one in made.files))]
+def _file_states(artifact: Artifact) -> list[Any]:
+    """Sizes and times of the record and all files, to detect writes."""
+    return [record.state(str(Path(artifact.uri) / name)) for name in (RECORD, *(entry["path"] for entry in artifact.files))]
 
 
-# ---- look and pull ------------------------------------------------------------------------------------------------------------------
+# ---- read and pull ------------------------------------------------------------------------------------------------------------------
 
 
 def read_record(address: str) -> Artifact | None:
-    """What the record at an address says, or None where there is none. Raises DataError for a damaged one."""
-    text, path = backends.open_backend(address).text(RECORD), redact_url(f"{address}/{RECORD}")
+    """Reads the record at an address; None if there is none. Raises DataError for a damaged one."""
+    text, path = backends.open_backend(address).read_small(RECORD), redact_url(f"{address}/{RECORD}")
     if text is None:
         return None
     try:
@@ -108,106 +108,106 @@ def read_record(address: str) -> Artifact | None:
         raise DataError(str(error)) from error
 
 
-def listed(store: str) -> Iterator[Artifact]:
-    """The finished artifacts in a store in s3; what is damaged or half pushed is none."""
+def list_store(store: str) -> Iterator[Artifact]:
+    """The finished artifacts in a store in s3, without damaged and half pushed ones."""
     names = backends.call_s3(store, lambda: s3.client().ls(store, detail=False, refresh=True), "listed")
     for name in sorted(names):
         try:
-            if record.HASH.fullmatch(name.rpartition("/")[2]) and (made := read_record(f"s3://{name}")):
-                yield made
+            if record.HASH.fullmatch(name.rpartition("/")[2]) and (artifact := read_record(f"s3://{name}")):
+                yield artifact
         except DataError:
             continue
 
 
 def pull(address: str, cache: str = CACHE) -> str:
-    """A folder of this machine with the artifact of an address: fetched beside, verified, renamed. At once where it was pulled before."""
-    where = backends.parse_url(address).rstrip("/")
-    id = where.rpartition("/")[2]
+    """Downloads an artifact into a temporary folder, verifies it, renames the folder and returns its path. Returns at once if it is cached."""
+    url = backends.parse_url(address).rstrip("/")
+    id = url.rpartition("/")[2]
     if not record.HASH.fullmatch(id):
-        raise ConfigError(f"{redact_url(where)} names no artifact in a store: such an address ends with an id, 64 digits, as push prints it.")
+        raise ConfigError(f"{redact_url(url)} names no artifact in a store: such an address ends with an id, 64 digits, as push prints it.")
     folder = Path(cache) / id
-    if not _there(folder):
-        with _alone(str(folder)):
-            if not _there(folder):
-                _fetch(where, folder)
+    if not _is_cached(folder):
+        with _locked(str(folder)):
+            if not _is_cached(folder):
+                _fetch(url, folder)
     return str(folder)
 
 
-def _there(folder: Path) -> bool:
-    """Whether an artifact lies in the cache, as far as names and sizes tell: it was verified when it came."""
+def _is_cached(folder: Path) -> bool:
+    """Whether an artifact is in the cache. Checks names and sizes only: `pull` verified the contents."""
     try:
-        made = record.read_if_artifact(str(folder))
-        return made is not None and made.id == folder.name and all((folder / f["path"]).stat().st_size == f["bytes"] for f in made.files)
+        artifact = record.read_if_artifact(str(folder))
+        return artifact is not None and artifact.id == folder.name and all((folder / f["path"]).stat().st_size == f["bytes"] for f in artifact.files)
     except (ConfigError, OSError):
         return False
 
 
-def _fetch(where: str, folder: Path) -> None:
-    made = read_record(where)
-    if made is None:
-        raise ConfigError(f"{redact_url(where)} is no finished artifact: {RECORD} is missing. Correct the address, or push the artifact there.")
-    if why := verify.record_mismatch(made) or (f"it is that of {made.id[:12]}" if made.id != folder.name else ""):
-        raise DataError(f"{redact_url(where)}/{RECORD}: {why}. The record was changed or damaged: do not use it, and ask who pushed it.")
-    partial, source = folder.with_name(f"{folder.name}.partial"), backends.open_backend(where)
-    with backends.on_disk(str(partial)):
+def _fetch(url: str, folder: Path) -> None:
+    artifact = read_record(url)
+    if artifact is None:
+        raise ConfigError(f"{redact_url(url)} is no finished artifact: {RECORD} is missing. Correct the address, or push the artifact there.")
+    if why := verify.record_mismatch(artifact) or (f"it is that of {artifact.id[:12]}" if artifact.id != folder.name else ""):
+        raise DataError(f"{redact_url(url)}/{RECORD}: {why}. The record was changed or damaged: do not use it, and ask who pushed it.")
+    partial, source = folder.with_name(f"{folder.name}.partial"), backends.open_backend(url)
+    with backends.translate_os_errors(str(partial)):
         partial.mkdir(exist_ok=True)
-        _room(made, partial)
-        with _progress("pull", made) as told:
-            for before, one in _with_bytes_before(made):
-                _fetch_file(source, one, partial, _from(before, told))
-                told(before + one["bytes"])
-        _keep_only(made, partial)
-        record.write_json(partial / RECORD, {key: value for key, value in vars(made).items() if key != "uri"})
+        _check_space(artifact, partial)
+        with _progress("pull", artifact) as on_progress:
+            for offset, entry in _files_with_offsets(artifact):
+                _fetch_file(source, entry, partial, _from_offset(offset, on_progress))
+                on_progress(offset + entry["bytes"])
+        _remove_untracked(artifact, partial)
+        record.write_json(partial / RECORD, {key: value for key, value in vars(artifact).items() if key != "uri"})
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
 
 
-def _room(made: Artifact, partial: Path) -> None:
-    """Raises SpaceError before anything is fetched that will not fit."""
-    need = sum(one["bytes"] for one in made.files) - sum(f.stat().st_size for f in partial.rglob("*") if f.is_file())
+def _check_space(artifact: Artifact, partial: Path) -> None:
+    """Raises SpaceError if the files will not fit, before any is fetched."""
+    need = sum(entry["bytes"] for entry in artifact.files) - sum(f.stat().st_size for f in partial.rglob("*") if f.is_file())
     if (free := shutil.disk_usage(partial).free) < need:
-        raise SpaceError(f"{made.id[:12]} needs {need / 1e9:.3g} GB more in {partial.parent}, and {free / 1e9:.3g} GB are free. Make room there.")
+        raise SpaceError(f"{artifact.id[:12]} needs {need / 1e9:.3g} GB more in {partial.parent}, and {free / 1e9:.3g} GB are free. Make room there.")
 
 
-def _fetch_file(source: Backend, one: dict[str, Any], folder: Path, told: ProgressCallback) -> None:
-    """A file that is there and right stays; one that was begun is gone on with, and where that comes out wrong, fetched anew."""
-    if not verify.file_problem(folder, one):
+def _fetch_file(source: Backend, entry: dict[str, Any], folder: Path, on_progress: ProgressCallback) -> None:
+    """Keeps a correct file, resumes a partial one, and fetches it again if its hash is wrong."""
+    if not verify.file_problem(folder, entry):
         return
-    target = folder / one["path"]
+    target = folder / entry["path"]
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.partial")
     for _ in range(2):
-        if _filled(source, one, partial, told) == one["sha256"]:
+        if _download(source, entry, partial, on_progress) == entry["sha256"]:
             partial.rename(target)
             return
         partial.unlink()
     raise DataError(
-        f"{redact_url(source.url)}/{one['path']} has other contents than the record says (another SHA-256), and was thrown away. The store is damaged: "
-        "remove that file there and push the artifact again, or make it again."
+        f"{redact_url(source.url)}/{entry['path']} has other contents than the record says (another SHA-256), and was thrown away. The store is "
+        "damaged: remove that file there and push the artifact again, or make it again."
     )
 
 
-def _filled(source: Backend, one: dict[str, Any], partial: Path, told: ProgressCallback) -> str:
-    """Brings the rest of a file; the SHA-256 of all of it."""
-    found, done = hashlib.sha256(), 0
+def _download(source: Backend, entry: dict[str, Any], partial: Path, on_progress: ProgressCallback) -> str:
+    """Fetches the rest of a file and returns the SHA-256 of the whole file."""
+    digest, done = hashlib.sha256(), 0
     with partial.open("a+b") as file:
-        if file.tell() > one["bytes"]:
+        if file.tell() > entry["bytes"]:
             file.truncate(0)
         file.seek(0)
-        while piece := file.read(backends.PIECE):
-            found.update(piece)
-            done += len(piece)
-        for piece in source.pieces(one, done):
-            file.write(piece)
-            found.update(piece)
-            told(done := done + len(piece))
-        backends.settle(file)
-    return found.hexdigest()
+        while chunk := file.read(backends.CHUNK):
+            digest.update(chunk)
+            done += len(chunk)
+        for chunk in source.read_chunks(entry, done):
+            file.write(chunk)
+            digest.update(chunk)
+            on_progress(done := done + len(chunk))
+        backends.fsync(file)
+    return digest.hexdigest()
 
 
-def _keep_only(made: Artifact, folder: Path) -> None:
-    names = {one["path"] for one in made.files}
+def _remove_untracked(artifact: Artifact, folder: Path) -> None:
+    names = {entry["path"] for entry in artifact.files}
     for file in folder.rglob("*"):
         if file.is_file() and str(file.relative_to(folder)) not in names:
             file.unlink()
@@ -217,13 +217,13 @@ def _keep_only(made: Artifact, folder: Path) -> None:
 
 
 @contextmanager
-def _alone(path: str) -> Iterator[None]:
-    """Of several processes one at a time works on a path of this machine. In s3 they do not disturb each other."""
+def _locked(path: str) -> Iterator[None]:
+    """Holds a file lock on a local path. s3 needs none."""
     if path.startswith("s3://"):
         yield
         return
     lock = FileLock(f"{path}.lock")
-    with backends.on_disk(path):
+    with backends.translate_os_errors(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
@@ -237,12 +237,12 @@ def _alone(path: str) -> Iterator[None]:
 
 
 @contextmanager
-def _progress(what: str, made: Artifact) -> Iterator[ProgressCallback]:
-    """A line for what takes long: megabytes done, and in all."""
-    total = sum(one["bytes"] for one in made.files) // MB
-    if total < LONG:
+def _progress(what: str, artifact: Artifact) -> Iterator[ProgressCallback]:
+    """Shows a progress bar for large artifacts: megabytes done and in all."""
+    total = sum(entry["bytes"] for entry in artifact.files) // MB
+    if total < PROGRESS_FROM:
         yield lambda _done: None
         return
-    with Progress(f"{what} {made.id[:12]} (MB)", total) as bar:
+    with Progress(f"{what} {artifact.id[:12]} (MB)", total) as bar:
         yield lambda done: bar.step(min(done // MB, total - 1))
         bar.step(total)

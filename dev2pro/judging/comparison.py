@@ -1,4 +1,4 @@
-"""From judged cells to the comparison people ask for: intervals per cell, paired gains over the rivals, and the verdict."""
+"""Compares evaluated cells: confidence intervals, paired gains over the baselines, and the verdict."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,7 @@ LOWER_IS_BETTER = ("distance_to_ideal",)
 
 @dataclass(frozen=True)
 class Cell:
-    """An arm's LoRA on an inference base: `values` by metric, (P, R) each; `shown` are pictures [seed][prompt]."""
+    """An arm's LoRA on an inference base: `values` by metric, (P, R) each; `images` are pictures [seed][prompt]."""
 
     style: str
     arm: str
@@ -52,21 +52,21 @@ def compare(cells: list[Cell], kinds: dict[str, str], draws: int, seed: int) -> 
 
 
 def _row(cell: Cell, bootstrap: Bootstrap) -> dict[str, Any]:
-    place = {"style": cell.style, "arm": cell.arm, "inference": cell.inference, "guidance": cell.guidance, "cfg_scale": cell.cfg_scale}
-    return {**place, **{name: bootstrap.interval(v) for name, v in cell.values.items()}, "kid": {"mean": cell.kid}}
+    settings = {"style": cell.style, "arm": cell.arm, "inference": cell.inference, "guidance": cell.guidance, "cfg_scale": cell.cfg_scale}
+    return {**settings, **{name: bootstrap.interval(v) for name, v in cell.values.items()}, "kid": {"mean": cell.kid}}
 
 
 def _differences(cells: list[Cell], arm: str, rival: str, metric: str) -> dict[str | None, Tensor]:
-    """style -> paired differences (P, R), for the styles that have both arms; and under None, which no style can be called, their mean."""
+    """style -> paired differences (P, R), for the styles that have both arms; None -> their mean."""
     on_base = {(c.style, c.arm): c.values[metric] for c in cells if c.inference == "base" and metric in c.values}
     styles = [style for style, a in on_base if a == arm and (style, rival) in on_base]
     sign = -1 if metric in LOWER_IS_BETTER else 1
-    found: dict[str | None, Tensor] = {style: sign * (on_base[style, arm] - on_base[style, rival]) for style in styles}
-    return found | {None: torch.stack(list(found.values())).mean(0)} if found else {}
+    differences: dict[str | None, Tensor] = {style: sign * (on_base[style, arm] - on_base[style, rival]) for style in styles}
+    return differences | {None: torch.stack(list(differences.values())).mean(0)} if differences else {}
 
 
 def verdict(gains: list[dict[str, Any]]) -> str:
-    """One sentence on prompt fidelity: the gain over the better rival, where it is clear, and where it is not."""
+    """One sentence on prompt fidelity: the gain over the better baseline, and in which styles it is clear."""
     fidelity = [g for g in gains if g["metric"] == "prompt_fidelity"]
     if not fidelity:
         return "Nothing to compare: this needs a LoRA trained on the recovered model and one trained on the base, in the same style."
@@ -75,8 +75,8 @@ def verdict(gains: list[dict[str, Any]]) -> str:
     for gain in fidelity:
         if gain["style"] is not None:
             by_style.setdefault(gain["style"], []).append(gain)
-    better = [s for s, some in by_style.items() if all(g["low"] > 0 for g in some)]
-    worse = [s for s, some in by_style.items() if any(g["high"] < 0 for g in some)]
+    better = [s for s, style_gains in by_style.items() if all(g["low"] > 0 for g in style_gains)]
+    worse = [s for s, style_gains in by_style.items() if any(g["high"] < 0 for g in style_gains)]
     word = "more" if overall["mean"] >= 0 else "less"
     return (
         f"Applied to the base, the LoRA trained on the recovered model obeys the prompt {abs(100 * overall['mean']):.0f} points {word} often than "
@@ -85,5 +85,5 @@ def verdict(gains: list[dict[str, Any]]) -> str:
     )
 
 
-def _names(some: list[str], every: dict[str, Any]) -> str:
-    return f"{len(some)} of {len(every)} styles" + (f" ({', '.join(some)})" if some else "")
+def _names(styles: list[str], by_style: dict[str, Any]) -> str:
+    return f"{len(styles)} of {len(by_style)} styles" + (f" ({', '.join(styles)})" if styles else "")

@@ -1,4 +1,4 @@
-"""Reads pictures and prompts with a CLIP model, the miniature's small one and full-size ones alike."""
+"""CLIP embeddings of images and prompts, for the miniature's small CLIP and full-size ones."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,13 +20,13 @@ class Judge:
 
     def __init__(self, path: str, device: torch.device) -> None:
         try:
-            clip, found = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+            clip, info = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
             self.clip = clip.to(device).eval()
             self.tokenizer = AutoTokenizer.from_pretrained(path)
             self.processor = CLIPImageProcessorPil.from_pretrained(path)
-            lacking = sorted([*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])])
-            if lacking:  # transformers would make them up with a warning
-                raise ValueError(f"its weights lack {lacking[0]}")
+            missing = sorted([*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])])
+            if missing:  # transformers would make them up with a warning
+                raise ValueError(f"its weights lack {missing[0]}")
             if len(self.tokenizer) < 0.9 * clip.config.text_config.vocab_size:
                 raise ValueError(f"its tokenizer knows {len(self.tokenizer)} pieces and the model {clip.config.text_config.vocab_size}")
         except (OSError, ValueError) as error:
@@ -44,18 +44,18 @@ class Judge:
 
     @torch.no_grad()
     def images(self, pictures: Tensor) -> Tensor:
-        """Of pictures (N, 3, H, W) in [0, 1]."""
-        parts = []
-        for some in pictures.split(BATCH):
-            ready = self.processor(images=list(some.cpu()), do_rescale=False, input_data_format="channels_first", return_tensors="pt")
-            parts.append(_pooled(self.clip.get_image_features(ready["pixel_values"].to(self.device))))
-        return torch.cat(parts)
+        """Embeds pictures (N, 3, H, W) in [0, 1]."""
+        features = []
+        for batch in pictures.split(BATCH):
+            inputs = self.processor(images=list(batch.cpu()), do_rescale=False, input_data_format="channels_first", return_tensors="pt")
+            features.append(_pooled(self.clip.get_image_features(inputs["pixel_values"].to(self.device))))
+        return torch.cat(features)
 
     @torch.no_grad()
     def prompts(self, texts: Sequence[str]) -> Tensor:
-        """Of prompts; longer ones are cut as CLIP does."""
-        ready = self.tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").to(self.device)
-        return _pooled(self.clip.get_text_features(input_ids=ready["input_ids"], attention_mask=ready["attention_mask"]))
+        """Embeds prompts; truncates long ones as CLIP does."""
+        inputs = self.tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").to(self.device)
+        return _pooled(self.clip.get_text_features(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]))
 
 
 def _pooled(features: Any) -> Tensor:

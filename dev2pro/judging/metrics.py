@@ -56,6 +56,24 @@ def kid(images: Tensor, reference: Tensor) -> float:
     return (off_diagonal_mean(kernel(x, x)) + off_diagonal_mean(kernel(y, y)) - 2 * kernel(x, y).mean()).item()
 
 
+def measure(
+    judged: Tensor, pictures: Tensor, prompts: Tensor, meaning: Tensor, style: Tensor, ideal: Tensor | None
+) -> tuple[dict[str, Tensor], float]:
+    """Every metric of a cell picture by picture, name -> (P, R), and the KID of them all.
+
+    `judged` (P, R, D), `prompts` (P, D) and `style` (N, D) are the judge's unit vectors; `pictures` and `ideal` are as for `distance`.
+    """
+    values = {
+        "prompt_fidelity": r_precision(judged, prompts, meaning),
+        "clip_score": clip_score(judged, prompts),
+        "style_similarity": style_similarity(judged, style),
+        "diversity": diversity(judged),
+    }
+    if ideal is not None:
+        values["distance_to_ideal"] = distance(pictures, ideal)
+    return values, kid(judged.flatten(0, 1), style)
+
+
 def distance(pictures: Tensor, ideal: Tensor) -> Tensor:
     """Mean squared difference of pixels in [-1, 1]: (P, R) from pictures (P, R, 3, H, W) in [0, 1], same noise in both."""
     return (2 * (pictures - ideal)).square().mean((-3, -2, -1))

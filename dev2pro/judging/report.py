@@ -56,8 +56,8 @@ METRICS = (  # the template has a sentence on each
 GAINS = METRICS[:3]  # the ones whose gains are drawn
 
 
-def _spelt_out(value: Any) -> Any:
-    """A text whose control characters are spelt out (see `printable`), but for tabs and line breaks; other values as they are."""
+def _escape_controls(value: Any) -> Any:
+    """Escapes the control characters of a text (see `printable`), except tabs and line breaks; returns other values unchanged."""
     return "".join(c if c in "\t\n" else printable(c) for c in value) if type(value) is str and not value.isprintable() else value
 
 
@@ -66,7 +66,9 @@ def write(path: pathlib.Path, metrics: dict[str, Any], grids: list[Grid]) -> Non
 
     `gains` are read as signed so that more is better, distances too. Without a teacher or a recovery their parts are left out.
     """
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_spelt_out)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_escape_controls
+    )
     environment.globals |= {"number": number, "interval": interval, "picture": _picture}
     environment.filters["arm"] = _arm
     matrices = [m for metric in METRICS if (m := _matrix(metrics, metric))["blocks"]]
@@ -76,7 +78,7 @@ def write(path: pathlib.Path, metrics: dict[str, Any], grids: list[Grid]) -> Non
         styles=metrics["styles"],
         arms=sorted(metrics["arms"], key=_is_reference),
         subjects={g["arm"] for g in metrics["gains"]},
-        places=_places(metrics),
+        models=_inference_models(metrics),
         references=any(map(_is_reference, [*metrics["arms"], *(c["arm"] for c in metrics["cells"])])),
         matrices=matrices,
         forests=[f for metric in GAINS if (f := _forest(metrics, metric))["groups"]],
@@ -89,25 +91,25 @@ def write(path: pathlib.Path, metrics: dict[str, Any], grids: list[Grid]) -> Non
 
 
 def number(value: float | None, digits: int, sign: bool = False) -> str:
-    """A number for people, with a true minus sign; a dash where there is none."""
+    """Formats a number, with a true minus sign; a dash for None and non-finite values."""
     if value is None or not math.isfinite(value):
         return "–"
     rounded = round(value, digits) + 0.0  # no minus before a zero
     return f"{rounded:{'+' if sign and rounded else ''}.{digits}f}".replace("-", "−")
 
 
-def interval(found: dict[str, float] | None, metric: Metric, digits: int | None = None) -> str:
-    """The 95 % interval in words, empty where there is none."""
-    if not found or "low" not in found:
+def interval(score: dict[str, float] | None, metric: Metric, digits: int | None = None) -> str:
+    """Formats the 95 % interval; empty if there is none."""
+    if not score or "low" not in score:
         return ""
-    return " to ".join(number(found[end] * metric.scale, metric.digits if digits is None else digits) for end in ("low", "high"))
+    return " to ".join(number(score[end] * metric.scale, metric.digits if digits is None else digits) for end in ("low", "high"))
 
 
 # ---- arms and the models they are applied to ------------------------------------------------------------------------------------
 
 
 def _is_reference(arm: str) -> bool:
-    """Whether nobody could choose this arm for FLUX.1-dev, because it needs the teacher."""
+    """Whether this arm is unavailable for FLUX.1-dev, because it needs the teacher."""
     return arm == "ideal" or arm.startswith("teacher@")
 
 
@@ -116,22 +118,22 @@ def _model(name: str) -> str:
 
 
 def _arm(name: str) -> dict[str, Any]:
-    """An arm's name, what it was trained on in words, and whether it is a reference."""
+    """An arm's name, a description of its training, and whether it is a reference."""
     model, at, guidance = name.rpartition("@")
-    words = f"trained on {_model(model)} at guidance {guidance}" if at else ""
-    return {"name": name, "words": words, "reference": _is_reference(name)}
+    description = f"trained on {_model(model)} at guidance {guidance}" if at else ""
+    return {"name": name, "description": description, "reference": _is_reference(name)}
 
 
-def _places(metrics: dict[str, Any]) -> list[dict[str, Any]]:
-    """The models LoRAs were applied to, in order, with how they were sampled in words."""
+def _inference_models(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """The models LoRAs were applied to, in order, with a description of their sampling."""
     first: dict[str, dict[str, Any]] = {}
     for cell in metrics["cells"]:
         first.setdefault(cell["inference"], cell)
-    places = []
+    models = []
     for name in [n for n in dict.fromkeys([*metrics["inference"], *first]) if n in first]:
         cfg = f", true CFG {first[name]['cfg_scale']:g}" if first[name]["cfg_scale"] != 1 else ""
-        places.append({"name": name, "title": _model(name), "sampled": f"guidance {first[name]['guidance']:g}{cfg}"})
-    return places
+        models.append({"name": name, "title": _model(name), "sampled": f"guidance {first[name]['guidance']:g}{cfg}"})
+    return models
 
 
 # ---- the tables of numbers ------------------------------------------------------------------------------------------------------
@@ -142,26 +144,26 @@ def _matrix(metrics: dict[str, Any], metric: Metric) -> dict[str, Any]:
     values = {(c["inference"], c["arm"], c["style"]): c[metric.key] for c in metrics["cells"] if metric.key in c}
     arms = ["none", *sorted(metrics["arms"], key=_is_reference), "ideal"]
     blocks = []
-    for place in _places(metrics):
+    for model in _inference_models(metrics):
         rows = [
-            {"arm": arm, "values": [*some, *([_mean(some)] if len(some) > 1 else [])]}
+            {"arm": arm, "values": [*scores, *([_mean(scores)] if len(scores) > 1 else [])]}
             for arm in arms
-            if any(some := [values.get((place["name"], arm, style)) for style in metrics["styles"]])
+            if any(scores := [values.get((model["name"], arm, style)) for style in metrics["styles"]])
         ]
         if rows:
             best = [_best([(row["arm"], row["values"][i]) for row in rows], metric) for i in range(len(rows[0]["values"]))]
-            blocks.append({**place, "rows": rows, "best": best})
+            blocks.append({**model, "rows": rows, "best": best})
     return {"metric": metric, "blocks": blocks}
 
 
-def _mean(found: Sequence[dict[str, float] | None]) -> dict[str, float] | None:
+def _mean(scores: Sequence[dict[str, float] | None]) -> dict[str, float] | None:
     """The mean over styles; the mean of the intervals' ends is its interval if the styles err together, and too wide if not."""
-    some = [f for f in found if f]
-    return {key: sum(f[key] for f in some) / len(some) for key in some[0]} if len(some) == len(found) else None
+    present = [f for f in scores if f]
+    return {key: sum(f[key] for f in present) / len(present) for key in present[0]} if len(present) == len(scores) else None
 
 
 def _best(column: Iterable[tuple[str, dict[str, float] | None]], metric: Metric) -> set[str]:
-    """The arms with the best mean as it is printed, all of them where they tie; no LoRA and references do not compete."""
+    """The arms with the best mean as printed, several if they tie; "none" and references do not compete."""
     means = {arm: round(v["mean"] * metric.scale, metric.digits) for arm, v in column if v and arm != "none" and not _is_reference(arm)}
     top = max((metric.sign * m for m in means.values()), default=0)
     return {arm for arm, mean in means.items() if metric.sign * mean == top} if len(means) > 1 else set()
@@ -219,7 +221,7 @@ def _charts(recovery: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _chart(title: str, axis: str, lines: dict[str, list[tuple[float, float]]], log: bool = False) -> dict[str, Any] | None:
-    """Lines in SVG units, ticks and a description; None without at least two points. The first line is the one to look at."""
+    """Lines in SVG units, ticks and a description; None without at least two points. The first line is the main one."""
     lines = {name: points for name, points in lines.items() if len(points) > 1}
     if not lines:
         return None
@@ -243,17 +245,17 @@ def _chart(title: str, axis: str, lines: dict[str, list[tuple[float, float]]], l
         "axis": axis,
         "log": log,
         "lines": drawn,
-        "says": "; ".join(f"{line['name'] or title} goes from {line['first']} to {line['last']}" for line in drawn),
+        "description": "; ".join(f"{line['name'] or title} goes from {line['first']} to {line['last']}" for line in drawn),
         "y": [(y(tick), label) for tick, label in (_log_ticks(bottom, top) if log else _ticks(bottom, top, 4))],
         "x": [(x(tick), label, "middle") for tick, label in _ticks(min(xs), max(xs), 4)] if axis else ends,
     }
 
 
 def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
-    """The powers of ten between two exponents, with 2 and 5 between them where there are few."""
+    """The powers of ten between two exponents, with 2 and 5 between them if there are few."""
     powers = range(math.floor(low), math.ceil(high) + 1)
     choices = [[m * 10.0**e for e in powers for m in inner if low <= math.log10(m * 10.0**e) <= high] for inner in ((1,), (1, 3), (1, 2, 5))]
-    ticks = next((some for some in choices if len(some) >= 3), choices[-1])
+    ticks = next((choice for choice in choices if len(choice) >= 3), choices[-1])
     return [(tick, f"{tick:g}") for tick in ticks]
 
 

@@ -1,4 +1,4 @@
-"""What the frozen VAE and text encoders say about samples, and what is drawn around it to train on."""
+"""Encodings of samples by the frozen VAE and text encoders, and the random noise, time and caption dropout added for training."""
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,7 @@ TEXT_PARTS = ("text_encoder", "text_encoder_2")
 class EncodedBatch:
     """Samples of one size: latent means and deviations (B, S, C) float32, prompts (B, L, D), pooled prompts (B, P).
 
-    `grid`: tokens down and across, S in all. `captions`: what the prompts say in words, where somebody is to read it.
+    `grid`: tokens down and across, S in all. `captions`: the prompts as text, where they are displayed.
     """
 
     mean: Tensor
@@ -32,55 +32,55 @@ class EncodedBatch:
         return len(self.mean)
 
 
-def joined(batches: Sequence[EncodedBatch]) -> EncodedBatch:
-    """Batches of one size as one."""
-    mean, std, prompt, pooled = (torch.cat([getattr(one, name) for one in batches]) for name in ("mean", "std", "prompt", "pooled"))
-    return EncodedBatch(mean, std, prompt, pooled, batches[0].grid, tuple(caption for one in batches for caption in one.captions))
+def concatenate(batches: Sequence[EncodedBatch]) -> EncodedBatch:
+    """Concatenates batches of one size."""
+    mean, std, prompt, pooled = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("mean", "std", "prompt", "pooled"))
+    return EncodedBatch(mean, std, prompt, pooled, batches[0].grid, tuple(caption for batch in batches for caption in batch.captions))
 
 
 class PromptEncoder:
-    """Captions as the text encoders see them. Each is encoded once, and alone: what is encoded beside it would change its last bits.
+    """Encodes captions and caches the result. Each is encoded once, in a batch of its own, because other captions would change the last bits.
 
-    Up to `limit` bytes are kept, the longest unused going first. `empty`: the prompt (L, D) and pooled prompt (P) of no caption.
+    The cache holds up to `limit` bytes and evicts the least recently used first. `empty`: the prompt (L, D) and pooled prompt (P) of "".
     """
 
     def __init__(self, model: ModelConfig, encoders: Encoders, limit: float) -> None:
         self.model, self.limit = model, limit
         self.device, self.dtype = encoders.device, encoders.dtype
         self._encoders: Encoders | None = encoders
-        self._kept: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+        self._cache: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
         self._bytes = encoders.text_bytes()
-        prompt, pooled = self._one("")
+        prompt, pooled = self._encode_one("")
         self.empty = prompt.to(self.device), pooled.to(self.device)
 
     def precompute(self, captions: Iterable[str]) -> None:
-        """Encodes what will be asked for, and lets go of the encoders."""
+        """Encodes all captions in advance, then frees the encoders."""
         for caption in captions:
-            self._one(caption)
+            self._encode_one(caption)
         assert self._encoders is not None
         self._encoders.free(*TEXT_PARTS)
         self._encoders = None
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Prompts (B, L, D) and pooled prompts (B, P)."""
-        prompts, pooled = zip(*map(self._one, captions), strict=True)
+        prompts, pooled = zip(*map(self._encode_one, captions), strict=True)
         return torch.stack(prompts).to(self.device), torch.stack(pooled).to(self.device)
 
-    def _one(self, caption: str) -> tuple[Tensor, Tensor]:
-        if caption not in self._kept:
-            if self._encoders is None:  # two captions shared a checksum, so this one was not encoded ahead
+    def _encode_one(self, caption: str) -> tuple[Tensor, Tensor]:
+        if caption not in self._cache:
+            if self._encoders is None:  # two captions share a checksum, so this one was not precomputed
                 self._encoders = Encoders(self.model, self.dtype, self.device)
             prompt, pooled = self._encoders.encode_text([caption])
-            self._kept[caption] = prompt[0].to("cpu", self.dtype), pooled[0].to("cpu", self.dtype)
-            while len(self._kept) * self._bytes > self.limit and len(self._kept) > 1:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(caption)
-        return self._kept[caption]
+            self._cache[caption] = prompt[0].to("cpu", self.dtype), pooled[0].to("cpu", self.dtype)
+            while len(self._cache) * self._bytes > self.limit and len(self._cache) > 1:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(caption)
+        return self._cache[caption]
 
 
 @dataclass(frozen=True)
 class NoisedBatch:
-    """One micro-batch ready for the transformer: x_t, noise and x_0 (B, S, C), t (B,), and what is said about them."""
+    """One micro-batch ready for the transformer: x_t, noise and x_0 (B, S, C), t (B,), and their conditioning."""
 
     x_t: Tensor
     x0: Tensor
@@ -97,9 +97,9 @@ class NoisedBatch:
 def noise_batch(
     batch: EncodedBatch, empty: tuple[Tensor, Tensor], scheduler: dict, dropout: float, seed: int, step: int, slots: Sequence[int]
 ) -> NoisedBatch:
-    """Draws everything random about the slots of one step: posterior, noise, logit-normal shifted time, caption dropout.
+    """Draws all random values for the slots of one step: posterior, noise, logit-normal shifted time, caption dropout.
 
-    `empty`: what is said in the place of a dropped caption; `scheduler`: the settings that hold the resolution shift.
+    `empty`: the embeddings that replace a dropped caption; `scheduler`: the settings with the resolution shift.
     """
     shape = batch.mean.shape[1:]
     x0 = batch.mean + batch.std * draws.normal(seed, "posterior", step, slots, shape).to(batch.mean)

@@ -1,6 +1,6 @@
 """Flow-matching and guidance maths: pure tensors, no models, no configuration.
 
-t runs from 0 (picture) to 1 (noise), as the transformer of FLUX.1 takes it: x_t = (1 - t) x_0 + t n, velocity n - x_0.
+t runs from 0 (picture) to 1 (noise), as in the transformer of FLUX.1: x_t = (1 - t) x_0 + t n, velocity n - x_0.
 Sources: rectified flow, Liu et al. 2022 (https://arxiv.org/abs/2209.03003); logit-normal timesteps and the resolution shift,
 Esser et al. 2024 (https://arxiv.org/abs/2403.03206); classifier-free guidance, Ho and Salimans 2022 (https://arxiv.org/abs/2207.12598).
 """
@@ -18,7 +18,7 @@ def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 def velocity(x0: Tensor, noise: Tensor) -> Tensor:
-    """What the transformer is trained to predict, the derivative of x_t by t."""
+    """The training target, the derivative of x_t by t."""
     return noise - x0
 
 

@@ -22,14 +22,14 @@ class ModelConfig:
     """Which FLUX-like model; see conf/model/."""
 
     path: str  # a FluxPipeline folder or a hub id: VAE, text encoders, scheduler, and the base's transformer
-    usual_guidance: float  # what people set the guidance input to when they use the base
-    max_sequence_length: int  # T5 tokens per prompt; padding changes what Flux predicts, so train and sample alike
+    usual_guidance: float  # the guidance input that users of the base usually set
+    max_sequence_length: int  # T5 tokens per prompt; padding changes the predictions, so use the same value for training and sampling
     variant: str | None = None  # of the weight files, such as "bf16"
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the transformer is told: prompt (B, L, D), pooled (B, P), text_ids (L, 3), image_ids (S, 3)."""
+    """Conditioning inputs of the transformer: prompt (B, L, D), pooled (B, P), text_ids (L, 3), image_ids (S, 3)."""
 
     prompt: Tensor
     pooled: Tensor
@@ -38,7 +38,7 @@ class Conditioning:
 
 
 def build_conditioning(prompt: Tensor, pooled: Tensor, grid: tuple[int, int]) -> Conditioning:
-    """What to tell about samples of `grid` (down, across) tokens: their prompts (B, L, D) and pooled prompts (B, P), and where everything is."""
+    """Conditioning of samples of `grid` (down, across) tokens: prompts (B, L, D), pooled prompts (B, P) and position ids."""
     return Conditioning(prompt, pooled, prompt.new_zeros(prompt.shape[1], 3), image_ids(*grid, prompt.device, prompt.dtype))
 
 
@@ -47,7 +47,7 @@ def predict(transformer: torch.nn.Module, x_t: Tensor, t: Tensor, conditioning: 
 
     `guidance` is the guidance INPUT of the transformer, a number or (B,); it is not a CFG scale.
     """
-    x_t = x_t.to(conditioning.prompt.dtype)  # latents are kept in float32, the prompt is in the model's precision
+    x_t = x_t.to(conditioning.prompt.dtype)  # latents are float32, the prompt has the model's precision
     guidance = torch.as_tensor(guidance, dtype=x_t.dtype, device=x_t.device).expand(x_t.shape[0])
     return transformer(
         hidden_states=x_t,
@@ -62,29 +62,29 @@ def predict(transformer: torch.nn.Module, x_t: Tensor, t: Tensor, conditioning: 
 
 
 def load_transformer(path: str, dtype: torch.dtype = torch.float32, variant: str | None = None) -> FluxTransformer2DModel:
-    """The transformer of a pipeline folder, an artifact of `recover` or `distill` (here or in s3), or a hub id. Checked before weights are read."""
+    """The transformer of a pipeline folder, an artifact of `recover` or `distill` (here or in s3), or a hub id. Checks it before reading weights."""
     check_transformer(path)
     path = store.resolve(path)
-    transformer, found = _or_explain(
+    transformer, info = _load_or_raise(
         path,
         lambda: FluxTransformer2DModel.from_pretrained(path, subfolder="transformer", dtype=dtype, variant=variant, output_loading_info=True),
     )
-    if found["missing_keys"]:  # diffusers would make them up with a warning
-        raise ConfigError(f"The model in {path} cannot be read: its weights lack {min(found['missing_keys'])}. Download or convert it again.")
+    if info["missing_keys"]:  # diffusers would initialize them randomly with a warning
+        raise ConfigError(f"The model in {path} cannot be read: its weights lack {min(info['missing_keys'])}. Download or convert it again.")
     return transformer
 
 
 def parameters(path: str) -> int:
-    """How many the transformer has, without reading them."""
+    """The number of the transformer's parameters, without reading them."""
     with torch.device("meta"):
         return sum(p.numel() for p in FluxTransformer2DModel.from_config(check_transformer(path)).parameters())
 
 
 def check_transformer(path: str) -> dict[str, Any]:
-    """The transformer's configuration. Raises ConfigError where `path` holds no guidance-distilled FLUX transformer."""
+    """The transformer's configuration. Raises ConfigError if `path` holds no guidance-distilled FLUX transformer."""
     path = store.resolve(path)
-    _check_place(path)
-    config = _or_explain(path, lambda: FluxTransformer2DModel.load_config(path, subfolder="transformer"))
+    _check_path(path)
+    config = _load_or_raise(path, lambda: FluxTransformer2DModel.load_config(path, subfolder="transformer"))
     if config.get("_class_name") != "FluxTransformer2DModel":
         raise ConfigError(
             f"{path}/transformer is a {config.get('_class_name')}, not a FluxTransformer2DModel. dev2pro works on FLUX.1-dev and its kin."
@@ -98,32 +98,32 @@ def check_transformer(path: str) -> dict[str, Any]:
 
 
 def check_pipeline(path: str) -> None:
-    """Raises ConfigError unless `path` holds a whole FluxPipeline."""
-    _check_place(path)
-    index = _or_explain(path, lambda: FluxPipeline.load_config(path))
+    """Raises ConfigError unless `path` holds a complete FluxPipeline."""
+    _check_path(path)
+    index = _load_or_raise(path, lambda: FluxPipeline.load_config(path))
     if index.get("_class_name") != "FluxPipeline":
         raise ConfigError(f"{path} is a {index.get('_class_name')}, not a FluxPipeline. Point model.path at a FLUX.1-dev folder in diffusers layout.")
 
 
-def _check_place(path: str) -> None:
-    place = Path(path)
-    if place.is_dir():
-        if (place / record.CONFIG).is_file():
+def _check_path(path: str) -> None:
+    folder = Path(path)
+    if folder.is_dir():
+        if (folder / record.CONFIG).is_file():
             record.read(path)  # a stage's output folder counts only once it is finished
         if record.pruned(path):
             raise ConfigError(f"The weights of {path} were removed to make room; only its record is left. Give a newer model, or make it again.")
-        if not (place / "model_index.json").is_file() and not (place / "transformer" / "config.json").is_file():
+        if not (folder / "model_index.json").is_file() and not (folder / "transformer" / "config.json").is_file():
             raise ConfigError(
                 f"{path} is no diffusers pipeline folder (no model_index.json and no transformer/config.json). Give the folder that "
                 "holds model_index.json; a single .safetensors file must be converted to the diffusers layout first."
             )
-    elif place.exists():
+    elif folder.exists():
         raise ConfigError(f"{path} is a file. Give a folder in diffusers layout, which holds model_index.json.")
     elif not HUB_ID.fullmatch(path) or path.startswith(("runs/", "data/")):
         raise ConfigError(f"The model folder {path} does not exist. Correct the path, or give a hub id such as black-forest-labs/FLUX.1-dev.")
 
 
-def _or_explain(path: str, load: Any) -> Any:
+def _load_or_raise(path: str, load: Any) -> Any:
     try:
         return load()
     except OSError as error:
@@ -137,29 +137,29 @@ def _or_explain(path: str, load: Any) -> Any:
 
 
 class Encoders:
-    """The frozen rest of a pipeline: VAE, CLIP, T5 and the scheduler's settings. Free it once everything is encoded."""
+    """The frozen parts of a pipeline: VAE, CLIP, T5 and the scheduler's settings. Free them once everything is encoded."""
 
     def __init__(self, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         check_pipeline(model.path)
-        self.pipeline = _or_explain(
+        self.pipeline = _load_or_raise(
             model.path, lambda: FluxPipeline.from_pretrained(model.path, transformer=None, dtype=dtype, variant=model.variant)
         ).to(device)
         for tokens, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
-            known, wanted = len(getattr(self.pipeline, tokens)), getattr(self.pipeline, encoder).config.vocab_size
-            if known < 0.9 * wanted:  # transformers makes an empty tokenizer where the files are missing
+            size, expected = len(getattr(self.pipeline, tokens)), getattr(self.pipeline, encoder).config.vocab_size
+            if size < 0.9 * expected:  # transformers makes an empty tokenizer if the files are missing
                 raise ConfigError(
-                    f"The model in {model.path} cannot be read: {tokens} knows {known} pieces and {encoder} {wanted}. Download or convert it again."
+                    f"The model in {model.path} cannot be read: {tokens} knows {size} pieces and {encoder} {expected}. Download or convert it again."
                 )
         self.max_sequence_length = model.max_sequence_length
         self.device, self.dtype = device, dtype
 
     @property
     def pixels_per_token(self) -> int:
-        """Side in pixels of the square one packed latent token covers."""
+        """Side in pixels of the square that one packed latent token covers."""
         return self.pipeline.vae_scale_factor * 2
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Tokens (down, across) of a picture of `size` (width, height) pixels. Raises ConfigError where the VAE cannot cut it into tokens."""
+        """Tokens (down, across) of a picture of `size` (width, height) pixels. Raises ConfigError if the size is no multiple of a token's."""
         side = self.pixels_per_token
         if wrong := next((pixels for pixels in size if pixels < 1 or pixels % side), 0):
             raise ConfigError(
@@ -174,25 +174,25 @@ class Encoders:
         return down * across, 4 * self.pipeline.vae.config.latent_channels
 
     def text_bytes(self) -> int:
-        """What one encoded caption takes."""
+        """Bytes of one encoded caption."""
         width, pooled = self.pipeline.text_encoder_2.config.d_model, self.pipeline.text_encoder.config.hidden_size
         return (self.max_sequence_length * width + pooled) * self.dtype.itemsize
 
     def weights(self, *parts: str) -> str:
-        """SHA-256 over the weights and configurations of parts such as "vae": what two encodings must share to be alike."""
-        whole = hashlib.sha256()
+        """SHA-256 over the weights and configurations of parts such as "vae"; equal hashes mean equal encodings."""
+        digest = hashlib.sha256()
         for part in parts:
             module = getattr(self.pipeline, part)
             settings = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
             settings = {key: str(value) for key, value in settings.items() if not key.startswith("_")}
-            whole.update(json.dumps(settings, sort_keys=True).encode())
+            digest.update(json.dumps(settings, sort_keys=True).encode())
             for name, value in sorted(module.state_dict().items()):
-                whole.update(name.encode())
-                whole.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
-        return whole.hexdigest()
+                digest.update(name.encode())
+                digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def free(self, *parts: str) -> None:
-        """Lets go of parts that are needed no more."""
+        """Frees parts that are no longer needed."""
         for part in parts:
             setattr(self.pipeline, part, None)
 
@@ -219,7 +219,7 @@ class Encoders:
 
 def load_vae(model: ModelConfig, dtype: torch.dtype) -> AutoencoderKL:
     """The VAE alone, on the CPU."""
-    return _or_explain(model.path, lambda: AutoencoderKL.from_pretrained(model.path, subfolder="vae", dtype=dtype, variant=model.variant))
+    return _load_or_raise(model.path, lambda: AutoencoderKL.from_pretrained(model.path, subfolder="vae", dtype=dtype, variant=model.variant))
 
 
 @torch.no_grad()
@@ -242,9 +242,9 @@ def image_ids(height: int, width: int, device: torch.device, dtype: torch.dtype)
 
 
 def scheduler_settings(path: str) -> dict[str, Any]:
-    """The scheduler's configuration, which holds the resolution shift."""
+    """The scheduler's configuration, with the resolution shift."""
     if Path(path).is_dir():
         return json.loads((Path(path) / "scheduler" / "scheduler_config.json").read_text())
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    return _or_explain(path, lambda: FlowMatchEulerDiscreteScheduler.load_config(path, subfolder="scheduler"))
+    return _load_or_raise(path, lambda: FlowMatchEulerDiscreteScheduler.load_config(path, subfolder="scheduler"))

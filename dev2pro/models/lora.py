@@ -1,4 +1,4 @@
-"""LoRA on a FLUX transformer with peft: where it goes, how it is written so that every tool reads it, how it is put on and off."""
+"""LoRA on a FLUX transformer with peft: target modules, the diffusers file format, loading and unloading."""
 
 import json
 import re
@@ -32,7 +32,7 @@ PRESETS = {
 
 @dataclass(slots=True, kw_only=True)
 class AdapterConfig:
-    """Size and place of a LoRA; see conf/lora.yaml."""
+    """Size and target modules of a LoRA; see conf/lora.yaml."""
 
     rank: int
     alpha: float  # the LoRA's effect is scaled by alpha / rank
@@ -40,7 +40,7 @@ class AdapterConfig:
 
 
 def check(config: AdapterConfig) -> str:
-    """The regex of a config's targets. Raises ConfigError for what cannot be one, before any model is loaded."""
+    """The regex of a config's targets. Raises ConfigError for an invalid one, before any model is loaded."""
     if config.rank < 1:
         raise ConfigError(f"adapter.rank={config.rank} is no rank. Choose 1 or more; 8 to 32 are usual.")
     try:
@@ -50,7 +50,7 @@ def check(config: AdapterConfig) -> str:
 
 
 def to_int8(transformer: FluxTransformer2DModel, device: torch.device) -> None:
-    """Rounds the linear layers of the blocks to int8 with one scale a row (torchao), moving each to `device`; the rest stays as it is."""
+    """Rounds the linear layers of the blocks to int8 with one scale a row (torchao), moving each to `device`; the rest is unchanged."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     quantize_(transformer, Int8WeightOnlyConfig(), filter_fn=lambda m, name: isinstance(m, torch.nn.Linear) and "blocks." in name, device=device)
@@ -69,13 +69,13 @@ def inject(transformer: FluxTransformer2DModel, config: AdapterConfig, seed: int
             ) from error
     for parameter in transformer.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # the LoRA learns in float32, whatever the base is kept in
+            parameter.data = parameter.data.float()  # the LoRA is trained in float32, whatever the base's dtype
 
 
 def save(transformer: FluxTransformer2DModel, config: AdapterConfig, out: str, contract: dict[str, Any]) -> None:
     """Writes `out`/pytorch_lora_weights.safetensors in the diffusers layout, keys `transformer.<module>.lora_A.weight` and `lora_B`.
 
-    alpha / rank is multiplied into lora_B, so that alpha equals the rank in the file: readers that know no alpha read it right.
+    alpha / rank is multiplied into lora_B, so that alpha equals the rank in the file: readers that ignore alpha read it correctly.
     """
     state = {}
     for name, value in get_peft_model_state_dict(transformer).items():
@@ -110,13 +110,13 @@ def read(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_lora(transformer: FluxTransformer2DModel, path: str, strength: float = 1.0) -> None:
-    """Puts a LoRA file on the transformer; `take_off` restores it exactly."""
+    """Loads a LoRA file into the transformer; `unload_lora` restores the transformer exactly."""
     weights, _ = read(path)
     modules = {f"transformer.{name}" for name, _ in transformer.named_modules()}
-    strange = [key for key in weights if re.sub(r"\.lora_[AB]\.weight$", "", key) not in modules]
-    if strange or not weights:  # diffusers would leave those out with a warning
+    unknown = [key for key in weights if re.sub(r"\.lora_[AB]\.weight$", "", key) not in modules]
+    if unknown or not weights:  # diffusers would skip them with a warning
         raise ConfigError(
-            f"The LoRA {path} does not fit this transformer ({strange[0] if strange else 'it is empty'}). Apply it to the model family it was "
+            f"The LoRA {path} does not fit this transformer ({unknown[0] if unknown else 'it is empty'}). Apply it to the model family it was "
             "trained on."
         )
     try:
@@ -129,5 +129,5 @@ def load_lora(transformer: FluxTransformer2DModel, path: str, strength: float = 
 
 
 def unload_lora(transformer: FluxTransformer2DModel) -> None:
-    """Removes the LoRA of `put_on`."""
+    """Removes the LoRA of `load_lora`."""
     transformer.unload_lora()

@@ -1,4 +1,4 @@
-"""From noise to packed latents: the Euler sampler of FluxPipeline, with the guidance input and true CFG kept apart."""
+"""From noise to packed latents: the Euler sampler of FluxPipeline, with separate guidance input and true CFG."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,14 +14,14 @@ from dev2pro.models.flux1 import Conditioning, predict
 
 @dataclass(slots=True, kw_only=True)
 class SamplingConfig:
-    """How pictures are made; see conf/evaluate.yaml."""
+    """Sampling settings; see conf/evaluate.yaml."""
 
     steps: int
     cfg_scale: float  # true classifier-free guidance, for models that are not distilled: recovered and teacher
     batch: int  # pictures per forward pass
 
     def check(self) -> None:
-        """Raises ConfigError for values that make no pictures."""
+        """Raises ConfigError for invalid values."""
         if self.steps < 1 or self.batch < 1:
             raise ConfigError(f"sampling.steps={self.steps} and sampling.batch={self.batch} must be 1 or more.")
 
@@ -45,15 +45,15 @@ def sample(
 ) -> Tensor:
     """Packed latents (B, S, C) from noise (B, S, C).
 
-    `guidance` goes into the guidance input; at `cfg_scale` 1 the model is called once a step, else twice, the second time with
-    the empty prompt `nothing`.
+    `guidance` is the guidance input; at `cfg_scale` 1 the model is called once a step, else twice, the second time with
+    `null_conditioning`, that of the empty prompt.
     """
     x = noise
     times = flow_matching.sampling_timesteps(steps, mu)
-    for t, after in pairwise(times):
-        now = t.expand(len(x)).to(x)
-        v = predict(transformer, x, now, conditioning, guidance)
+    for t, t_next in pairwise(times):
+        t_batch = t.expand(len(x)).to(x)
+        v = predict(transformer, x, t_batch, conditioning, guidance)
         if cfg_scale != 1:
-            v = flow_matching.apply_cfg(predict(transformer, x, now, null_conditioning, guidance), v, cfg_scale)
-        x = x + (after - t).to(x) * v
+            v = flow_matching.apply_cfg(predict(transformer, x, t_batch, null_conditioning, guidance), v, cfg_scale)
+        x = x + (t_next - t).to(x) * v
     return x

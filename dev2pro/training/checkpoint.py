@@ -1,7 +1,7 @@
-"""Writes a run down while it goes on, and brings it back on any number of ranks as if nothing had happened: tensors and numbers, no pickle.
+"""Saves checkpoints asynchronously during training and restores them on any number of ranks, bit for bit. Tensors and JSON, no pickle.
 
-A checkpoint is a folder `checkpoint-<step>`: a safetensors file from each rank that has something to write (torch.distributed.checkpoint's
-layout, which any number of ranks reads again), and checkpoint.json with the numbers and the SHA-256 of every file.
+A checkpoint is a folder `checkpoint-<step>`: a safetensors file from each rank that has something to write (in torch.distributed.checkpoint's
+layout, which any number of ranks can read), and checkpoint.json with the numbers and the SHA-256 of every file.
 """
 
 import json
@@ -36,17 +36,17 @@ VERSION = 1
 
 @dataclass(slots=True, kw_only=True)
 class CheckpointConfig:
-    """When, how many, and how long a stop may take."""
+    """When checkpoints are written, how many are kept, and how long a stop may take."""
 
-    every: int  # steps; killed in between, a run goes on from there with the same result
-    keep: int = 2  # the newest ones; the one with the lowest held-out loss is kept besides
+    every: int  # steps; a run killed in between resumes from the last checkpoint with the same result
+    keep: int = 2  # the newest ones; the one with the lowest held-out loss is kept as well
     grace: float = 30.0  # seconds from SIGTERM or SIGINT until the checkpoint must be written
 
 
 class Checkpoints:
-    """The checkpoints of a run in `out` over `steps` steps. `data` says which samples the run is on.
+    """The checkpoints of a run in `out` over `steps` steps. `data` identifies the samples of the run.
 
-    Within `with`, signals wait for the end of the step. `stalled`: seconds that the training stood still for `written` of them.
+    Within `with`, signals wait for the end of the step. `stalled`: seconds that training was blocked while writing `written` checkpoints.
     """
 
     def __init__(self, out: str, training: Training, config: CheckpointConfig, steps: int, data: dict[str, Any]) -> None:
@@ -57,25 +57,25 @@ class Checkpoints:
             training.accelerator.process_index,
             training.accelerator.is_main_process,
         )
-        self._group = dist.new_group(backend="gloo") if self._ranks > 1 else None  # of its own, for the thread that writes
-        self._hands, self._writing = ThreadPoolExecutor(1, "checkpoint"), None
-        self._around = ExitStack()
+        self._group = dist.new_group(backend="gloo") if self._ranks > 1 else None  # separate process group for the writer thread
+        self._executor, self._writing = ThreadPoolExecutor(1, "checkpoint"), None
+        self._exit_stack = ExitStack()
         training.stop_requested = lambda: signals.stop_requested() or self._failed()
 
     _writing: Future | None
 
     def __enter__(self) -> Self:
-        self._around.enter_context(signals.grace_period(self.config.grace))
+        self._exit_stack.enter_context(signals.grace_period(self.config.grace))
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        with self._around, suppress(Exception) if kind else ExitStack():
+        with self._exit_stack, suppress(Exception) if kind else ExitStack():
             self.wait()
 
     def on_step_end(self, step: int, curve: list[dict[str, Any]]) -> None:
-        """After every step: writes one when it is due, or when a rank was asked to stop, which ends in InterruptedRun.
+        """Call after every step. Writes a checkpoint if one is due, or if any rank received a stop signal; then raises InterruptedRun.
 
-        Raises DivergedError where the curve's new point is none to go on from.
+        Raises DivergedError if the new held-out loss diverged.
         """
         new = bool(curve) and curve[-1]["step"] == step
         if new:
@@ -90,21 +90,21 @@ class Checkpoints:
             "recent": training.guard.recent, "ema_steps": training.ema.optimization_step if training.ema else 0,
         }  # fmt: skip
         copied = BlockingAsyncStager().stage(_tensors(self.training))
-        self._writing = self._hands.submit(self._write, step, copied, json.loads(json.dumps(numbers)))
+        self._writing = self._executor.submit(self._write, step, copied, json.loads(json.dumps(numbers)))
         self.stalled, self.written = self.stalled + time.perf_counter() - before, self.written + 1
         if self.training.stopping:
             self.wait()
             raise InterruptedRun(f"interrupted after step {step} of {self.steps}. The same command goes on from there.")
 
     def wait(self) -> None:
-        """Until the last one is written. Raises SpaceError where it could not be."""
+        """Waits until the last checkpoint is written. Raises SpaceError if the disk is full."""
         writing, self._writing, before = self._writing, None, time.perf_counter()
         if writing:
             writing.result()
             self.stalled += time.perf_counter() - before
 
     def metrics(self) -> dict[str, Any]:
-        """What the training was like, for the run's record."""
+        """Speed, memory and checkpoint timings, for the run's record."""
         return {**self.training.clock.metrics(), "checkpoints": self.written, "stalled_seconds": round(self.stalled, 3)}
 
     def _failed(self) -> bool:
@@ -115,19 +115,19 @@ class Checkpoints:
     def _write(self, step: int, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         partial = self.out / f"checkpoint-{step}.partial"
         try:
-            self._on_all_ranks(lambda: self._begin(partial, tensors))
+            self._on_all_ranks(lambda: self._prepare_folder(partial, tensors))
             self._on_all_ranks(lambda: _save(tensors, partial, self._group))
             mine = self._on_all_ranks(
-                lambda: {file.name: checkpoint_files.sealed(file) for file in sorted(partial.glob(f"shard-{self._rank + 1:05d}-*"))}
+                lambda: {file.name: checkpoint_files.fsync_and_hash(file) for file in sorted(partial.glob(f"shard-{self._rank + 1:05d}-*"))}
             )
-            numbers["files"] = {name: entry for files in self._gathered(mine) for name, entry in files.items()}
+            numbers["files"] = {name: entry for files in self._all_gather(mine) for name, entry in files.items()}
             self._on_all_ranks(lambda: self._publish(partial, step, numbers))
         except BaseException:
             if self._main:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
-    def _begin(self, partial: Path, tensors: dict[str, Tensor]) -> None:
+    def _prepare_folder(self, partial: Path, tensors: dict[str, Tensor]) -> None:
         if self._main:
             need = sum(value.numel() * value.element_size() for value in tensors.values())
             if not checkpoint_files.has_space(self.out, need):
@@ -148,43 +148,43 @@ class Checkpoints:
             checkpoint_files.prune(self.out, self.config.keep)
 
     def _on_all_ranks(self, work: Any) -> Any:
-        """What `work` returns. If it fails on one rank it fails on all, with the same kind of error."""
-        found, error = None, ""
+        """Returns what `work` returns. If it fails on one rank, raises the same kind of error on all."""
+        result, error = None, ""
         try:
-            found = work()
-        except (Exception, CheckpointException) as failure:  # told to the other ranks, who would wait for this one for ever
+            result = work()
+        except (Exception, CheckpointException) as failure:  # sent to the other ranks, which would otherwise wait for ever
             error = ("space:" if out_of_space(failure) else "other:") + (str(failure).strip() or repr(failure)).splitlines()[-1]
-        if errors := [one for one in self._gathered(error) if one]:
-            kind, _, said = errors[0].partition(":")
-            said = f"A checkpoint could not be written into {self.out}; the one before it is whole. {said}"
-            raise SpaceError(f"{said} Make room, then run the same command.") if kind == "space" else RuntimeError(said)
-        return found
+        if errors := [text for text in self._all_gather(error) if text]:
+            kind, _, message = errors[0].partition(":")
+            message = f"A checkpoint could not be written into {self.out}; the one before it is whole. {message}"
+            raise SpaceError(f"{message} Make room, then run the same command.") if kind == "space" else RuntimeError(message)
+        return result
 
-    def _gathered(self, one: Any) -> list[Any]:
+    def _all_gather(self, value: Any) -> list[Any]:
         if not self._group:
-            return [one]
-        found = [None] * self._ranks
-        dist.all_gather_object(found, one, group=self._group)
-        return found
+            return [value]
+        gathered = [None] * self._ranks
+        dist.all_gather_object(gathered, value, group=self._group)
+        return gathered
 
     # ---- reading ----
 
     def restore(self) -> tuple[int, list[dict[str, Any]]]:
-        """Brings the run back to its last whole checkpoint: (steps done, curve), (0, []) where there is none. Damaged ones are told and skipped.
+        """Restores the last undamaged checkpoint: (steps done, curve), or (0, []) if there is none. Damaged ones are reported and skipped.
 
-        Raises ConfigError where one is on other samples than `data` says or drawn by another law, or where all are damaged.
+        Raises ConfigError if the checkpoint has other data than `data` or another version of the random draws, or if all are damaged.
         """
         if self._main:
-            for left in self.out.glob("checkpoint-*.partial"):
-                shutil.rmtree(left)
+            for leftover in self.out.glob("checkpoint-*.partial"):
+                shutil.rmtree(leftover)
         self.training.accelerator.wait_for_everyone()
-        there = checkpoint_files.list_checkpoints(self.out)
-        for step in sorted(there, reverse=True):
-            why = next((why for why in self._gathered(checkpoint_files.damage(there[step], self._rank, self._ranks)) if why), "")
+        checkpoints = checkpoint_files.list_checkpoints(self.out)
+        for step in sorted(checkpoints, reverse=True):
+            why = next((why for why in self._all_gather(checkpoint_files.find_damage(checkpoints[step], self._rank, self._ranks)) if why), "")
             if not why:
-                return self._load(there[step])
-            self.training.accelerator.print(printable(f"{there[step]} is damaged ({why}) and is left out"), flush=True)
-        if there:
+                return self._load(checkpoints[step])
+            self.training.accelerator.print(printable(f"{checkpoints[step]} is damaged ({why}) and is left out"), flush=True)
+        if checkpoints:
             raise ConfigError(f"Every checkpoint in {self.out} is damaged. Look at that disk; to start from the beginning, remove them.")
         return 0, []
 
@@ -195,7 +195,7 @@ class Checkpoints:
             raise ConfigError(
                 f"{folder} is on other data, or of another version ({other}, not { ({k: now[k] for k in other}) }). Choose another out=."
             )
-        get_optimizer_state_dict(training.model, training.optimizer.optimizer)  # gives a fresh optimizer its state, to be filled
+        get_optimizer_state_dict(training.model, training.optimizer.optimizer)  # allocates the optimizer's state, which is loaded next
         _read(_tensors(training), folder, self._group)
         if training.ema:
             training.ema.optimization_step = numbers["ema_steps"]
@@ -207,17 +207,19 @@ class Checkpoints:
 
 
 def _tensors(training: Training) -> dict[str, Any]:
-    """Every tensor that makes the run what it is, by name; the live ones."""
+    """All tensors of the training state by name: weights, EMA, optimizer moments. They are the live tensors, not copies."""
     named = [(name, p) for name, p in training.accelerator.unwrap_model(training.model).named_parameters() if p.requires_grad]
-    found = {f"model/{name}": p.detach() for name, p in named}
+    tensors = {f"model/{name}": p.detach() for name, p in named}
     if training.ema:
-        found |= {f"ema/{name}": average for (name, _), average in zip(named, training.ema.shadow_params, strict=True)}
+        tensors |= {f"ema/{name}": average for (name, _), average in zip(named, training.ema.shadow_params, strict=True)}
     moments = training.optimizer.optimizer.state
-    return found | {f"optimizer/{what}{part}/{name}": value for name, p in named for what, one in moments[p].items() for part, value in _plain(one)}
+    return tensors | {
+        f"optimizer/{what}{part}/{name}": value for name, p in named for what, moment in moments[p].items() for part, value in _plain_tensors(moment)
+    }
 
 
-def _plain(value: Tensor) -> list[tuple[str, Tensor]]:
-    """A tensor, or the parts that one in 8 bits is made of."""
+def _plain_tensors(value: Tensor) -> list[tuple[str, Tensor]]:
+    """A tensor, or the parts of an 8-bit one."""
     if isinstance(value, DTensor) or not is_traceable_wrapper_subclass(value):
         return [("", value)]
     return [(f".{part}", getattr(value, part)) for part in value.__tensor_flatten__()[0]]
@@ -228,7 +230,7 @@ def _read(tensors: dict[str, Any], folder: Path, group: Any) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that there is only one process
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=group, no_dist=not group)
-    except CheckpointException as error:  # what came up within, an interruption too
+    except CheckpointException as error:  # wraps every error raised inside, also KeyboardInterrupt
         raise KeyboardInterrupt if signals.stop_requested() else RuntimeError(f"{folder} cannot be read: {error}") from error
 
 

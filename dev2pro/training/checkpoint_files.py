@@ -1,4 +1,4 @@
-"""Checkpoints as folders: which there are, whether they are whole, which of them may go, and whether another one fits."""
+"""Checkpoint folders: lists, verifies and prunes them, and checks disk space."""
 
 import hashlib
 import json
@@ -16,36 +16,36 @@ from dev2pro.errors import SpaceError
 from dev2pro.training.optim import OptimConfig
 
 NUMBERS = "checkpoint.json"
-MARGIN = 1.05  # what files need beyond their tensors
+MARGIN = 1.05  # size of the files relative to their tensors
 
 
-def sealed(file: Path) -> list[Any]:
-    """[bytes, SHA-256] of a file that is on the disk."""
+def fsync_and_hash(file: Path) -> list[Any]:
+    """Calls fsync on a file and returns [bytes, SHA-256]."""
     fsync_paths(file)
     with file.open("rb") as content:
         return [file.stat().st_size, hashlib.file_digest(content, "sha256").hexdigest()]
 
 
-def fsync_paths(*places: Path) -> None:
-    """Files and folders, until a power cut cannot take them back."""
-    for place in places:
-        handle = os.open(place, os.O_RDONLY)
+def fsync_paths(*paths: Path) -> None:
+    """Calls fsync on files and folders."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
 
 
 def list_checkpoints(out: Path) -> dict[int, Path]:
-    """step -> folder of every checkpoint that was published."""
+    """step -> folder of every complete checkpoint."""
     return {int(name[1]): folder for folder in out.glob("checkpoint-*") if (name := CHECKPOINT.fullmatch(folder.name))}
 
 
 def prune(out: Path, keep: int) -> None:
-    """Removes all but the newest ones and the one with the lowest held-out loss."""
-    there = list_checkpoints(out)
-    scored = [(score, step) for step, folder in there.items() if (score := _held_out(folder)) is not None]
-    kept = {*sorted(there)[-keep:], *(step for _, step in sorted(scored)[:1])}
-    for step in there.keys() - kept:
-        remove(there[step])
+    """Removes all but the `keep` newest checkpoints and the one with the lowest held-out loss."""
+    checkpoints = list_checkpoints(out)
+    scored = [(score, step) for step, folder in checkpoints.items() if (score := _held_out(folder)) is not None]
+    retained = {*sorted(checkpoints)[-keep:], *(step for _, step in sorted(scored)[:1])}
+    for step in checkpoints.keys() - retained:
+        remove(checkpoints[step])
 
 
 def _held_out(folder: Path) -> float | None:
@@ -55,12 +55,12 @@ def _held_out(folder: Path) -> float | None:
 
 
 def remove(folder: Path) -> None:
-    """Under another name first: what is called a checkpoint is whole."""
+    """Renames the folder before deleting it, so that a folder named checkpoint-N is always complete."""
     if folder.exists():
-        going = folder.with_name(f"{folder.name}-old.partial")
-        shutil.rmtree(going, ignore_errors=True)
-        folder.rename(going)
-        shutil.rmtree(going)
+        renamed = folder.with_name(f"{folder.name}-old.partial")
+        shutil.rmtree(renamed, ignore_errors=True)
+        folder.rename(renamed)
+        shutil.rmtree(renamed)
 
 
 def has_space(out: Path, need: float) -> bool:
@@ -69,7 +69,7 @@ def has_space(out: Path, need: float) -> bool:
 
 
 def check_space(out: Path, need: float) -> None:
-    """Raises SpaceError where `need` bytes do not fit."""
+    """Raises SpaceError if `need` bytes do not fit."""
     if not has_space(out, need):
         free = shutil.disk_usage(out).free
         raise SpaceError(
@@ -78,19 +78,19 @@ def check_space(out: Path, need: float) -> None:
 
 
 def check_start(out: str, parameters: int, optim: OptimConfig, dtype: torch.dtype, ema: float) -> None:
-    """Raises SpaceError where no checkpoint of a full fine-tune would fit: weights, their average, two moments."""
+    """Raises SpaceError if a checkpoint of a full fine-tune would not fit: weights, their average, two moments."""
     moment = 1 if optim.name == "adamw_8bit" else dtype.itemsize
     check_space(Path(out), parameters * (dtype.itemsize * (2 if ema else 1) + 2 * moment))
 
 
-def damage(folder: Path, rank: int, ranks: int) -> str:
-    """What is wrong with this rank's share of the files, or nothing."""
+def find_damage(folder: Path, rank: int, ranks: int) -> str:
+    """Describes the damage in this rank's share of the files; empty if there is none."""
     try:
         numbers = json.loads((folder / NUMBERS).read_text())
         if numbers.pop("digest") != digest(numbers):
             return f"{NUMBERS} is not as it was written"
         for name in sorted(numbers["files"])[rank::ranks]:
-            if sealed(folder / re.sub("[^a-z0-9.-]", "", name)) != numbers["files"][name]:
+            if fsync_and_hash(folder / re.sub("[^a-z0-9.-]", "", name)) != numbers["files"][name]:
                 return f"{name} is not as it was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"

@@ -12,8 +12,8 @@ from dev2pro.errors import ConfigError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def _free(value: Any) -> Any:
-    """A field that may be another one when a run goes on: it decides about speed and memory, and about the last bits at most."""
+def _changeable(value: Any) -> Any:
+    """A field that may change when a run is resumed: it affects speed, memory and at most the last bits."""
     return field(default=value, metadata={"identity": False})
 
 
@@ -21,15 +21,15 @@ def _free(value: Any) -> Any:
 class HardwareConfig:
     """One machine's choices; see conf/hardware/."""
 
-    device: str = _free("auto")  # auto takes a GPU when there is one; cpu forces the CPU
+    device: str = _changeable("auto")  # auto takes a GPU when there is one; cpu forces the CPU
     dtype: str = "float32"  # of the weights
     mixed_precision: str = "no"  # bf16: computes in bfloat16 over float32 weights
-    gradient_checkpointing: bool = _free(False)  # a third more compute for a fraction of the activation memory
-    micro_batch: int = _free(64)  # samples per forward pass and rank; the batch is made of as many as it takes
+    gradient_checkpointing: bool = _changeable(False)  # a third more compute for a fraction of the activation memory
+    micro_batch: int = _changeable(64)  # samples per forward pass and rank; larger batches accumulate gradients
     int8_base: bool = False  # lora only: the frozen blocks in int8, half the memory of bfloat16
-    shard: bool = _free(False)  # FSDP2: weights, gradients and optimizer state spread over the ranks
-    encodings_gb: float = _free(4.0)  # of host memory a process may fill with encoded captions and pictures; what fits is encoded once, ahead
-    threads: int = _free(0)  # CPU threads of one process; 0 lets torch decide
+    shard: bool = _changeable(False)  # FSDP2: weights, gradients and optimizer state spread over the ranks
+    encodings_gb: float = _changeable(4.0)  # of host memory per process for encoded captions and pictures; what fits is encoded once, in advance
+    threads: int = _changeable(0)  # CPU threads of one process; 0 lets torch decide
 
 
 def accelerator(hardware: HardwareConfig) -> Accelerator:
@@ -60,7 +60,7 @@ def accelerator(hardware: HardwareConfig) -> Accelerator:
 
 
 def check_dtype(key: str, name: str) -> None:
-    """Raises ConfigError for a precision nobody knows."""
+    """Raises ConfigError for an unknown precision."""
     if name not in DTYPES:
         raise ConfigError(f"{key}={name} is unknown. Choose one of {', '.join(DTYPES)}.")
 

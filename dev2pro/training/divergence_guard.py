@@ -1,4 +1,4 @@
-"""Stops a training that goes wrong before it is trained on: numbers that are not finite, a loss that leaps, a held-out loss that rises."""
+"""Stops a diverging training before the optimizer step: non-finite loss or gradient, loss spikes, rising held-out loss."""
 
 import math
 import statistics
@@ -7,13 +7,13 @@ from typing import Any
 
 from dev2pro.errors import DivergedError
 
-SEEN, ENOUGH = 100, 20  # losses that a leap is measured against, and how many it takes
+WINDOW, MIN_LOSSES = 100, 20  # recent losses for the spike's median, and the least number of them
 CURE = "Nothing was saved over the last checkpoint. Lower optim.lr, lengthen optim.warmup or look at the data, and choose another out=."
 
 
 @dataclass(slots=True, kw_only=True)
 class GuardConfig:
-    """How far numbers may go; 0 is any distance."""
+    """Divergence thresholds; 0 disables a check."""
 
     spike: float = 0.0  # times the median loss of the last hundred steps
     collapse: float = 0.0  # times the lowest held-out loss so far
@@ -26,17 +26,17 @@ class DivergenceGuard:
         self.config, self.recent = config, list[float]()
 
     def check_step(self, step: int, loss: float, norm: float) -> None:
-        """At a step's loss and gradient norm, before the optimizer uses them. Raises DivergedError."""
+        """Checks a step's loss and gradient norm before the optimizer step. Raises DivergedError."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise DivergedError(f"The loss ({loss}) or the gradient ({norm}) of step {step} is not finite. {CURE}")
-        if self.config.spike and len(self.recent) >= ENOUGH and loss > self.config.spike * (usual := statistics.median(self.recent)):
+        if self.config.spike and len(self.recent) >= MIN_LOSSES and loss > self.config.spike * (usual := statistics.median(self.recent)):
             raise DivergedError(
                 f"The loss of step {step} leapt to {loss:.4g}, more than guard.spike={self.config.spike:g} times the usual {usual:.4g}. {CURE}"
             )
-        self.recent = [*self.recent[1 - SEEN :], loss]
+        self.recent = [*self.recent[1 - WINDOW :], loss]
 
     def held_out(self, curve: list[dict[str, Any]]) -> None:
-        """At the curve when it has a new point. Raises DivergedError."""
+        """Checks the newest point of the held-out curve. Raises DivergedError."""
         lowest, last = min(point["loss"] for point in curve), curve[-1]
         if not math.isfinite(last["loss"]):
             raise DivergedError(f"The held-out loss of step {last['step']} is not finite. {CURE}")

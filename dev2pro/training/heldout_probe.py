@@ -1,4 +1,4 @@
-"""Held-out numbers at fixed noise and fixed timesteps, so that two checkpoints differ by their weights and nothing else."""
+"""Held-out losses at fixed noise and fixed timesteps, so that they differ between checkpoints only by the weights."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ PURPOSE = "probe"
 
 @dataclass(slots=True, kw_only=True)
 class ProbeConfig:
-    """How often and how finely to look; see conf/."""
+    """How often and how finely to measure; see conf/."""
 
     every: int  # steps
     samples: int  # held-out pictures
@@ -26,7 +26,7 @@ class ProbeConfig:
 class HeldoutProbe:
     """Measures transformers on the first held-out pictures at fixed times, the quantiles of the training distribution.
 
-    The mean over bins therefore estimates the training loss on held-out pictures; the bins tell where on the way it comes from.
+    The mean over bins therefore estimates the training loss on held-out pictures; the bins show how it depends on the time.
     """
 
     def __init__(self, data: EncodedBatch, config: ProbeConfig, *, scheduler: dict, seed: int, batch: int) -> None:
@@ -40,7 +40,7 @@ class HeldoutProbe:
 
     @torch.no_grad()
     def set_teacher(self, teacher: torch.nn.Module) -> None:
-        """Remembers the teacher's predictions at guidance 1; from then on `measure` reports the distance to them."""
+        """Stores the teacher's predictions at guidance 1; `measure` then also reports the distance to them."""
         self._teacher = [v for _, v in self._predictions(teacher, 1.0)]
 
     @torch.no_grad()
@@ -48,8 +48,8 @@ class HeldoutProbe:
         """Mean squared errors of the predicted velocity, over samples, tokens and channels.
 
         loss, loss_by_time: against the flow-matching target, at `guidance`. loss_usual: the same at `usual_guidance`.
-        guidance_gap: between the predictions at the two guidances (0: the input is dead).
-        teacher_distance: between the predictions at guidance 1 and the teacher's, where one is known.
+        guidance_gap: between the predictions at the two guidances (0: the input has no effect).
+        teacher_distance: between the predictions at `guidance` and the teacher's at 1, if a teacher is set.
         """
         target = flow_matching.velocity(self.x0, self.noise)
         by_time = torch.zeros(self.bins)
@@ -63,13 +63,13 @@ class HeldoutProbe:
             gap += _mse(v, w) * weight
             if self._teacher:
                 teacher += _mse(v, self._teacher[i]) * weight
-        found: dict[str, float | list[float]] = {
+        metrics: dict[str, float | list[float]] = {
             "loss": by_time.mean().item(),
             "loss_by_time": [round(x, 6) for x in by_time.tolist()],
             "loss_usual": usual,
             "guidance_gap": gap,
         }
-        return {**found, "teacher_distance": teacher} if self._teacher else found
+        return {**metrics, "teacher_distance": teacher} if self._teacher else metrics
 
     def _bin(self, chunk: int) -> int:
         return chunk // -(-self.count // self.batch)

@@ -15,7 +15,7 @@ SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "polynomial
 
 @dataclass(slots=True, kw_only=True)
 class OptimConfig:
-    """How the weights are moved; see the stages' yaml files."""
+    """Optimizer settings; see the stages' yaml files."""
 
     name: str = "adamw"  # adamw (torch, fused) or adamw_8bit (torchao, stochastic rounding for bfloat16 weights)
     lr: float
@@ -27,7 +27,7 @@ class OptimConfig:
 
 
 def check(config: OptimConfig, *, shard: bool = False) -> None:
-    """Raises ConfigError for an optimizer or a schedule that cannot work, before any model is loaded."""
+    """Raises ConfigError for an unknown or unusable optimizer or schedule, before any model is loaded."""
     if config.name not in OPTIMIZERS:
         raise ConfigError(f"optim.name={config.name} is unknown. Choose one of {', '.join(OPTIMIZERS)}.")
     if config.name == "adamw_8bit":
@@ -41,7 +41,7 @@ def check(config: OptimConfig, *, shard: bool = False) -> None:
 
 
 def need_torchao(setting: str) -> None:
-    """Raises ConfigError where a setting needs torchao and it is not installed."""
+    """Raises ConfigError if a setting needs torchao and it is not installed."""
     if importlib.util.find_spec("torchao") is None:
         raise ConfigError(f"{setting} needs torchao, which is not installed. Run `pip install torchao==0.18.0`.")
 

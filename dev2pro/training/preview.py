@@ -1,4 +1,4 @@
-"""Shows what a model draws while it is trained: a sheet of pictures for a few held-out captions, made beside every measurement."""
+"""Samples preview images during training: a contact sheet for a few held-out captions at every held-out measurement."""
 
 import io
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ from dev2pro.training import checkpoint_files
 from dev2pro.training.distributed import HardwareConfig
 
 ACROSS = 4  # pictures side by side
-SIDES = (256, 192, 128, 96, 64)  # pixels of a picture's longer side: the largest with which the sheet has its bytes
+SIDES = (256, 192, 128, 96, 64)  # pixels of a picture's longer side: the largest with which the sheet has at most BYTES
 BYTES, QUALITY = 200_000, 85
 
 
 @dataclass(slots=True, kw_only=True)
 class PreviewConfig:
-    """What to draw at every measurement; see conf/."""
+    """What to sample at every measurement; see conf/."""
 
     pictures: int  # held-out captions; 0 is off
     steps: int  # of the sampler
@@ -34,14 +34,14 @@ class PreviewConfig:
 
 
 class Preview:
-    """Draws a few of the held-out captions, each from noise of its own, the same at every step of the training.
+    """Samples a few of the held-out captions, each from its own noise, the same at every step of the training.
 
-    Every rank draws, because a sharded model needs them all; the first one decodes and writes. Between two sheets the VAE waits on the CPU.
+    Every rank samples, because a sharded model needs them all; the first one decodes and writes. Between two sheets the VAE is on the CPU.
     """
 
     def __init__(
-        self, config: PreviewConfig, model: ModelConfig, hardware: HardwareConfig, data: EncodedBatch, texts: PromptEncoder, scheduler: dict, accelerator: Accelerator,
-        *, seed: int, out: str,
+        self, config: PreviewConfig, model: ModelConfig, hardware: HardwareConfig, data: EncodedBatch, prompt_encoder: PromptEncoder,
+        scheduler: dict, accelerator: Accelerator, *, seed: int, out: str,
     ) -> None:  # fmt: skip
         self.config, self.usual_guidance, self.grid, self.out, self.main = (
             config,
@@ -53,17 +53,17 @@ class Preview:
         count, (tokens, channels) = min(config.pictures, len(data)), data.mean.shape[1:]
         rows = [i * len(data) // count for i in range(count)]  # neighbours are often alike
         self.captions, self.mu = [data.captions[row] for row in rows], flow_matching.shift_mu(tokens, scheduler)
-        self.batches: list[tuple[Tensor, Conditioning, Conditioning]] = []  # noise, what is said, nothing
+        self.batches: list[tuple[Tensor, Conditioning, Conditioning]] = []  # noise, conditioning, null conditioning
         for first in range(0, count, hardware.micro_batch):
-            some = rows[first : first + hardware.micro_batch]
-            noise = torch.stack([sampling.initial_noise(seed, 0, first + i, (tokens, channels)) for i in range(len(some))]).to(data.mean)
-            prompt, pooled = (one.expand(len(some), *one.shape) for one in texts.empty)
-            conditioning = flux1.build_conditioning(data.prompt[some], data.pooled[some], data.grid)
+            chunk = rows[first : first + hardware.micro_batch]
+            noise = torch.stack([sampling.initial_noise(seed, 0, first + i, (tokens, channels)) for i in range(len(chunk))]).to(data.mean)
+            prompt, pooled = (empty.expand(len(chunk), *empty.shape) for empty in prompt_encoder.empty)
+            conditioning = flux1.build_conditioning(data.prompt[chunk], data.pooled[chunk], data.grid)
             self.batches.append((noise, conditioning, flux1.build_conditioning(prompt, pooled, data.grid)))
-        self.vae = flux1.load_vae(model, texts.dtype) if count and self.main else None
+        self.vae = flux1.load_vae(model, prompt_encoder.dtype) if count and self.main else None
 
     def draw(self, transformer: torch.nn.Module, step: int, guidance: float) -> None:
-        """Writes previews/<step>.jpg into `out`. Step 0 is a new beginning: what a run that came to nothing left there goes first."""
+        """Writes previews/<step>.jpg into `out`. Step 0 starts a new run and first removes previews of an earlier, unfinished one."""
         if step == 0 and self.main:
             for old in (self.out / record.PREVIEWS).glob("[0-9]*.jpg"):
                 old.unlink()
@@ -73,15 +73,15 @@ class Preview:
             for batch in self.batches
         ]
         if self.vae:
-            told = f"guidance {guidance:g}" + (f", true CFG {cfg_scale:g}" if cfg_scale != 1 else "")
-            self._write(step, sheet(f"step {step}, {told}", self.captions, self._decoded(self.vae, torch.cat(latents))))
+            label = f"guidance {guidance:g}" + (f", true CFG {cfg_scale:g}" if cfg_scale != 1 else "")
+            self._write(step, sheet(f"step {step}, {label}", self.captions, self._decode(self.vae, torch.cat(latents))))
 
-    def _decoded(self, vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
-        """One at a time, which is what fits beside a model that is trained."""
+    def _decode(self, vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
+        """Decodes one image at a time, to fit into memory beside the trained model."""
         vae.to(latents.device)
-        pixels = [(flux1.decode(vae, one, self.grid)[0].float() * 255).round().byte().cpu() for one in latents.split(1)]
+        pixels = [(flux1.decode(vae, image, self.grid)[0].float() * 255).round().byte().cpu() for image in latents.split(1)]
         vae.to("cpu")
-        return [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in pixels]
+        return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
 
     def _write(self, step: int, data: bytes) -> None:
         partial, whole = self.out / "preview.partial", self.out / record.PREVIEWS / f"{step:06d}.jpg"
@@ -92,12 +92,12 @@ class Preview:
 
 
 def sheet(title: str, captions: Sequence[str], pictures: Sequence[Image.Image]) -> bytes:
-    """A JPEG of pictures under their captions, ACROSS in a row, with up to BYTES bytes."""
+    """A JPEG of pictures under their captions, ACROSS in a row, of up to BYTES bytes."""
     for side in SIDES:
         rows = [slice(first, first + ACROSS) for first in range(0, len(pictures), ACROSS)]
         strips = [contact_sheet.contact_sheet("" if row.start else title, captions[row], [("", pictures[row])], side) for row in rows]
         file = io.BytesIO()
-        contact_sheet.below(strips).save(file, "JPEG", quality=QUALITY)
+        contact_sheet.stack_vertically(strips).save(file, "JPEG", quality=QUALITY)
         if file.tell() <= BYTES:
             break
     return file.getvalue()

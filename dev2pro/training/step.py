@@ -1,4 +1,4 @@
-"""One optimizer step on any number of ranks, and the clock around it; what is learnt is the calling stage's business."""
+"""One optimizer step on any number of ranks, and its timer; the calling stage provides the loss."""
 
 import resource
 import shutil
@@ -53,14 +53,14 @@ class Training:
         self.schedule = optim.schedule(config, self.optimizer.optimizer, steps)
         self.ema = EMAModel(self.parameters, decay=ema) if ema else None
         self.clock, self.guard = StepTimer(), DivergenceGuard(guard or GuardConfig())
-        self.stop_requested: Callable[[], bool] = signals.stop_requested  # by this rank; `stopping`: by any, which all know after the same step
+        self.stop_requested: Callable[[], bool] = signals.stop_requested  # of this rank; `stopping`: of any, on all ranks after the same step
         self.stopping = False
 
     def step(self, step: int, make_batch: Callable[[range], B], compute_loss: Callable[[B], Tensor]) -> tuple[float, float]:
         """One optimizer step: (mean loss, gradient norm before clipping), the same on every rank.
 
-        `draw(slots)` makes the micro-batch for some slots of this step, `loss_of` its mean loss. Raises DivergedError when the
-        guard says so; the weights are then those of the step before.
+        `make_batch(slots)` makes the micro-batch for some slots of this step, `compute_loss` its mean loss. Raises DivergedError if the
+        guard does; the weights are then those of the previous step.
         """
         total = torch.zeros((), device=self.accelerator.device)
         for i, slots in enumerate(self.slots):
@@ -74,11 +74,11 @@ class Training:
                 total += loss.detach()
         with self.clock.compute():
             norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.clip)
-            told = torch.stack([total, total.new_tensor(float(self.stop_requested()))])
-            (mean, wanted), size = self.accelerator.reduce(told, "mean").tolist(), _whole(norm)
-            self.stopping = wanted > 0
+            values = torch.stack([total, total.new_tensor(float(self.stop_requested()))])
+            (mean, stop_share), size = self.accelerator.reduce(values, "mean").tolist(), _to_float(norm)
+            self.stopping = stop_share > 0
             self.guard.check_step(step, mean, size)
-            torch.manual_seed(step)  # stochastic rounding draws from here, and has to draw the same after a kill
+            torch.manual_seed(step)  # for stochastic rounding, which must be the same after a resume
             self.optimizer.step()
             self.schedule.step()
             self.optimizer.zero_grad()
@@ -93,7 +93,7 @@ class Training:
         return float(self.schedule.get_last_lr()[0])
 
     def save(self, out: str, dtype: torch.dtype) -> None:
-        """Writes the model, with the averaged weights where there are any, as `out`/transformer in diffusers layout."""
+        """Writes the model, with the averaged weights if there are any, as `out`/transformer in diffusers layout."""
         with self.ema_weights() as model:
             state = self.accelerator.get_state_dict(model)
             if self.accelerator.is_main_process:
@@ -103,14 +103,14 @@ class Training:
                 whole, partial = Path(out) / "transformer", Path(out) / "transformer.partial"
                 shutil.rmtree(partial, ignore_errors=True)
                 copy.save_pretrained(partial)
-                for file in partial.iterdir():  # safetensors makes files that nobody else may read
+                for file in partial.iterdir():  # safetensors creates files that only their owner may read
                     file.chmod((partial / "config.json").stat().st_mode)
                 shutil.rmtree(whole, ignore_errors=True)
                 partial.rename(whole)
 
     @contextmanager
     def ema_weights(self) -> Iterator[torch.nn.Module]:
-        """The model in evaluation mode, with the averaged weights when there are any."""
+        """The model in evaluation mode, with the averaged weights if there are any."""
         self.model.eval()
         if self.ema:
             self.ema.store(self.parameters)
@@ -125,27 +125,27 @@ class Training:
 
 
 class StepTimer:
-    """How fast the steps went and what share of their time was not forward, backward or optimizer."""
+    """Measures steps per second and the share of time outside forward, backward and optimizer."""
 
     def __init__(self) -> None:
         self.steps, self.computing, self.pause, self.start = 0, 0.0, 0.0, time.perf_counter()
 
     @contextmanager
     def compute(self) -> Iterator[None]:
-        """Around forward, backward and optimizer."""
+        """Times forward, backward and optimizer."""
         before = time.perf_counter()
         yield
         self.computing += time.perf_counter() - before
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is no training: measuring on held-out data."""
+        """Excludes time that is not training: measuring on held-out data."""
         before = time.perf_counter()
         yield
         self.pause += time.perf_counter() - before
 
     def metrics(self) -> dict[str, Any]:
-        """steps_per_second, share_outside (of the training time), peak_memory_mb (of the process; of the GPU where there is one)."""
+        """steps_per_second, share_outside (of the training time), peak_memory_mb (of the process, or of the GPU if there is one)."""
         seconds = time.perf_counter() - self.start - self.pause
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         if torch.cuda.is_available():
@@ -157,5 +157,5 @@ class StepTimer:
         }
 
 
-def _whole(norm: Any) -> float:
+def _to_float(norm: Any) -> float:
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)

@@ -1,4 +1,4 @@
-"""What became of a line of recovered models, as a page of the UI: a row for every generation, and the shards that could not be used."""
+"""The history of a line of recovered models as a page of the UI: one row per generation, and the unusable shards."""
 
 import re
 from collections.abc import Sequence
@@ -12,19 +12,20 @@ from flows.generations.aliases import ALIASES
 from flows.generations.lifecycle import PROMOTED, Generation
 from flows.ui.redact import redact
 
-ROWS, SHARDS = 100, 30  # of the newest generations, and of shards
+ROWS, SHARDS = 100, 30  # most rows of generations, and of shards, on the page
 SHORT = 12  # digits of an id that are shown
 
 
-def sentence(one: Generation) -> str:
-    """How a generation came out."""
-    if one.verdict == PROMOTED:
-        return f"Generation {one.number} was promoted: held-out loss {one.before:.5f} -> {one.after:.5f}, on {one.samples:,} new samples."
-    return f"Generation {one.number} was not promoted: {one.why}."
+def sentence(generation: Generation) -> str:
+    """The outcome of a generation."""
+    if generation.verdict == PROMOTED:
+        loss = f"{generation.before:.5f} -> {generation.after:.5f}"
+        return f"Generation {generation.number} was promoted: held-out loss {loss}, on {generation.samples:,} new samples."
+    return f"Generation {generation.number} was not promoted: {generation.why}."
 
 
 def show(line: str, unusable: Sequence[dict[str, str]]) -> None:
-    """The artifact `<line>-history`. The run is worth more than its page."""
+    """Publishes the Prefect artifact `<line>-history`. Errors are logged and do not fail the run."""
     key = re.sub("[^a-z0-9]+", "-", line.lower()).strip("-")
     try:
         create_markdown_artifact(key=f"{key}-history", markdown=page(line, unusable), description=f"The recovered models of {line}")
@@ -34,29 +35,29 @@ def show(line: str, unusable: Sequence[dict[str, str]]) -> None:
 
 def page(line: str, unusable: Sequence[dict[str, str]]) -> str:
     """The page in markdown."""
-    every = lifecycle.load_all(line)
+    generations = lifecycle.load_all(line)
     lines = [f"- **{alias}** is {_code(aliases.target(line, alias) or 'nothing yet')}" for alias in ALIASES]
     lines += ["", "| generation | begun | new samples | held-out loss before | after | verdict | id |", "|---|---|---|---|---|---|---|"]
-    lines += [_row(one) for one in every[: -ROWS - 1 : -1]]
-    lines += ["", f"{len(every) - ROWS:,} older ones are not shown."] if len(every) > ROWS else []
+    lines += [_row(generation) for generation in generations[: -ROWS - 1 : -1]]
+    lines += ["", f"{len(generations) - ROWS:,} older ones are not shown."] if len(generations) > ROWS else []
     if unusable:
         lines += ["", f"### {len(unusable):,} shards cannot be used", "", "They are left out, and looked at again the next time.", ""]
-        lines += [f"- {_plain(one['reason'])}" for one in unusable[:SHARDS]]
+        lines += [f"- {_plain(shard['reason'])}" for shard in unusable[:SHARDS]]
     return "\n".join(lines) + "\n"
 
 
-def _row(one: Generation) -> str:
-    losses = [f"{loss:.5f}" if loss is not None else "" for loss in (one.before, one.after)]
-    verdict = _plain(f"{one.verdict or 'under way'}{f': {one.why}' if one.why else ''}")
-    begun = _plain(one.begun[:16].replace("T", " "))
-    return f"| {one.number} | {begun} UTC | {one.samples:,} | {losses[0]} | {losses[1]} | {verdict} | {_code(one.id[:SHORT])} |"
+def _row(generation: Generation) -> str:
+    before, after = (f"{loss:.5f}" if loss is not None else "" for loss in (generation.before, generation.after))
+    verdict = _plain(f"{generation.verdict or 'under way'}{f': {generation.why}' if generation.why else ''}")
+    started_at = _plain(generation.begun[:16].replace("T", " "))
+    return f"| {generation.number} | {started_at} UTC | {generation.samples:,} | {before} | {after} | {verdict} | {_code(generation.id[:SHORT])} |"
 
 
 def _code(text: str) -> str:
-    """Between backticks, where nothing can be escaped: what would end that, or the cell around it, is taken out."""
+    """The text as inline code. Backticks and bars are removed, because nothing can be escaped there."""
     return f"`{re.sub('[`|]', '', printable(text))}`"
 
 
 def _plain(text: str) -> str:
-    """Names and messages come from outside."""
+    """Untrusted text, redacted and escaped."""
     return markdown(redact(text))

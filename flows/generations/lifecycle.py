@@ -1,4 +1,4 @@
-"""The generations of a line of recovered models: what each was begun with, what came of it, and whose weights are kept."""
+"""The generations of a line of recovered models: their records, their verdicts, and whose weights are kept."""
 
 import os
 import re
@@ -18,23 +18,23 @@ from flows.processes.launch import StageFailed
 
 RECORD = re.compile(r"[0-9]{4,}\.json")
 PROMOTED, WORSE, FAILED = "promoted", "not promoted", "failed"  # verdicts
-HOPELESS = (ConfigError.exit_code, DataError.exit_code, DivergedError.exit_code)  # with the same snapshot and values it would end so again
-BUG, TRIES = 1, 3  # the exit code of what nobody foresaw, and how often a generation may end so
-PATIENCE = 3.0  # seconds to wait for what a killed run has started to be gone
+NOT_RETRYABLE = (ConfigError.exit_code, DataError.exit_code, DivergedError.exit_code)  # the same snapshot and values would fail again
+BUG, MAX_BUGS = 1, 3  # the exit code of an unexpected error, and after how many of them a generation fails
+LOCK_TIMEOUT = 3.0  # seconds to wait until the processes of a killed run have ended
 WEIGHTS = "*.safetensors"
-REMAINS = ("train.snapshot", "metrics.jsonl", "quarantine*.jsonl")  # of a generation that failed
+PRESERVED = ("train.snapshot", "metrics.jsonl", "quarantine*.jsonl")  # files of a failed generation that are kept
 
 
 @dataclass(frozen=True)
 class Generation:
-    """Its folder is `out`, its record <number>.json beside that. `verdict` is empty while it is under way.
+    """One generation. Its folder is `out`, its record <number>.json beside that. `verdict` is empty while it is trained.
 
-    `before` and `after` are the losses on the same held-out pictures and noise: of the model it began with, and of what it made.
+    `before` and `after` are losses on the same held-out pictures and noise: of the start model, and of the trained one.
     """
 
     line: str
     number: int
-    words: list[str]  # for recover
+    words: list[str]  # arguments of recover
     processes: int
     tolerance: float
     samples: int
@@ -59,12 +59,12 @@ def out(line: str, number: int) -> str:
 
 
 def ledger(line: str) -> str:
-    """What the line has consumed: a file below the root."""
+    """The ledger of consumed shards: a file below the root."""
     return str((folder(line) / "ledger.jsonl").relative_to(ROOT))
 
 
 def load_all(line: str) -> list[Generation]:
-    """All that were begun, the oldest first. Raises ConfigError for a damaged record."""
+    """All generations of a line, the oldest first. Raises ConfigError for a damaged record."""
     records = sorted((int(file.stem), file) for file in folder(line).glob("*.json") if RECORD.fullmatch(file.name))
     try:
         return [Generation(**record.read_json(file)) for _, file in records]
@@ -72,23 +72,23 @@ def load_all(line: str) -> list[Generation]:
         raise ConfigError(f"A record in {folder(line)} is damaged ({error}). Bring the old one back.") from error
 
 
-def write(one: Generation) -> Generation:
-    """Puts the record in place, whole."""
-    record.write_json(folder(one.line) / f"{one.number:04d}.json", asdict(one))
-    return one
+def write(generation: Generation) -> Generation:
+    """Writes the record atomically."""
+    record.write_json(folder(generation.line) / f"{generation.number:04d}.json", asdict(generation))
+    return generation
 
 
 def now() -> str:
-    """The time as records have it."""
+    """The current time in UTC, in the format of records."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 @contextmanager
 def exclusive(line: str) -> Iterator[int | None]:
-    """Within, the line is this process's, and that of processes which inherit the handle; None where it is another's."""
+    """Locks the line for this process and those that inherit the handle; None if another process holds the lock."""
     folder(line).mkdir(parents=True, exist_ok=True)
-    patience = time.monotonic() + PATIENCE
-    while (handle := run_folder.lock(folder(line))) is None and time.monotonic() < patience:
+    deadline = time.monotonic() + LOCK_TIMEOUT
+    while (handle := run_folder.lock(folder(line))) is None and time.monotonic() < deadline:
         time.sleep(0.1)
     try:
         yield handle
@@ -97,89 +97,93 @@ def exclusive(line: str) -> Iterator[int | None]:
             os.close(handle)
 
 
-# ---- what came of it ------------------------------------------------------------------------------------------------------------------
+# ---- verdicts -------------------------------------------------------------------------------------------------------------------------
 
 
-def with_verdict(one: Generation, made: Artifact) -> Generation:
+def with_verdict(generation: Generation, artifact: Artifact) -> Generation:
     """The generation with its verdict.
 
-    It is compared with the model it began with, and with the best one where that was measured in the same way: many small
-    steps down must not add up.
+    It is compared with its start model, and with the best one if that was measured in the same way, so that many small
+    regressions do not add up.
     """
-    before, after = losses(made)
-    best = _best(one.line, made)
+    before, after = losses(artifact)
+    best = _best_loss(generation.line, artifact)
     limit = before if best is None else min(before, best)
-    told = replace(one, before=before, after=after, id=made.id)
-    if after <= limit * (1 + one.tolerance):
-        return replace(told, verdict=PROMOTED)
-    than = "the model it began with" if limit == before else "the best one"
-    return replace(told, verdict=WORSE, why=f"its held-out loss is {after:.5f}, more than {100 * one.tolerance:g}% above the {limit:.5f} of {than}")
+    measured = replace(generation, before=before, after=after, id=artifact.id)
+    if after <= limit * (1 + generation.tolerance):
+        return replace(measured, verdict=PROMOTED)
+    reference = "the model it began with" if limit == before else "the best one"
+    return replace(
+        measured,
+        verdict=WORSE,
+        why=f"its held-out loss is {after:.5f}, more than {100 * generation.tolerance:g}% above the {limit:.5f} of {reference}",
+    )
 
 
-def finalize(one: Generation, made: Artifact) -> None:
-    """Has the aliases name a promoted generation, then writes its verdict down. Doing that again changes nothing."""
-    if one.verdict == PROMOTED:
-        best = _best(one.line, made)
-        aliases.promote(one.line, "latest", one.out, made.id)
-        if best is None or losses(made)[1] < best:
-            aliases.promote(one.line, "best", one.out, made.id)
-    write(one)
+def finalize(generation: Generation, artifact: Artifact) -> None:
+    """Points the aliases at a promoted generation, then writes its record. Idempotent."""
+    if generation.verdict == PROMOTED:
+        best = _best_loss(generation.line, artifact)
+        aliases.promote(generation.line, "latest", generation.out, artifact.id)
+        if best is None or losses(artifact)[1] < best:
+            aliases.promote(generation.line, "best", generation.out, artifact.id)
+    write(generation)
 
 
-def losses(made: Artifact) -> tuple[float, float]:
-    """On held-out pictures: of the model a run began with, and of what it made."""
-    curve = made.metrics["curve"]
+def losses(artifact: Artifact) -> tuple[float, float]:
+    """Held-out losses of the model a run started with, and of the one it trained."""
+    curve = artifact.metrics["curve"]
     return curve[0]["loss"], curve[-1]["loss"]
 
 
-def _best(line: str, made: Artifact) -> float | None:
-    """The held-out loss of the best model, where there is one and the numbers can be compared."""
-    place = aliases.target(line, "best")
-    best = record.read_if_artifact(str(ROOT / place)) if place else None
-    return losses(best)[1] if best and _measured(best) == _measured(made) else None
+def _best_loss(line: str, artifact: Artifact) -> float | None:
+    """The held-out loss of the best model, if there is one and the losses are comparable."""
+    uri = aliases.target(line, "best")
+    best = record.read_if_artifact(str(ROOT / uri)) if uri else None
+    return losses(best)[1] if best and _probe_settings(best) == _probe_settings(artifact) else None
 
 
-def _measured(made: Artifact) -> list[Any]:
-    """What the held-out loss depends on, besides the model."""
-    config = made.config
-    pictures = [parent["id"] for parent in made.parents if parent["role"] == f"{record.DATA}heldout"]
-    told = [config["data"]["resolution"], config["probe"]["samples"], config["probe"]["bins"]]
-    return [pictures, config["seed"], config["guidance"], config["model"], *told]
+def _probe_settings(artifact: Artifact) -> list[Any]:
+    """The settings that the held-out loss depends on, besides the model."""
+    config = artifact.config
+    pictures = [parent["id"] for parent in artifact.parents if parent["role"] == f"{record.DATA}heldout"]
+    settings = [config["data"]["resolution"], config["probe"]["samples"], config["probe"]["bins"]]
+    return [pictures, config["seed"], config["guidance"], config["model"], *settings]
 
 
-def failed(one: Generation, error: StageFailed) -> Generation:
-    """The generation after its stage ended badly: over, if it would end so again; else it is gone on with the next time."""
-    failures = one.failures + (error.exit_code == BUG)
-    if error.exit_code not in HOPELESS and failures < TRIES:
-        return write(replace(one, failures=failures))
-    return write(replace(one, failures=failures, verdict=FAILED, why=str(error)[:1000]))
+def failed(generation: Generation, error: StageFailed) -> Generation:
+    """Records a failure of the stage. The generation fails for good if a retry would fail again; else the next run resumes it."""
+    failures = generation.failures + (error.exit_code == BUG)
+    if error.exit_code not in NOT_RETRYABLE and failures < MAX_BUGS:
+        return write(replace(generation, failures=failures))
+    return write(replace(generation, failures=failures, verdict=FAILED, why=str(error)[:1000]))
 
 
-# ---- what is kept ---------------------------------------------------------------------------------------------------------------------
+# ---- files ----------------------------------------------------------------------------------------------------------------------------
 
 
 def clean_up(line: str) -> None:
-    """Removes what finished generations need no more: checkpoints; of failed ones all that a run would go on from; and what was half written."""
-    for left in folder(line).glob("*.partial"):
-        left.unlink()
-    for one in load_all(line):
-        place = ROOT / one.out
-        if one.verdict == FAILED and (place / record.CONFIG).exists():
-            kept = {file for pattern in REMAINS for file in place.glob(pattern)}
-            for there in set(place.iterdir()) - kept - {place / record.CONFIG}:
-                shutil.rmtree(there) if there.is_dir() else there.unlink()
-            (place / record.CONFIG).unlink()
-        elif one.verdict and any(place.glob("checkpoint-*")):
-            record.remove_temporary(place, keep=0)
+    """Removes checkpoints of finished generations, all but PRESERVED of failed ones, and partial files."""
+    for partial in folder(line).glob("*.partial"):
+        partial.unlink()
+    for generation in load_all(line):
+        path = ROOT / generation.out
+        if generation.verdict == FAILED and (path / record.CONFIG).exists():
+            preserved = {file for pattern in PRESERVED for file in path.glob(pattern)}
+            for entry in set(path.iterdir()) - preserved - {path / record.CONFIG}:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            (path / record.CONFIG).unlink()
+        elif generation.verdict and any(path.glob("checkpoint-*")):
+            record.remove_temporary(path, keep=0)
 
 
 def prunable(line: str, keep: int) -> list[str]:
-    """The folders of old generations that still have their weights, though they are none of the `keep` newest and no alias names them."""
-    finished = [one.out for one in load_all(line) if one.verdict in (PROMOTED, WORSE)]
-    kept = {*finished[-keep:], *(aliases.target(line, alias) for alias in ALIASES)}
-    return [place for place in finished if place not in kept and any((ROOT / place).rglob(WEIGHTS))]
+    """Folders of old generations that still have weights, but are not among the `keep` newest and not the target of an alias."""
+    finished = [generation.out for generation in load_all(line) if generation.verdict in (PROMOTED, WORSE)]
+    protected = {*finished[-keep:], *(aliases.target(line, alias) for alias in ALIASES)}
+    return [path for path in finished if path not in protected and any((ROOT / path).rglob(WEIGHTS))]
 
 
 def quarantines(line: str) -> list[str]:
-    """Files that name samples which could not be used: they are left out of what comes."""
+    """Files that list quarantined samples, which later snapshots leave out."""
     return sorted(str(file.relative_to(ROOT)) for file in folder(line).glob("*/quarantine*.jsonl"))

@@ -1,1 +1,1 @@
-"""Stages as processes: started, given a GPU, watched, trusted."""
+"""Stages as processes: starts them, assigns GPUs, tracks which are alive, and checks what a run may do."""

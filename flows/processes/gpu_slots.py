@@ -1,4 +1,4 @@
-"""A GPU each: every GPU of this machine, or every core where there is none, works for one stage at a time, whichever flow started it."""
+"""GPU slots: locks every GPU of this machine, or every core if it has none, for one stage at a time across all flows."""
 
 import json
 import os
@@ -17,12 +17,12 @@ from dev2pro.artifacts.record import ROOT
 from dev2pro.errors import ConfigError
 
 FOLDER = ROOT / "runs" / ".slots"
-EVERY = 0.5  # seconds between two looks for a free one
+POLL_SECONDS = 0.5  # seconds between two attempts to lock slots
 
 
 @dataclass(frozen=True)
 class Slots:
-    """What a stage got: locked files, which its process inherits and holds until it has ended, and the environment that shows it its GPUs alone."""
+    """The slots of a stage: handles of lock files, which its process inherits and holds, and the environment that limits it to its GPUs."""
 
     handles: tuple[int, ...]
     environment: dict[str, str]
@@ -30,55 +30,57 @@ class Slots:
 
 @cache
 def names() -> tuple[str, ...]:
-    """What there is on this machine: gpu-0, gpu-1, ... as CUDA_VISIBLE_DEVICES and nvidia-smi have them, else core-0, core-1, ..."""
+    """The slots of this machine: gpu-0, gpu-1, ... as CUDA_VISIBLE_DEVICES or nvidia-smi name them, else core-0, core-1, ..."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None and shutil.which("nvidia-smi"):
-        said = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, check=False)
-        visible = ",".join(said.stdout.split()) if said.returncode == 0 else ""
+        query = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, check=False)
+        visible = ",".join(query.stdout.split()) if query.returncode == 0 else ""
     gpus = [name.strip() for name in (visible or "").split(",") if name.strip() not in ("", "-1")]
     return tuple(f"gpu-{name}" for name in gpus) or tuple(f"core-{number}" for number in range(len(os.sched_getaffinity(0))))
 
 
 @contextmanager
-def acquire(count: int, what: str, stopping: Callable[[], bool], tell: Callable[[str], None]) -> Iterator[Slots | None]:
-    """Within, `count` of them are taken for `what`; None when `stopping` said so before they were free.
+def acquire(count: int, what: str, stopping: Callable[[], bool], log: Callable[[str], None]) -> Iterator[Slots | None]:
+    """Locks `count` slots for `what` within the context; None if `stopping` returned true before they were free.
 
-    Whoever starts a process within passes the handles on: then they stay taken until that process has ended, even if this one dies.
-    Raises ConfigError for more than there are.
+    A process that inherits the handles keeps the slots locked until it ends, even if this one dies.
+    Raises ConfigError for more slots than the machine has.
     """
-    every = names()
-    if count > len(every):
-        raise ConfigError(f"{what} wants {count} processes, and this machine has {len(every)} ({', '.join(every)}). Give it fewer, one for each.")
+    all_names = names()
+    if count > len(all_names):
+        raise ConfigError(
+            f"{what} wants {count} processes, and this machine has {len(all_names)} ({', '.join(all_names)}). Give it fewer, one for each."
+        )
     FOLDER.mkdir(parents=True, exist_ok=True)
-    got = dict[str, int]()
+    acquired = dict[str, int]()
     try:
-        with _turn(stopping):  # kept while it waits, so that who wants many is not overtaken by those who want one
-            said = False
-            while not (got := _free(every, count)) and not stopping():
-                if not said:
-                    tell(f"{what} waits for {count} free of {', '.join(f'{name} ({_holder(name)})' for name in every)}")
-                said = True
-                time.sleep(EVERY)
-        for name in got:
+        with _queue_turn(stopping):  # held while waiting, so that a stage that needs many slots is not starved
+            logged = False
+            while not (acquired := _lock_free(all_names, count)) and not stopping():
+                if not logged:
+                    log(f"{what} waits for {count} free of {', '.join(f'{name} ({_holder(name)})' for name in all_names)}")
+                logged = True
+                time.sleep(POLL_SECONDS)
+        for name in acquired:
             _file(name).write_text(json.dumps({"what": what, "pid": os.getpid()}))
-        gpus = [name.removeprefix("gpu-") for name in got if name.startswith("gpu-")]
-        yield Slots(tuple(got.values()), {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}) if got else None
+        gpus = [name.removeprefix("gpu-") for name in acquired if name.startswith("gpu-")]
+        yield Slots(tuple(acquired.values()), {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}) if acquired else None
     finally:
-        for handle in got.values():
+        for handle in acquired.values():
             os.close(handle)
 
 
-def _free(every: tuple[str, ...], count: int) -> dict[str, int]:
-    """All `count` of them or none: two that each hold half would wait for ever."""
-    found = {name: handle for name in every if (handle := run_folder.lock(_file(name))) is not None}
-    for name in list(found)[count if len(found) >= count else 0 :]:
-        os.close(found.pop(name))
-    return found
+def _lock_free(all_names: tuple[str, ...], count: int) -> dict[str, int]:
+    """Locks all `count` slots or none, so that two stages cannot deadlock."""
+    locked = {name: handle for name in all_names if (handle := run_folder.lock(_file(name))) is not None}
+    for name in list(locked)[count if len(locked) >= count else 0 :]:
+        os.close(locked.pop(name))
+    return locked
 
 
 @contextmanager
-def _turn(stopping: Callable[[], bool]) -> Iterator[None]:
-    """One process looks at a time."""
+def _queue_turn(stopping: Callable[[], bool]) -> Iterator[None]:
+    """Lets one waiting process at a time try to lock slots."""
     while (handle := run_folder.lock(_file("turn"))) is None and not stopping():
         time.sleep(0.05)
     try:
@@ -89,7 +91,7 @@ def _turn(stopping: Callable[[], bool]) -> Iterator[None]:
 
 
 def _file(name: str) -> Path:
-    """Folders may be shared by machines, GPUs are not."""
+    """The lock file of a slot, with the host name: machines may share the folder, but not their GPUs."""
     file = FOLDER / f"{gethostname()}-{name}"
     file.touch()
     return file

@@ -1,4 +1,4 @@
-"""Starts a stage as a process, passes its words and its progress on to Prefect, and brings back its artifact."""
+"""Starts a stage as a process, forwards its output and progress to Prefect, and returns its artifact."""
 
 import json
 import os
@@ -25,68 +25,68 @@ from flows.ui.progress import ProgressReporter
 from flows.ui.redact import redact
 
 GRACE = 25.0  # seconds a cancelled flow waits for its stages; Prefect kills it after 30
-SAVING = "checkpoint.grace=600"  # a stage may take longer to save: it outlives its flow
-SAVES = ("recover", "lora", "distill")
-LINES = 20  # of a stage's last words in an error
+GRACE_ARG = "checkpoint.grace=600"  # a stage may take longer to save and outlive its flow
+CHECKPOINTING = ("recover", "lora", "distill")
+ERROR_LINES = 20  # of a stage's last output in an error
 LOG_EVERY = 10  # percent between two lines of progress in the log
-MOST = 1 << 53  # steps; with more, a number is no number of steps
+MAX_STEPS = 1 << 53  # a larger number of steps is no valid event
 _running: set[subprocess.Popen] = set()
 _lock = threading.Lock()
 _stopping = threading.Event()
 
 
 class StageFailed(RuntimeError):
-    """A stage ended with an exit code other than 0, kept in `exit_code`; the message holds its last words."""
+    """A stage ended with an exit code other than 0, kept in `exit_code`; the message holds its last output."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
 
 
-def again(_task: Task, _run: TaskRun, state: State) -> bool:
-    """Whether a stage is worth another try: only where it says so itself."""
+def should_retry(_task: Task, _run: TaskRun, state: State) -> bool:
+    """Whether to retry a stage: only for the exit code of TryAgainError."""
     failure = state.result(raise_on_failure=False)
     return isinstance(failure, StageFailed) and failure.exit_code == TryAgainError.exit_code
 
 
-RETRY_OPTIONS: dict[str, Any] = {"retries": 3, "retry_delay_seconds": [10, 60, 600], "retry_jitter_factor": 0.2, "retry_condition_fn": again}
+RETRY_OPTIONS: dict[str, Any] = {"retries": 3, "retry_delay_seconds": [10, 60, 600], "retry_jitter_factor": 0.2, "retry_condition_fn": should_retry}
 
 
-def launch(stage: str, words: list[str], out: str, processes: int = 1) -> Artifact:
-    """Runs `python -m stages.<stage> <words>` (under torchrun's ranks for several processes) and returns the artifact it left in `out`.
+def launch(stage: str, args: list[str], out: str, processes: int = 1) -> Artifact:
+    """Runs `python -m stages.<stage> <args>` (under torchrun's ranks for several processes) and returns the artifact in `out`.
 
     A finished artifact made by the same command is returned at once. Raises StageFailed.
     """
-    log, place = get_run_logger(), ROOT / out
-    words = [*words, SAVING] if stage in SAVES else words
-    if made := run_folder.up_to_date(str(place), words):
+    log, folder = get_run_logger(), ROOT / out
+    args = [*args, GRACE_ARG] if stage in CHECKPOINTING else args
+    if artifact := run_folder.up_to_date(str(folder), args):
         log.info("%s: finished before, skipped", out)
-        return made
+        return artifact
     starter = ["-m", "dev2pro.ranks", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    with gpu_slots.acquire(processes, f"{stage} {out}", _stopping.is_set, log.info) as got:
-        if got is None:
+    with gpu_slots.acquire(processes, f"{stage} {out}", _stopping.is_set, log.info) as slots:
+        if slots is None:
             raise StageFailed(f"{stage} was stopped before it began", INTERRUPTED)
-        log.info(redact(printable(f"python -m stages.{stage} {' '.join(words)}")))
-        watch = ProgressReporter(f"{stage} {out}", place, log.warning)
+        log.info(redact(printable(f"python -m stages.{stage} {' '.join(args)}")))
+        reporter = ProgressReporter(f"{stage} {out}", folder, log.warning)
         try:
-            _follow(stage, [*starter, "-m", f"stages.{stage}", *words], got, watch, log.info)
+            _run_process(stage, [*starter, "-m", f"stages.{stage}", *args], slots, reporter, log.info)
         finally:
-            watch.end()
-    return record.read(str(place))
+            reporter.end()
+    return record.read(str(folder))
 
 
-def command(module: str, words: list[str], handles: tuple[int, ...] = ()) -> None:
-    """Runs `python -m <module> <words>`, a cheap one that needs no slot; the handles are open until it has ended. Raises StageFailed."""
+def command(module: str, args: list[str], handles: tuple[int, ...] = ()) -> None:
+    """Runs `python -m <module> <args>`, a cheap command that needs no slot. It inherits the handles. Raises StageFailed."""
     log = get_run_logger()
-    log.info(redact(printable(f"python -m {module} {' '.join(words)}")))
-    _follow(module, ["-m", module, *words], Slots(handles, {}), None, log.info)
+    log.info(redact(printable(f"python -m {module} {' '.join(args)}")))
+    _run_process(module, ["-m", module, *args], Slots(handles, {}), None, log.info)
 
 
 @contextmanager
 def run_context() -> Iterator[None]:
-    """Around all that a flow launches: the flow counts as alive, and when it fails or is cancelled its stages are asked to stop.
+    """Context of everything a flow launches: marks the flow as alive, and stops its stages when it fails or is cancelled.
 
-    A cancelled flow leaves a stage alone that is still saving when its own time is over.
+    A stage that is still saving after GRACE seconds is left running.
     """
     _stopping.clear()
     with liveness.this_run():
@@ -119,58 +119,62 @@ def _stop(grace: float | None) -> None:
             )
 
 
-def _follow(what: str, words: list[str], got: Slots, watch: ProgressReporter | None, say: Callable[[str], None]) -> None:
-    """Runs Python with these words to its end. Raises StageFailed with its last ones."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "DEV2PRO_"))} | got.environment | {
+def _run_process(name: str, args: list[str], slots: Slots, reporter: ProgressReporter | None, log: Callable[[str], None]) -> None:
+    """Runs Python with these arguments to its end. Raises StageFailed with its last output."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "DEV2PRO_"))} | slots.environment | {
         "DEV2PRO_EVENTS": "1", "DEV2PRO_PARENT": str(os.getpid()), "PYTHONUNBUFFERED": "1",
     }  # fmt: skip
     child = subprocess.Popen(
-        [sys.executable, *words], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        start_new_session=True, pass_fds=got.handles,
+        [sys.executable, *args], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        start_new_session=True, pass_fds=slots.handles,
     )  # fmt: skip
     with _lock:
         _running.add(child)
-    last = deque[str](maxlen=LINES)
-    ears = threading.Thread(target=_listen, args=[child, watch, say, last], daemon=True)  # goes on while the flow is being cancelled
-    ears.start()
+    last_lines = deque[str](maxlen=ERROR_LINES)
+    reader = threading.Thread(
+        target=_forward_output, args=[child, reporter, log, last_lines], daemon=True
+    )  # keeps reading while the flow is cancelled
+    reader.start()
     try:
         code = child.wait()
-    except BaseException:  # the flow is being cancelled; what the stage saves now is to be seen
+    except BaseException:  # the flow is being cancelled; the log still gets the stage's output
         _stop(GRACE)
         raise
-    ears.join(GRACE)
+    reader.join(GRACE)
     with _lock:
         _running.discard(child)
     if code:
-        raise StageFailed(f"{what} ended with exit code {code}: {' '.join(last) or 'it said nothing'}", code)
+        raise StageFailed(f"{name} ended with exit code {code}: {' '.join(last_lines) or 'it said nothing'}", code)
 
 
-def _listen(child: subprocess.Popen, watch: ProgressReporter | None, say: Callable[[str], None], last: deque[str]) -> None:
-    said = 0.0
+def _forward_output(child: subprocess.Popen, reporter: ProgressReporter | None, log: Callable[[str], None], last_lines: deque[str]) -> None:
+    logged_percent = 0.0
     assert child.stdout is not None
     for line in child.stdout:
-        if (event := _event(line)) is None:
+        if (event := _parse_event(line)) is None:
             if line.strip():
-                last.append(redact(printable(line.rstrip())))
-                say(last[-1])
+                last_lines.append(redact(printable(line.rstrip())))
+                log(last_lines[-1])
             continue
-        if watch:
-            watch.on_event(event)
+        if reporter:
+            reporter.on_event(event)
         if "measured" in event:
             continue
         percent = 100 * event["step"] / event["of"]
-        if percent >= said + LOG_EVERY or percent < said or event["step"] == event["of"]:
-            said = percent
-            say(printable(f"{event['stage']}: {event['step']}/{event['of']}  {event['text']}"))
+        if percent >= logged_percent + LOG_EVERY or percent < logged_percent or event["step"] == event["of"]:
+            logged_percent = percent
+            log(printable(f"{event['stage']}: {event['step']}/{event['of']}  {event['text']}"))
 
 
-def _event(line: str) -> dict[str, Any] | None:
-    """What a stage tells a flow in a line; None for words, also for those that only begin like an event: another rank may have written into it."""
+def _parse_event(line: str) -> dict[str, Any] | None:
+    """The event in a line of a stage's output; None for other lines, also malformed events: another rank may have written into the line."""
     try:
-        told = json.loads(line[2:]) if line.startswith("@@") else {}
-        is_step = isinstance(told["stage"], str) and isinstance(told["text"], str) and 0 <= told["step"] <= told["of"] and 0 < told["of"] < MOST
-        return told if is_step else None
+        event = json.loads(line[2:]) if line.startswith("@@") else {}
+        is_step = (
+            isinstance(event["stage"], str) and isinstance(event["text"], str) and 0 <= event["step"] <= event["of"] and 0 < event["of"] < MAX_STEPS
+        )
+        return event if is_step else None
     except KeyError:
-        return told if isinstance(told.get("measured"), dict) and isinstance(told["measured"].get("step"), int) else None
+        return event if isinstance(event.get("measured"), dict) and isinstance(event["measured"].get("step"), int) else None
     except (ValueError, TypeError, RecursionError):
         return None

@@ -1,4 +1,4 @@
-"""Which flow runs have a living process on this machine: each holds a lock on a file, which the system lifts when it dies, however it does."""
+"""Which flow runs have a living process on this machine: each holds a file lock, which the system releases when the process dies."""
 
 import json
 import os
@@ -19,7 +19,7 @@ FOLDER = ROOT / "runs" / ".flow-runs"
 
 @dataclass(frozen=True)
 class RunProcess:
-    """A flow run that has begun here. `pid` is 0 when its process is dead."""
+    """The process of a flow run that started on this machine. `pid` is 0 if it is dead."""
 
     run: UUID
     pid: int
@@ -27,7 +27,7 @@ class RunProcess:
 
 @contextmanager
 def this_run() -> Iterator[None]:
-    """Within, the flow run of the context counts as alive."""
+    """Marks the current flow run as alive within the context."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     file = _file(UUID(flow_run.id))
     file.write_text(json.dumps({"pid": os.getpid(), "server": _server()}))
@@ -41,25 +41,25 @@ def this_run() -> Iterator[None]:
 
 
 def started_runs() -> list[RunProcess]:
-    """Flow runs of this process's server that began on this machine and have not ended by themselves."""
-    return [life for file in sorted(FOLDER.glob(f"{gethostname()}-*.json")) if (life := _life(file))]
+    """Flow runs of this process's server that started on this machine and have not removed their lock file."""
+    return [process for file in sorted(FOLDER.glob(f"{gethostname()}-*.json")) if (process := _read(file))]
 
 
-def forget(run: UUID) -> None:
-    """A dead one whose state is true now."""
+def remove(run: UUID) -> None:
+    """Removes the lock file of a dead run, once its state on the server is right."""
     _file(run).unlink(missing_ok=True)
 
 
-def _life(file: Path) -> RunProcess | None:
+def _read(file: Path) -> RunProcess | None:
     try:
-        run, told = UUID(file.stem.removeprefix(f"{gethostname()}-")), json.loads(file.read_text())
-        if told["server"] != _server():
+        run, content = UUID(file.stem.removeprefix(f"{gethostname()}-")), json.loads(file.read_text())
+        if content["server"] != _server():
             return None
         if (handle := run_folder.lock(file)) is not None:
             os.close(handle)
             return RunProcess(run, 0)
-        return RunProcess(run, int(told["pid"]))
-    except (OSError, ValueError, KeyError, TypeError):  # it has just ended, or just begun
+        return RunProcess(run, int(content["pid"]))
+    except (OSError, ValueError, KeyError, TypeError):  # the file is being created or removed
         return None
 
 

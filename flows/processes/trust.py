@@ -1,7 +1,7 @@
-"""What a run takes from the server: its parameters, checked by its form, and nothing else. Whoever may use the API fills in forms, and gets no shell.
+"""A run takes only its parameters from the server, validated by its form. API users can fill in forms; they cannot run code.
 
-The runners of `make serve` start the flows that they have loaded themselves, whatever the server says about code. What it says is looked at
-all the same, so that a change is not passed over in silence.
+The runners of `make serve` start the flows they have loaded themselves, whatever code fields the deployment has on the server. These fields
+are checked all the same, so that a change is reported.
 """
 
 import os
@@ -14,33 +14,33 @@ from prefect.client.schemas.responses import DeploymentResponse
 from prefect.context import FlowRunContext
 from prefect.results import ResultStore
 
-RUNNER = "DEV2PRO_RUNNER"  # set by the runners of `make serve`, for their runs. Runs in work pools have pull steps of their own (prefect.yaml)
+RUNNER = "DEV2PRO_RUNNER"  # set by the runners of `make serve` for their runs. Runs in work pools have their own pull steps (prefect.yaml)
 
 
 class Refused(RuntimeError):
-    """The server asks for more than a form."""
+    """The server gave more than form values: code fields, job variables or a stored result."""
 
 
-def own(flow: Flow) -> dict[str, Any]:
-    """What `make serve` tells the server about a flow's code, where Prefect lets it be changed through the API."""
+def expected_fields(flow: Flow) -> dict[str, Any]:
+    """The code fields of a flow's deployment as `make serve` registers them; Prefect allows changing them through the API."""
     entrypoint = f"{flow.fn.__module__.replace('.', '/')}.py:{flow.fn.__name__}"
-    nothing = dict.fromkeys(("pull_steps", "job_variables", "storage_document_id", "infrastructure_document_id", "work_pool_name", "work_queue_name"))
-    return {"entrypoint": entrypoint, "path": "."} | nothing
+    empty = dict.fromkeys(("pull_steps", "job_variables", "storage_document_id", "infrastructure_document_id", "work_pool_name", "work_queue_name"))
+    return {"entrypoint": entrypoint, "path": "."} | empty
 
 
-def changed(flow: Flow, deployment: DeploymentResponse) -> list[str]:
-    """Names of the fields that somebody has changed."""
-    return [field for field, value in own(flow).items() if (getattr(deployment, field) or None) != value]
+def changed_fields(flow: Flow, deployment: DeploymentResponse) -> list[str]:
+    """Names of the code fields that were changed on the server."""
+    return [field for field, value in expected_fields(flow).items() if (getattr(deployment, field) or None) != value]
 
 
 def check() -> None:
-    """Raises Refused when the run in whose context this is called was started from a changed deployment, or with job variables."""
+    """Raises Refused if the current run was started from a changed deployment, or with job variables."""
     context = FlowRunContext.get()
     if RUNNER not in os.environ or context is None or context.flow_run is None or context.flow_run.deployment_id is None:
         return
     with get_client(sync_client=True) as client:
         deployment = client.read_deployment(context.flow_run.deployment_id)
-    _refuse(changed(context.flow, deployment), deployment.name, context.flow_run)
+    _refuse(changed_fields(context.flow, deployment), deployment.name, context.flow_run)
 
 
 def _refuse(fields: list[str], deployment: str, run: FlowRun) -> None:
@@ -59,6 +59,6 @@ def _no_result(*_: object, **__: object) -> NoReturn:
     raise Refused("A result that the server points to is not read: it could be a pickle, which runs code. Results of dev2pro are artifacts in runs/.")
 
 
-# A run that the server declares finished makes Prefect read its "result" from wherever the server says, with whatever serializer it says.
+# For a run in a finished state Prefect reads the "result" from the location, and with the serializer, that the server names.
 for _name in ("read", "aread"):
     setattr(ResultStore, _name, _no_result)

@@ -1,4 +1,4 @@
-"""What an operator can trigger in the UI, and what of it an operator has changed: that stays, however often this is registered."""
+"""The deployments an operator can trigger in the UI. Registering them again keeps what an operator has changed."""
 
 import asyncio
 import os
@@ -19,76 +19,80 @@ from flows.processes import gpu_slots, trust
 from flows.recurring import recurring
 from flows.single import distill, evaluate, lora, recover
 
-TRAINING = "training"  # the runner of what needs GPUs; a run waits there for its turn
-CHEAP = "cheap"  # the runner of what does not, which never waits behind training
+TRAINING = "training"  # the runner of flows that need GPUs; its runs queue
+CHEAP = "cheap"  # the runner of other flows, which never wait behind training
 TIME_ZONE = "DEV2PRO_TIME_ZONE"  # of the schedule, such as Europe/Berlin
 AT_ONCE = 10  # runs of the cheap runner
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """A flow that can be triggered, its name in the UI, and the schedules that it comes with."""
+    """A flow that can be triggered, its name in the UI, and its initial schedules."""
 
     flow: Flow
     name: str
     schedules: tuple[Schedule, ...] = ()
 
-    def known(self, client: SyncPrefectClient) -> DeploymentResponse | None:
-        """What the server has of it."""
+    def read_registered(self, client: SyncPrefectClient) -> DeploymentResponse | None:
+        """The deployment on the server; None if it is not registered."""
         try:
             return client.read_deployment_by_name(f"{self.flow.name}/{self.name}")
         except ObjectNotFound:
             return None
 
 
-def of(runner: str) -> list[Deployment]:
+def for_runner(runner: str) -> list[Deployment]:
     """The deployments of a runner."""
     if runner == TRAINING:
         flows = {"pipeline": pipeline, "recover": recover, "lora": lora, "evaluate": evaluate, "distill": distill, "concepts": concepts}
         return [Deployment(flow, name) for name, flow in flows.items()]
     zone = os.environ.get(TIME_ZONE, "UTC")
-    nightly = Cron("0 2 * * *", timezone=zone, slug="nightly", active=False)  # an operator switches it on when there are shards to come
+    nightly = Cron("0 2 * * *", timezone=zone, slug="nightly", active=False)  # an operator activates it
     return [Deployment(recurring, "recurring", (nightly,))]
 
 
 def names() -> list[str]:
-    """What they are called, all of them."""
-    return [one.name for runner in (TRAINING, CHEAP) for one in of(runner)]
+    """Names of all deployments."""
+    return [deployment.name for runner in (TRAINING, CHEAP) for deployment in for_runner(runner)]
 
 
 def restore_code_fields(client: SyncPrefectClient) -> list[str]:
-    """Takes out what others have told the server about the code of our deployments. Returns a sentence for each that was changed."""
-    told = []
-    for one in (*of(TRAINING), *of(CHEAP)):
-        there = one.known(client)
-        if there and (fields := trust.changed(one.flow, there)):
-            client.update_deployment(there.id, DeploymentUpdate(**trust.own(one.flow) | {"job_variables": {}}))
-            told.append(
-                f"somebody has changed {', '.join(fields)} of the deployment {one.name} through the API; it is put right, and nothing was run"
+    """Restores the code fields of our deployments that were changed through the API. Returns one message per changed deployment."""
+    messages = []
+    for deployment in (*for_runner(TRAINING), *for_runner(CHEAP)):
+        registered = deployment.read_registered(client)
+        if registered and (fields := trust.changed_fields(deployment.flow, registered)):
+            client.update_deployment(registered.id, DeploymentUpdate(**trust.expected_fields(deployment.flow) | {"job_variables": {}}))
+            messages.append(
+                f"somebody has changed {', '.join(fields)} of the deployment {deployment.name} through the API; it is put right, and nothing was run"
             )
-    return told
+    return messages
 
 
 def run(runner: str) -> None:
     """Registers the deployments of a runner and starts their runs, until the process ends.
 
-    Runs are started from the flows loaded here, not from what the server says about them (Runner.add_flow).
+    Runs use the flows loaded here, not the code fields on the server (Runner.add_flow).
     """
     os.environ[trust.RUNNER] = runner
-    starts = Runner(name=runner, limit=len(gpu_slots.names()) if runner == TRAINING else AT_ONCE, pause_on_shutdown=False)
-    for one in of(runner):
-        starts.add_flow(one.flow, name=one.name, tags=["gpu"], **_as_left(one))
-    asyncio.run(starts.start())
+    prefect_runner = Runner(name=runner, limit=len(gpu_slots.names()) if runner == TRAINING else AT_ONCE, pause_on_shutdown=False)
+    for deployment in for_runner(runner):
+        prefect_runner.add_flow(deployment.flow, name=deployment.name, tags=["gpu"], **_current_settings(deployment))
+    asyncio.run(prefect_runner.start())
 
 
-def _as_left(deployment: Deployment) -> dict[str, Any]:
-    """The schedules, parameters and switch that it has in the UI. Registering it would else switch schedules on that somebody switched off."""
+def _current_settings(deployment: Deployment) -> dict[str, Any]:
+    """Its schedules, parameters and pause switch on the server. Without them, registering it would reactivate disabled schedules."""
     with get_client(sync_client=True) as client:
-        there = deployment.known(client)
-    if there is None:
+        registered = deployment.read_registered(client)
+    if registered is None:
         return {"schedules": list(deployment.schedules)}
-    return {"paused": there.paused, "parameters": there.parameters, "schedules": [_kept(one) for one in there.schedules]}
+    return {
+        "paused": registered.paused,
+        "parameters": registered.parameters,
+        "schedules": [_schedule_create(schedule) for schedule in registered.schedules],
+    }
 
 
-def _kept(schedule: Any) -> DeploymentScheduleCreate:
+def _schedule_create(schedule: Any) -> DeploymentScheduleCreate:
     return DeploymentScheduleCreate(schedule=schedule.schedule, active=schedule.active, parameters=schedule.parameters, slug=schedule.slug)

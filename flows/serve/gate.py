@@ -1,4 +1,4 @@
-"""What a browser may send to the server of `make serve`: what its own pages send. Other pages reach nothing, whatever browsers send for them."""
+"""Same-origin middleware of `make serve`: accepts requests of the server's own pages, and refuses those a browser sends for other pages."""
 
 from collections.abc import Collection
 from urllib.parse import urlsplit
@@ -8,7 +8,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 CHANGES = ("POST", "PUT", "PATCH", "DELETE")
-HEADERS = {  # of every answer
+HEADERS = {  # of every response
     "Content-Security-Policy": "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'self'; "
     "frame-ancestors 'none'",
@@ -23,8 +23,8 @@ HEADERS = {  # of every answer
 class SameOrigin:
     """ASGI middleware: 403 for what another origin's page sends, 415 for a body that is not `application/json`; WebSockets too.
 
-    `Origin` and `Sec-Fetch-Site` are set by the browser, not by the page (https://www.w3.org/TR/fetch-metadata/). What has neither comes from a
-    program, which no page can make do anything. `origins` ("https://dev2pro.example.com") count as our own, besides the one that `Host` names:
+    `Origin` and `Sec-Fetch-Site` are set by the browser, not by the page (https://www.w3.org/TR/fetch-metadata/). A request with neither comes from a
+    program that no page controls. `origins` ("https://dev2pro.example.com") count as our own, besides the one that `Host` names:
     hosts are checked before this.
     """
 
@@ -32,7 +32,7 @@ class SameOrigin:
         self.app, self.origins = app, origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes the request on, or answers it."""
+        """Forwards the request, or responds with 403 or 415."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
         elif self._is_foreign(scope):
@@ -40,7 +40,7 @@ class SameOrigin:
         elif _has_other_body(scope):
             await _answer(415, "A body must have the content type application/json.")(scope, receive, send)
         else:
-            await self.app(scope, receive, _hardened(send))
+            await self.app(scope, receive, _with_security_headers(send))
 
     def _is_foreign(self, scope: Scope) -> bool:
         headers = Headers(scope=scope)
@@ -52,7 +52,7 @@ class SameOrigin:
 
 
 def _opens_the_ui(scope: Scope, headers: Headers) -> bool:
-    """Whether somebody has followed a link to the UI; the page with the link can neither read nor frame it."""
+    """Whether this is a navigation to the UI, by a link; the page with the link can neither read nor frame it."""
     follows = headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
     return scope["type"] == "http" and scope["method"] == "GET" and follows and not scope["path"].startswith("/api")
 
@@ -69,7 +69,7 @@ def _answer(status: int, reason: str) -> JSONResponse:
     return JSONResponse({"exception_message": f"{reason} See docs/exposing.md."}, status, HEADERS)
 
 
-def _hardened(send: Send) -> Send:
+def _with_security_headers(send: Send) -> Send:
     async def with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
             MutableHeaders(scope=message).update(HEADERS)

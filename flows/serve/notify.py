@@ -1,4 +1,4 @@
-"""Tells somebody when a run has failed or a recovered model was not good enough: an automation that calls the webhook of the environment."""
+"""Notifications about failed runs and regressions: an automation that calls the webhook of the environment."""
 
 import os
 from datetime import timedelta
@@ -8,16 +8,16 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.events.actions import CallWebhook
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
-WEBHOOK = "DEV2PRO_WEBHOOK"  # an address, such as a Slack or Mattermost one; unset: nobody is told
+WEBHOOK = "DEV2PRO_WEBHOOK"  # a URL, such as a Slack or Mattermost one; if unset, nobody is notified
 NAME = "dev2pro: failures and regressions"
 EVENTS = {"prefect.flow-run.Failed", "prefect.flow-run.Crashed", "dev2pro.regression"}
 BLOCK = "dev2pro-webhook"
 TEXT = '"dev2pro: " ~ (event.resource.name or event.resource.id) ~ ": " ~ event.event ~ ". " ~ event.payload.message'
-PAYLOAD = f'{{"text": {{{{ ({TEXT}) | replace("<", "(") | tojson }}}}}}'  # no quote ends the text, and Slack reads no <!channel> in it
+PAYLOAD = f'{{"text": {{{{ ({TEXT}) | replace("<", "(") | tojson }}}}}}'  # tojson escapes quotes; without < Slack reads no <!channel>
 
 
 def arrange(client: SyncPrefectClient) -> bool:
-    """Makes the automation where there is none; one that an operator has changed or switched off stays so. False where no webhook is set."""
+    """Creates the automation if it does not exist; an operator's changes to it are kept. False if no webhook is set."""
     if not (address := os.environ.get(WEBHOOK)):
         return False
     block = Webhook(method="POST", url=address).save(BLOCK, overwrite=True)

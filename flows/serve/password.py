@@ -1,4 +1,4 @@
-"""The password of `make serve`: that of the environment, or one that is made at the first start and kept in a file that only its owner can read."""
+"""The password of `make serve`: from the environment, or generated at the first start and stored in a file that only its owner can read."""
 
 import os
 import secrets
@@ -7,16 +7,16 @@ from pathlib import Path
 
 from dev2pro.errors import ConfigError
 
-SERVER, CLIENT = "PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING"  # USER:PASSWORD: what the server asks for, what its clients give
-NONE = "DEV2PRO_NO_PASSWORD"  # the switch for a machine of one's own
+SERVER, CLIENT = "PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING"  # USER:PASSWORD, as the server requires it and as its clients send it
+NONE = "DEV2PRO_NO_PASSWORD"  # disables the password, for a single-user machine
 FILE = "password"  # in PREFECT_HOME
 EXAMPLE = "choose-a-password"  # as .env.example has it
 
 
 def configure() -> str:
-    """Puts USER:PASSWORD where server, runners and runs of this process find it. Returns what to tell the operator. Raises ConfigError.
+    """Sets USER:PASSWORD in the environment for the server, runners and runs of this process. Returns a message for the operator. Raises ConfigError.
 
-    The password itself is in that text only when it has just been made, and only where it goes to a terminal: logs are read by others.
+    The message contains the password only if it was just generated and stdout is a terminal: others read logs.
     """
     given, without = os.environ.get(SERVER), os.environ.get(NONE, "false").lower()
     if without not in ("true", "false"):
@@ -34,29 +34,29 @@ def configure() -> str:
         return "The UI asks for USER:PASSWORD as .env has it."
     path = Path(os.environ["PREFECT_HOME"]).expanduser() / FILE
     is_new = not path.exists()
-    known = os.environ[SERVER] = os.environ[CLIENT] = _make(path) if is_new else _read(path)
+    credentials = os.environ[SERVER] = os.environ[CLIENT] = _make(path) if is_new else _read(path)
     if is_new and sys.stdout.isatty():
-        return f"The UI asks for USER:PASSWORD. This one was made just now; paste the whole line:\n\n    {known}\n\nIt is kept in {path}."
+        return f"The UI asks for USER:PASSWORD. This one was made just now; paste the whole line:\n\n    {credentials}\n\nIt is kept in {path}."
     return f"The UI asks for USER:PASSWORD: paste the line in {path}."
 
 
 def _make(path: Path) -> str:
-    made = f"admin:{secrets.token_urlsafe(24)}"
+    credentials = f"admin:{secrets.token_urlsafe(24)}"
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.unlink(missing_ok=True)
     with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(made + "\n")
+        file.write(credentials + "\n")
     partial.rename(path)
-    return made
+    return credentials
 
 
 def _read(path: Path) -> str:
-    """What the file says. One that others could read or have written, or that holds no password, is refused."""
-    known_to = path.stat()
-    if known_to.st_mode & 0o077 or known_to.st_uid != os.getuid():
+    """USER:PASSWORD from the file. Raises ConfigError if other users can read it, if another user owns it, or if it holds no password."""
+    stat = path.stat()
+    if stat.st_mode & 0o077 or stat.st_uid != os.getuid():
         raise ConfigError(f"{path} can be read by other users, so its password is no secret. Remove the file; the next start makes another.")
-    known = path.read_text().strip()
-    if not all(known.partition(":")) or len(known.split()) != 1:
+    credentials = path.read_text().strip()
+    if not all(credentials.partition(":")) or len(credentials.split()) != 1:
         raise ConfigError(f"{path} holds no USER:PASSWORD. Remove the file; the next start makes another.")
-    return known
+    return credentials

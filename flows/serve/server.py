@@ -1,7 +1,7 @@
-"""The Prefect server of `make serve`, closed to other pages and host names; with SQLite a change waits for its turn instead of being refused.
+"""The Prefect server of `make serve`, closed to other origins and host names; with SQLite, concurrent writes wait instead of failing.
 
-Prefect's transactions begin as readers; one that then wants to write after another has written cannot wait, says SQLite
-(https://www.sqlite.org/lang_transaction.html), and the UI does not try again: a click is lost. Here they take the write lock as they begin.
+Prefect's transactions begin as readers. One that writes after another transaction has written fails at once
+(https://www.sqlite.org/lang_transaction.html), and the UI does not retry: a click is lost. Here they take the write lock at their start.
 """
 
 import os
@@ -22,20 +22,20 @@ from flows.serve.gate import SameOrigin
 LOOPBACK = ["127.0.0.1", "localhost", "[::1]"]
 
 
-class InTurn(AioSqliteConfiguration):
-    """SQLite, whose transactions are BEGIN IMMEDIATE."""
+class ImmediateSqlite(AioSqliteConfiguration):
+    """SQLite with BEGIN IMMEDIATE transactions."""
 
     @asynccontextmanager
     async def begin_transaction(self, session: AsyncSession, with_for_update: bool = False) -> AsyncIterator[AsyncSessionTransaction]:
-        """`with_for_update` is true for all."""
+        """Always uses `with_for_update`."""
         async with super().begin_transaction(session, with_for_update=True) as transaction:
             yield transaction
 
 
-def closed() -> TrustedHostMiddleware:
-    """Prefect's server and UI. A request for another host name than ours gets 400, before anything else: the name of a page may lead here.
+def create_closed_app() -> TrustedHostMiddleware:
+    """Prefect's server and UI. A request for a foreign host name gets 400 before anything else (DNS rebinding).
 
-    Around the app, not in it: the server's own services call that directly, as the host prefect-in-memory.
+    The middleware wraps the app: the server's own services call the app directly, as the host prefect-in-memory.
     """
     origins = os.environ["PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS"].split(",")
     ours = hosts([*origins, os.environ["PREFECT_API_URL"]])
@@ -43,12 +43,12 @@ def closed() -> TrustedHostMiddleware:
 
 
 def hosts(addresses: Iterable[str]) -> list[str]:
-    """The host names of this machine itself and of addresses, as `Host` has them, without ports."""
+    """Loopback host names and those of addresses, as in `Host`, without ports."""
     return [*LOOPBACK, *(re.sub(r":\d*$", "", urlsplit(address).netloc) for address in addresses)]
 
 
 def run(host: str, port: int) -> None:
-    """Serves until it is told to stop."""
-    usual = provide_database_interface().database_config
-    with temporary_database_config(InTurn(usual.connection_url) if isinstance(usual, AioSqliteConfiguration) else usual):
-        uvicorn.run(closed(), host=host, port=port, log_level="warning", server_header=False)
+    """Serves until it is stopped."""
+    default = provide_database_interface().database_config
+    with temporary_database_config(ImmediateSqlite(default.connection_url) if isinstance(default, AioSqliteConfiguration) else default):
+        uvicorn.run(create_closed_app(), host=host, port=port, log_level="warning", server_header=False)

@@ -1,1 +1,1 @@
-"""What is shown in the Prefect UI."""
+"""What the Prefect UI shows: progress, charts and verdicts, redacted."""

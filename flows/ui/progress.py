@@ -1,6 +1,6 @@
-"""What a stage does, shown in the UI while it does it: progress, curves, pictures and checkpoints, each one artifact that is brought up to date.
+"""Shows a running stage in the UI: progress, curves, pictures and checkpoints, each a Prefect artifact that is updated.
 
-Nothing here can hold a stage up or end it: the server may be gone for a while.
+Errors here never block or end a stage; the server may be down for a while.
 """
 
 import base64
@@ -24,30 +24,30 @@ from dev2pro.artifacts import record
 from dev2pro.escape import markdown, printable
 from flows.ui import charts
 
-EVERY = 5.0  # seconds between two looks; the progress is told then
-SLOWLY = 6  # looks between two of the curves, pictures and checkpoints
-WINDOW = 60  # progress events that tell how fast it is
-LARGEST = 1 << 20  # bytes of a picture that goes into the server's database
-PATIENCE = 20.0  # seconds for the last look
+POLL_SECONDS = 5.0  # seconds between two updates of the progress
+FULL_EVERY = 6  # updates of the progress per update of curves, pictures and checkpoints
+WINDOW = 60  # progress events that the speed is computed from
+MAX_PICTURE_BYTES = 1 << 20  # bytes of a picture that goes into the server's database
+END_TIMEOUT = 20.0  # seconds for the last update
 
 
 class ProgressReporter:
-    """Looks after one stage that writes into `out`, from a thread of its own, until `end`. `tell` takes its progress events."""
+    """Reports one stage that writes into `out`, from its own thread, until `end`. `on_event` takes the stage's progress events."""
 
     def __init__(self, stage: str, out: Path, warn: Callable[[str], None]) -> None:
         self.stage, self.out, self.warn = stage, out, warn
-        self.title = markdown(stage)  # the UI takes descriptions for markdown, with HTML in it
+        self.title = markdown(stage)  # the UI renders descriptions as markdown with HTML
         self.key = key(out)
-        self.curve = dict[int, dict[str, Any]]()  # what was measured on held-out pictures, by step
+        self.curve = dict[int, dict[str, Any]]()  # held-out measurements by step
         self.events = deque[tuple[float, dict[str, Any]]](maxlen=WINDOW)
         self.rows = Rows(out / "metrics.jsonl")
-        self._shown = dict[str, tuple[UUID, ArtifactUpdate]]()  # by name
+        self._published = dict[str, tuple[UUID, ArtifactUpdate]]()  # artifact id and content by name
         self._ended, self._failing = threading.Event(), False
-        self._thread = threading.Thread(target=contextvars.copy_context().run, args=[self._work], daemon=True)  # the run is in the context
+        self._thread = threading.Thread(target=contextvars.copy_context().run, args=[self._work], daemon=True)  # the context holds the flow run
         self._thread.start()
 
     def on_event(self, event: dict[str, Any]) -> None:
-        """Where the stage says that it is, or what it has measured."""
+        """Stores a progress event or a measurement of the stage."""
         if "measured" in event:
             self.curve = {**self.curve, event["measured"]["step"]: event["measured"]}
             return
@@ -56,75 +56,75 @@ class ProgressReporter:
         self.events.append((time.monotonic(), event))
 
     def end(self) -> None:
-        """The stage has ended: a last look, for which nobody waits long."""
+        """Publishes a last time after the stage has ended, waiting at most END_TIMEOUT seconds."""
         self._ended.set()
-        self._thread.join(PATIENCE)
+        self._thread.join(END_TIMEOUT)
 
     def _work(self) -> None:
-        looks = 0
-        while not self._ended.wait(EVERY):
-            self._look(slowly=looks % SLOWLY == 0)
-            looks += 1
-        self._look(slowly=True)
+        updates = 0
+        while not self._ended.wait(POLL_SECONDS):
+            self._update(full=updates % FULL_EVERY == 0)
+            updates += 1
+        self._update(full=True)
 
-    def _look(self, slowly: bool) -> None:
+    def _update(self, full: bool) -> None:
         try:
             if self.events:
                 self._progress()
-            if slowly:
+            if full:
                 self._curves()
                 self._pictures()
                 self._checkpoints()
             self._failing = False
-        except Exception as error:  # whatever it is, the stage is worth more
-            self._complain(error)
+        except Exception as error:  # no error here may end the stage
+            self._warn_once(error)
 
-    def _complain(self, error: Exception) -> None:
+    def _warn_once(self, error: Exception) -> None:
         if not self._failing:
             self.warn(printable(f"{self.stage}: cannot be shown at the moment ({type(error).__name__}: {error}); it goes on"))
         self._failing = True
 
-    # ---- what is shown ----
+    # ---- artifacts ----
 
     def _progress(self) -> None:
         event = self.events[-1][1]
-        said = f"{markdown(event['stage'])}: {pace(self.events)}  {markdown(event['text'])}"
-        self._show(ProgressArtifact(progress=100 * event["step"] / event["of"], description=said))
+        description = f"{markdown(event['stage'])}: {pace(self.events)}  {markdown(event['text'])}"
+        self._show(ProgressArtifact(progress=100 * event["step"] / event["of"], description=description))
 
     def _curves(self) -> None:
         losses = self.rows.read()
         if losses or self.curve:
-            drawn = charts.drawn(losses, list(self.curve.values()))
-            self._show(MarkdownArtifact(markdown=_picture(drawn, "png"), description=f"{self.title}: loss and recovery"), "curves")
+            chart = charts.draw(losses, list(self.curve.values()))
+            self._show(MarkdownArtifact(markdown=_picture(chart, "png"), description=f"{self.title}: loss and recovery"), "curves")
 
     def _pictures(self) -> None:
         sheets = sorted((self.out / record.PREVIEWS).glob("*.jpg"))
-        if sheets and sheets[-1].stat().st_size < LARGEST:
-            said = f"{self.title}: what it draws after step {int(sheets[-1].stem)}"
-            self._show(MarkdownArtifact(markdown=_picture(sheets[-1].read_bytes(), "jpeg"), description=said), "pictures")
+        if sheets and sheets[-1].stat().st_size < MAX_PICTURE_BYTES:
+            description = f"{self.title}: what it draws after step {int(sheets[-1].stem)}"
+            self._show(MarkdownArtifact(markdown=_picture(sheets[-1].read_bytes(), "jpeg"), description=description), "pictures")
 
     def _checkpoints(self) -> None:
-        found = [(int(name[1]), place) for place in self.out.glob("checkpoint-*") if (name := record.CHECKPOINT.fullmatch(place.name))]
-        if rows := [_row(step, place) for step, place in sorted(found)]:
+        checkpoints = [(int(name[1]), folder) for folder in self.out.glob("checkpoint-*") if (name := record.CHECKPOINT.fullmatch(folder.name))]
+        if rows := [_row(step, folder) for step, folder in sorted(checkpoints)]:
             self._show(TableArtifact(table=rows, description=f"{self.title}: where it would go on from"), "checkpoints")
 
     def _show(self, what: Shown, name: str = "") -> None:
-        """Makes the artifact, or brings it up to date."""
+        """Creates or updates the artifact."""
         content = ArtifactUpdate(data=what.format(), description=what.description)
-        known, before = self._shown.get(name, (None, None))
-        if before == content:
+        artifact_id, previous = self._published.get(name, (None, None))
+        if previous == content:
             return
-        if known is None:
+        if artifact_id is None:
             what.key = f"{self.key}-{name}" if name else None
-            known = what.create().id
+            artifact_id = what.create().id
         else:
             with get_client(sync_client=True) as client:
-                client.update_artifact(known, content)
-        self._shown[name] = (known, content)
+                client.update_artifact(artifact_id, content)
+        self._published[name] = (artifact_id, content)
 
 
 class Rows:
-    """The rows of a metrics.jsonl that grows, each read once."""
+    """Reads a growing metrics.jsonl incrementally."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._at, self._file = path, 0, 0
@@ -134,7 +134,7 @@ class Rows:
         """(step, loss) of every step so far."""
         if not self.path.exists():
             return []
-        if (number := self.path.stat().st_ino) != self._file:  # a stage that goes on writes it anew
+        if (number := self.path.stat().st_ino) != self._file:  # a resumed stage writes a new file
             self._at, self._file, self._losses = 0, number, []
         with self.path.open("rb") as file:
             file.seek(self._at)
@@ -149,17 +149,17 @@ class Rows:
 
 
 def pace(events: deque[tuple[float, dict[str, Any]]]) -> str:
-    """Where it is, how fast it goes, and how long it will take."""
+    """Step, steps per second and remaining time."""
     (began, first), (now, last) = events[0], events[-1]
-    said = f"step {last['step']:,} of {last['of']:,}"
+    description = f"step {last['step']:,} of {last['of']:,}"
     if last["step"] <= first["step"]:
-        return said
+        return description
     speed = (last["step"] - first["step"]) / (now - began)
-    return f"{said}, {speed:.3g} a second, {duration((last['of'] - last['step']) / speed)} left"
+    return f"{description}, {speed:.3g} a second, {duration((last['of'] - last['step']) / speed)} left"
 
 
 def duration(seconds: float) -> str:
-    """In the two largest units."""
+    """A duration in its two largest units."""
     minutes, hours, days = int(seconds // 60), int(seconds // 3600), int(seconds // 86400)
     if days:
         return f"{days} d {hours % 24} h"
@@ -169,7 +169,7 @@ def duration(seconds: float) -> str:
 
 
 def key(out: Path) -> str:
-    """How artifacts about a stage's folder begin: its name below runs/, as Prefect allows it."""
+    """The prefix of the artifact keys of a stage's folder: its path below runs/, in Prefect's alphabet."""
     return re.sub("[^a-z0-9]+", "-", _below(record.ROOT / "runs", out).lower()).strip("-")
 
 
@@ -179,8 +179,8 @@ def _below(root: Path, path: Path) -> str:
 
 def _row(step: int, folder: Path) -> dict[str, Any]:
     files = [file for file in folder.iterdir() if file.is_file()]
-    told = folder / "checkpoint.json"
-    held_out = json.loads(told.read_text()).get("held_out") if told.exists() else None
+    path = folder / "checkpoint.json"
+    held_out = json.loads(path.read_text()).get("held_out") if path.exists() else None
     size = sum(file.stat().st_size for file in files) / 2**20
     return {
         "step": step,

@@ -1,11 +1,11 @@
-"""What must not be read in the UI is taken out of a text: secrets of the environment, tokens, passwords and signatures in addresses."""
+"""Redacts secrets from texts for the UI: values of the environment, tokens, and passwords and signatures in URLs."""
 
 import os
 import re
 
 HIDDEN = "********"
 NAMES = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|AUTH|WEBHOOK|DATABASE_CONNECTION", re.IGNORECASE)
-SHORTEST = 6  # characters of a value that is taken for a secret
+MIN_SECRET_LENGTH = 6  # characters; shorter values are not redacted
 FORMS = (
     (re.compile(r"\b(hf_)[A-Za-z0-9]{16,}"), rf"\1{HIDDEN}"),
     (re.compile(r"\b((?:AKIA|ASIA)[A-Z0-9]{4})[A-Z0-9]{12}\b"), rf"\1{HIDDEN}"),
@@ -16,7 +16,7 @@ FORMS = (
 
 
 def redact(text: str) -> str:
-    """The text without them."""
+    """The text with secrets replaced by `HIDDEN`."""
     for value in _values():
         text = text.replace(value, HIDDEN)
     for form, instead in FORMS:
@@ -25,6 +25,6 @@ def redact(text: str) -> str:
 
 
 def _values() -> list[str]:
-    """Values of environment variables that are called secret, the longest first; paths and numbers are none."""
-    found = {value for name, value in os.environ.items() if NAMES.search(name) and len(value) >= SHORTEST}
-    return sorted((value for value in found if not value.startswith("/") and not value.isdigit()), key=len, reverse=True)
+    """Values of environment variables with secret names, the longest first, without paths and numbers."""
+    values = {value for name, value in os.environ.items() if NAMES.search(name) and len(value) >= MIN_SECRET_LENGTH}
+    return sorted((value for value in values if not value.startswith("/") and not value.isdigit()), key=len, reverse=True)

@@ -1,4 +1,4 @@
-"""How an evaluation came out, as a page of the UI: the verdict, the table of gains, pictures, and where the report is."""
+"""The result of an evaluation as a page of the UI: the verdict, the table of gains, pictures, and the path of the report."""
 
 import base64
 import io
@@ -11,12 +11,12 @@ from dev2pro.artifacts.record import Artifact
 from dev2pro.escape import markdown
 from flows.ui.progress import key
 
-SHEETS = 3  # pictures shown; all of them are in the report
+SHEETS = 3  # contact sheets on the page; the report has all of them
 WIDTH, QUALITY = 900, 80
 
 
 def show(result: Artifact) -> None:
-    """The artifact `<folder>-verdict` of the run."""
+    """Creates the Prefect artifact `<folder>-verdict`."""
     create_markdown_artifact(key=f"{key(Path(result.uri))}-verdict", markdown=page(result), description="How the LoRAs compare")
 
 

@@ -11,7 +11,7 @@ import pytest
 from data.shards.snapshot import Snapshot
 from data.storage.http import RangeClient
 from tests.servers import Server, impatient
-from tests.streams import BAD, pinned
+from tests.streams import BAD, write_snapshot
 
 Members = Mapping[str, bytes]
 
@@ -27,13 +27,13 @@ def web(tmp_path: Path) -> Iterator[Server]:
 
 
 @pytest.fixture
-def asks() -> RangeClient:
+def client() -> RangeClient:
     return RangeClient(connections=4, connect_timeout=0.5, idle_timeout=0.5)
 
 
 @pytest.fixture
 def write_shard() -> Callable[..., dict[str, bytes]]:
-    """Writes a tar of `count` samples, their PNGs filled up to some `size` bytes; what was written, by name."""
+    """Writes a tar of `count` samples, their PNGs padded to about `size` bytes. Returns name -> bytes."""
     from PIL import Image
 
     def write(path: Path, count: int = 8, size: int = 0, seed: int = 0, captions: bool = True, mixed: bool = True) -> dict[str, bytes]:
@@ -57,18 +57,18 @@ def write_shard() -> Callable[..., dict[str, bytes]]:
 
 @pytest.fixture
 def pin(tmp_path: Path):
-    """A snapshot of shards, indexed just now."""
+    """Indexes shards and returns their snapshot."""
     from data import index
     from data.shards import snapshot
     from data.storage.transport import Transport
 
-    def make(*places: str, **policy: bool) -> snapshot.Snapshot:
+    def make(*urls: str, **policy: bool) -> snapshot.Snapshot:
         transport, folder = Transport(impatient()), str(tmp_path / "sidecars")
-        for place in places:
-            outcome = index.index(place, transport, folder, **{"empty_captions": False, "allow_partial": False, **policy})
+        for url in urls:
+            outcome = index.index(url, transport, folder, **{"empty_captions": False, "allow_partial": False, **policy})
             assert not outcome.error
             assert not outcome.rejected
-        return snapshot.build(places, transport, folder=folder)
+        return snapshot.build(urls, transport, folder=folder)
 
     return make
 
@@ -83,10 +83,10 @@ def small_disk(disk: Callable[[float], Path]) -> Path:
 def many(tmp_path_factory) -> list[Snapshot]:
     """One, two and four shards, without and with pictures that cannot be decoded."""
     folder = tmp_path_factory.mktemp("many")
-    made = []
+    snapshots = []
     for bad in (frozenset[int](), frozenset(BAD)):
         for shards in (1, 2, 4):
-            place = folder / f"{shards}-{len(bad)}"
-            place.mkdir()
-            made.append(pinned(place, shards, bad))
-    return made
+            path = folder / f"{shards}-{len(bad)}"
+            path.mkdir()
+            snapshots.append(write_snapshot(path, shards, bad))
+    return snapshots

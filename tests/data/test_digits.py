@@ -52,15 +52,15 @@ def test_a_picture_depends_on_digit_style_and_seed_only(train, name):
 
 def test_styles_are_what_they_say(train):
     digit = train[2]
-    shown = {name: np.asarray(digits.picture(digit, style, 0)).astype(float) for name, style in STYLES.items()}
-    assert (shown["sideways"] == np.rot90(shown["ink"])).all()
-    assert (shown["mirror"] == shown["ink"][:, ::-1]).all()
+    images = {name: np.asarray(digits.picture(digit, style, 0)).astype(float) for name, style in STYLES.items()}
+    assert (images["sideways"] == np.rot90(images["ink"])).all()
+    assert (images["mirror"] == images["ink"][:, ::-1]).all()
     covered, free = digit.coverage > 0.9, digit.coverage == 0
-    assert shown["ink"][covered].mean() + 50 < shown["ink"][free].mean()  # dark on light
-    assert shown["chalk"][covered].mean() > shown["chalk"][free].mean() + 50  # light on dark
-    red, _, blue = shown["halftone"][covered].mean(0)
+    assert images["ink"][covered].mean() + 50 < images["ink"][free].mean()  # dark on light
+    assert images["chalk"][covered].mean() > images["chalk"][free].mean() + 50  # light on dark
+    red, _, blue = images["halftone"][covered].mean(0)
     assert red > blue + 50
-    assert shown["neon"].mean() < shown["ink"].mean()
+    assert images["neon"].mean() < images["ink"].mean()
 
 
 def test_captions_name_their_digit(train):
@@ -78,9 +78,9 @@ def test_a_shard_is_the_same_bytes_again_and_holds_its_pictures(train, tmp_path)
         digits.write_shard(tmp_path / name / "shard.tar", train[:6], digits.chalk, 0)
     one, two = (hashlib.sha256((tmp_path / name / "shard.tar").read_bytes()).digest() for name in ("one", "two"))
     assert one == two
-    (found,) = sources.squares([str(tmp_path / "one" / "shard.tar")], "data.train", 32)
-    assert found.captions == [digits.caption(d, 0) for d in train[:6]]
-    for digit, pixels in zip(train, found.pixels.numpy(), strict=False):
+    (result,) = sources.squares([str(tmp_path / "one" / "shard.tar")], "data.train", 32)
+    assert result.captions == [digits.caption(d, 0) for d in train[:6]]
+    for digit, pixels in zip(train, result.pixels.numpy(), strict=False):
         drawn = np.asarray(digits.picture(digit, digits.chalk, 0)).astype(float)
         assert np.abs(pixels - drawn).mean() < 10  # WebP loses a little, most of it chalk grain
 

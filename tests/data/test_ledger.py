@@ -45,8 +45,8 @@ def test_processes_that_write_at_one_time_lose_nothing(tmp_path):
     book = str(tmp_path / "ledger.jsonl")
     several = [subprocess.Popen([sys.executable, "-c", RECORD_MANY, book, str(first)], cwd=ROOT, stderr=subprocess.PIPE) for first in (0, 6, 12)]
     for one in several:
-        said = one.communicate()[1]
-        assert one.returncode == 0, said.decode()
+        stderr = one.communicate()[1]
+        assert one.returncode == 0, stderr.decode()
     lines = [json.loads(line) for line in Path(book).read_text().splitlines()]
     assert sorted(line["run"] for line in lines) == sorted(f"run {number}" for number in range(24))
     assert ledger.consumed(book) == {f"shard {number}" for number in range(24)}
@@ -64,10 +64,10 @@ def test_a_hostile_line_is_named_and_nothing_is_overwritten(tmp_path, line):
     book = tmp_path / "ledger.jsonl"
     book.write_bytes(GOOD + line + b"\n")
     for work in (lambda: ledger.consumed(str(book)), lambda: ledger.record(str(book), "two", "snap", [], 1)):
-        said = refusal(work)
-        assert said.startswith(f"{book} is damaged in line ")
-        assert "Correct the path, or take the line out" in said
-        assert line == b"\xff" or "in line 2 (" in said
+        message = refusal(work)
+        assert message.startswith(f"{book} is damaged in line ")
+        assert "Correct the path, or take the line out" in message
+        assert line == b"\xff" or "in line 2 (" in message
     assert book.read_bytes() == GOOD + line + b"\n"
 
 

@@ -28,26 +28,26 @@ def write(folder: Path, files: dict[str, bytes | str]) -> Path:
 
 
 def captioned(folder: Path, *names: str) -> Path:
-    """Pictures of their own, each beside a .txt."""
+    """Different pictures, each with a .txt."""
     return write(
         folder, {name: jpeg(i) for i, name in enumerate(names)} | {str(Path(name).with_suffix(".txt")): f"picture of {name}" for name in names}
     )
 
 
 def read(out: Path) -> list[dict]:
-    """What plain webdataset finds in the shards; every sample is in their indexes as well."""
-    places = sorted(str(place) for place in out.glob("*.tar"))
-    found = [sample for place in places for sample in webdataset.WebDataset(place, shardshuffle=False)]
-    assert len(found) == sum(len(sidecar.read(place, Transport(ReadConfig()))) for place in places)
-    return found
+    """The samples that plain webdataset reads. Checks that the indexes list all of them."""
+    paths = sorted(str(path) for path in out.glob("*.tar"))
+    result = [sample for path in paths for sample in webdataset.WebDataset(path, shardshuffle=False)]
+    assert len(result) == sum(len(sidecar.read(path, Transport(ReadConfig()))) for path in paths)
+    return result
 
 
-def told(folder: Path, table: Path | None = None) -> dict[str, tuple[str, ...]]:
-    return {one.name: one.captions for one in pack.find(folder, table)}
+def captions_of(folder: Path, table: Path | None = None) -> dict[str, tuple[str, ...]]:
+    return {sample.name: sample.captions for sample in pack.find_samples(folder, table)}
 
 
 def refusal(folder: Path, table: Path | None = None, out: Path | None = None) -> str:
-    """What is said; nothing was made, whole or half."""
+    """The error message. Checks that no output was left, not even a partial one."""
     out = out or folder.parent / "out"
     with pytest.raises(DataError) as caught:
         pack.pack(str(folder), str(out), str(table) if table else None)
@@ -66,13 +66,13 @@ def test_a_folder_becomes_shards_that_plain_webdataset_reads(tmp_path):
         "__MACOSX/._b.JPG": b"x", "lonely.txt": "a caption of nothing", "ä 日本#;?.png": encoded(noise(9)), "ä 日本#;?.txt": "odd",
     }  # fmt: skip
     assert pack.pack(str(write(tmp_path / "set", files)), str(tmp_path / "out")) == [f"{tmp_path}/out/000000.tar"]
-    found = {sample["__key__"]: sample for sample in read(tmp_path / "out")}
-    assert {key: sample["txt"].decode() for key, sample in found.items()} == {
+    samples = {sample["__key__"]: sample for sample in read(tmp_path / "out")}
+    assert {key: sample["txt"].decode() for key, sample in samples.items()} == {
         "a/c": "webp", "a/d_e": "png", "b": "a jpeg", "f": "naïve", "ä 日本#;?": "odd",
     }  # fmt: skip
-    assert found["a/d_e"]["png"] == files["a/d.e.png"]
-    assert found["b"]["jpg"] == files["b.JPG"]
-    assert found["f"]["jpg"] == files["f.jpeg"]
+    assert samples["a/d_e"]["png"] == files["a/d.e.png"]
+    assert samples["b"]["jpg"] == files["b.JPG"]
+    assert samples["f"]["jpg"] == files["f.jpeg"]
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["000000.tar", "000000.tar.index"]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "set"]
 
@@ -80,7 +80,7 @@ def test_a_folder_becomes_shards_that_plain_webdataset_reads(tmp_path):
 def test_full_shards_are_closed(tmp_path, monkeypatch):
     folder = captioned(tmp_path / "set", *(f"{i}.jpg" for i in range(7)))
     monkeypatch.setattr(pack, "SHARD_SAMPLES", 3)
-    assert [Path(place).name for place in pack.pack(str(folder), str(tmp_path / "out"))] == ["000000.tar", "000001.tar", "000002.tar"]
+    assert [Path(path).name for path in pack.pack(str(folder), str(tmp_path / "out"))] == ["000000.tar", "000001.tar", "000002.tar"]
     assert [sample["__key__"] for sample in read(tmp_path / "out")] == [str(i) for i in range(7)]
     write(folder, {f"{i}.jpg": jpeg(i, 128, 128) for i in range(7)})  # of more bytes than tarfile writes at a time
     monkeypatch.setattr(pack, "SHARD_BYTES", 20_000)
@@ -122,7 +122,7 @@ def test_captions_of_a_table(tmp_path, name, inside):
         table.write_text(TABLES[name])
     third = {"metadata.csv": 'three\n"quoted"'}.get(name, "three")
     first = {"metadata.csv": "one, and more", "metadata.jsonl": "one\u2028line"}.get(name, "one")
-    assert told(folder, None if inside else table) == {"a.jpg": (first,), "sub/b.jpg": ("two", third)}
+    assert captions_of(folder, None if inside else table) == {"a.jpg": (first,), "sub/b.jpg": ("two", third)}
     pack.pack(str(folder), str(tmp_path / "out"), None if inside else str(table))
     assert [sample.get("txt", b"").decode() for sample in read(tmp_path / "out")] == [first, ""]
     assert json.loads(read(tmp_path / "out")[1]["json"]) == {"captions": ["two", third]}
@@ -130,9 +130,9 @@ def test_captions_of_a_table(tmp_path, name, inside):
 
 def test_a_table_that_is_given_goes_before_one_in_the_folder(tmp_path):
     folder = write(captioned(tmp_path / "set", "a.jpg"), {"metadata.jsonl": '{"file_name": "a.jpg", "text": "inside"}'})
-    assert told(folder) == {"a.jpg": ("inside",)}
+    assert captions_of(folder) == {"a.jpg": ("inside",)}
     (tmp_path / "t.csv").write_text("file_name,text\na.jpg,given\n")
-    assert told(folder, tmp_path / "t.csv") == {"a.jpg": ("given",)}
+    assert captions_of(folder, tmp_path / "t.csv") == {"a.jpg": ("given",)}
 
 
 # ---- what is refused: everything at once, each with its cure -------------------------------------------------------------------------
@@ -155,9 +155,9 @@ def test_everything_that_is_wrong_is_listed_at_once(tmp_path):
     }
     folder = write(captioned(tmp_path / "set", "good.jpg"), files)  # fmt: skip
     (folder / "linked").symlink_to(tmp_path)
-    said = refusal(folder).splitlines()
-    assert said[0] == f"{folder} cannot be packed; mend these 6, or move them away:"
-    assert said[1:] == [
+    message = refusal(folder).splitlines()
+    assert message[0] == f"{folder} cannot be packed; mend these 6, or move them away:"
+    assert message[1:] == [
         f"  {folder}/blank.jpg: its caption is empty",
         f"  {folder}/latin.jpg: its caption is not UTF-8 text ('utf-8' codec can't decode byte 0xef in position 2: invalid continuation byte)",
         f"  {folder}/no.jpg: it has no caption; write what it shows into no.txt beside it",
@@ -173,22 +173,22 @@ def test_every_picture_is_decoded_before_anything_is_written(tmp_path):
     folder = write(tmp_path / "set", files | {"twice.jpg": jpeg(0), "\x1b[31m.jpg": b"x"})
     captioned(folder, "good.jpg")
     write(folder, {str(Path(name).with_suffix(".txt")): "x" for name in (*files, "twice.jpg", "\x1b[31m.jpg")})
-    said = refusal(folder).splitlines()
-    assert said[0].endswith("mend these 5, or move them away:")
-    assert [line.removeprefix(f"  {folder}/").partition(":")[0] for line in said[1:]] == [
+    message = refusal(folder).splitlines()
+    assert message[0].endswith("mend these 5, or move them away:")
+    assert [line.removeprefix(f"  {folder}/").partition(":")[0] for line in message[1:]] == [
         "\\x1b[31m.jpg", "cut.jpg", "gif.jpg", "words.png", "twice.jpg"
     ]  # fmt: skip
-    assert "its pixels cannot be decoded" in said[2]
-    assert said[5].endswith(f"{folder}/good.jpg has the same (every byte of the picture)")
+    assert "its pixels cannot be decoded" in message[2]
+    assert message[5].endswith(f"{folder}/good.jpg has the same (every byte of the picture)")
 
 
 def test_a_long_list_is_cut(tmp_path):
-    said = refusal(write(tmp_path / "set", {f"{i:03d}.jpg": b"x" for i in range(100)})).splitlines()
-    assert (len(said), said[-1]) == (32, "  ... and 70 more")
+    message = refusal(write(tmp_path / "set", {f"{i:03d}.jpg": b"x" for i in range(100)})).splitlines()
+    assert (len(message), message[-1]) == (32, "  ... and 70 more")
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
+    ("name", "content", "expected"),
     [
         ("t.csv", "file_name,caption\na.jpg,x\n", "(row 1: KeyError, 'text')"),
         ("t.csv", "file_name,text\na.jpg,a cat, on a mat\n", "(row 1: ValueError, more values than columns: a caption with commas needs quotes"),
@@ -204,13 +204,13 @@ def test_a_long_list_is_cut(tmp_path):
         ("t.txt", "a.jpg x", "can be .csv, .jsonl or .parquet"),
     ],
 )  # fmt: skip
-def test_a_table_that_is_none_names_the_row(tmp_path, name, content, words):
+def test_a_table_that_is_none_names_the_row(tmp_path, name, content, expected):
     folder = captioned(tmp_path / "set", "a.jpg")
     write(tmp_path, {name: content})
-    said = refusal(folder, tmp_path / name)
-    assert said.startswith(f"{tmp_path}/{name} is no table of captions (row ")
-    assert words in said
-    assert said.endswith("It needs the columns file_name and text, and can be .csv, .jsonl or .parquet.")
+    message = refusal(folder, tmp_path / name)
+    assert message.startswith(f"{tmp_path}/{name} is no table of captions (row ")
+    assert expected in message
+    assert message.endswith("It needs the columns file_name and text, and can be .csv, .jsonl or .parquet.")
 
 
 def test_rows_without_a_picture_and_pictures_without_a_row(tmp_path):
@@ -261,9 +261,9 @@ def test_a_picture_that_would_be_lost_in_a_shard_is_told(tmp_path):
 def test_the_command_says_how_to_go_on_and_what_was_left_out(tmp_path, monkeypatch):
     folder = write(captioned(tmp_path / "set", "a.jpg"), {"b.gif": b"x", "c.HEIC": b"x", "d.heic": b"x", "README": b"x"})
     monkeypatch.chdir(tmp_path)
-    code, said, told = called(pack.main, folder, "out")
-    assert (code, told) == (0, "")
-    assert said.splitlines() == [
+    code, stdout, stderr = called(pack.main, folder, "out")
+    assert (code, stderr) == (0, "")
+    assert stdout.splitlines() == [
         "pack: left out are files of other kinds: 2 .heic, 1 README, 1 .gif",
         "pack: 1 indexed shards in out. Train on them with \"data.train=['out/*.tar']\"",
     ]
@@ -271,8 +271,8 @@ def test_the_command_says_how_to_go_on_and_what_was_left_out(tmp_path, monkeypat
     assert called(pack.main, folder, "out") == (3, "", "pack: out exists and is no empty folder. Choose another one, or remove it.\n")
 
 
-def wait_for_half(place: Path, alive: Callable[[], bool]) -> None:
-    while not list(place.glob("out.*.partial/*.tar")):
+def wait_for_half(path: Path, alive: Callable[[], bool]) -> None:
+    while not list(path.glob("out.*.partial/*.tar")):
         assert alive(), "it should have taken longer"
         time.sleep(0.002)
 
@@ -282,8 +282,7 @@ def test_interrupted_it_leaves_nothing_and_says_so(tmp_path):
     child = subprocess.Popen([sys.executable, "-m", "data.pack", folder, tmp_path / "out"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     wait_for_half(tmp_path, lambda: child.poll() is None)
     child.terminate()
-    _, said = child.communicate(timeout=20)
-    assert (child.returncode, said) == (130, "pack: interrupted. Nothing is half done; run the same command again.\n")
+    assert (child.communicate(timeout=20)[1], child.returncode) == ("pack: interrupted. Nothing is half done; run the same command again.\n", 130)
     assert [file.name for file in tmp_path.iterdir()] == ["set"]
 
 

@@ -1,4 +1,4 @@
-"""What a stage trains on is pinned: folders and tars become snapshots, and what changes or appears later is told or left alone."""
+"""The data of a run is fixed: folders and tars become snapshots; later changes are reported, later additions ignored."""
 
 import json
 import os
@@ -43,54 +43,54 @@ def config(tmp_path, read) -> DataConfig:
     return DataConfig(name="x", train=[f"{tmp_path}/train-*.tar"], heldout=[pictures(tmp_path / "held")], resolution=64, read=read)
 
 
-def pin(config: DataConfig, out: Path, begun: bool = False, first: bool = True) -> RunSnapshots:
-    made = RunSnapshots(config, str(out), resuming=begun, is_main_process=first)
+def pin(config: DataConfig, out: Path, resuming: bool = False, is_main_process: bool = True) -> RunSnapshots:
+    snapshots = RunSnapshots(config, str(out), resuming=resuming, is_main_process=is_main_process)
     out.mkdir(exist_ok=True)
-    made.write_and_verify()
-    return made
+    snapshots.write_and_verify()
+    return snapshots
 
 
 def test_tars_and_folders_are_pinned_in_the_run_s_folder(config, tmp_path):
-    made = pin(config, tmp_path / "out")
-    assert (len(made.train), len(made.heldout)) == (6, 3)
-    assert snapshot.read(f"{tmp_path}/out/train.snapshot").id == made.train.id
-    assert made.parents() == {
-        "data.train": (f"{tmp_path}/out/train.snapshot", made.train.id), "data.heldout": (f"{tmp_path}/out/heldout.snapshot", made.heldout.id),
+    pins = pin(config, tmp_path / "out")
+    assert (len(pins.train), len(pins.heldout)) == (6, 3)
+    assert snapshot.read(f"{tmp_path}/out/train.snapshot").id == pins.train.id
+    assert pins.parents() == {
+        "data.train": (f"{tmp_path}/out/train.snapshot", pins.train.id), "data.heldout": (f"{tmp_path}/out/heldout.snapshot", pins.heldout.id),
     }  # fmt: skip
-    assert [os.path.abspath(place) for place in made.local_inputs()] == [f"{tmp_path}/held", f"{tmp_path}/train-0.tar"]
+    assert [os.path.abspath(path) for path in pins.local_inputs()] == [f"{tmp_path}/held", f"{tmp_path}/train-0.tar"]
 
 
 def test_a_shard_that_appears_is_ignored_by_a_run_that_has_begun(config, tmp_path):
     first = pin(config, tmp_path / "out")
     shard(tmp_path / "train-1.tar", 6)
-    assert pin(config, tmp_path / "out", begun=True).train.id == first.train.id
+    assert pin(config, tmp_path / "out", resuming=True).train.id == first.train.id
     assert len(pin(config, tmp_path / "out").train) == 12  # nothing was made yet, so the run may as well start with both
 
 
 def test_other_ranks_take_what_the_first_has_written(config, tmp_path):
     first = pin(config, tmp_path / "out")
     shard(tmp_path / "train-1.tar", 6)
-    assert pin(config, tmp_path / "out", first=False).train.id == first.train.id
+    assert pin(config, tmp_path / "out", is_main_process=False).train.id == first.train.id
 
 
 def test_a_shard_that_changed_stops_a_run_that_has_begun(config, tmp_path):
     pin(config, tmp_path / "out")
     shard(tmp_path / "train-0.tar", 1)
     with pytest.raises(ChangedError, match=r"train-0\.tar changed since it was indexed"):
-        pin(config, tmp_path / "out", begun=True)
+        pin(config, tmp_path / "out", resuming=True)
 
 
 def test_a_copy_with_other_times_is_as_good(config, tmp_path):
     first = pin(config, tmp_path / "out")
     os.utime(tmp_path / "train-0.tar", (1, 1))
-    assert pin(config, tmp_path / "out", begun=True).train.id == first.train.id
+    assert pin(config, tmp_path / "out", resuming=True).train.id == first.train.id
 
 
 def test_a_folder_that_changed_stops_a_run_that_has_begun_and_is_packed_anew_for_the_next(config, tmp_path):
     first = pin(config, tmp_path / "out")
     (tmp_path / "held/0.txt").write_text("something else")
     with pytest.raises(ChangedError, match=r"held changed .*its files are others"):
-        pin(config, tmp_path / "out", begun=True)
+        pin(config, tmp_path / "out", resuming=True)
     assert pin(config, tmp_path / "other").heldout.id != first.heldout.id
 
 
@@ -101,23 +101,23 @@ def test_a_folder_is_packed_once(config, tmp_path):
     pin(config, tmp_path / "other")
     assert packed.stat().st_mtime_ns == before.st_mtime_ns
     shutil.rmtree(tmp_path / "cache")
-    assert len(pin(config, tmp_path / "out", begun=False).heldout) == 3
+    assert len(pin(config, tmp_path / "out", resuming=False).heldout) == 3
 
 
 def test_a_given_snapshot_is_used_as_it_is(config, tmp_path, read):
-    made = snapshot.build([f"{tmp_path}/train-0.tar"], Transport(read), filters=snapshot.Filters(min_caption=1))
-    made.write(f"{tmp_path}/pinned.snapshot")
+    snap = snapshot.build([f"{tmp_path}/train-0.tar"], Transport(read), filters=snapshot.Filters(min_caption=1))
+    snap.write(f"{tmp_path}/pinned.snapshot")
     given = replace(config, train=[f"{tmp_path}/pinned.snapshot"])
-    found = pin(given, tmp_path / "out")
-    assert found.train.id == made.id
-    assert found.parents()["data.train"] == (f"{tmp_path}/pinned.snapshot", made.id)
+    snapshots = pin(given, tmp_path / "out")
+    assert snapshots.train.id == snap.id
+    assert snapshots.parents()["data.train"] == (f"{tmp_path}/pinned.snapshot", snap.id)
     assert not (tmp_path / "out/train.snapshot").exists()
     with pytest.raises(ConfigError, match="Give it alone"):
         pin(replace(config, train=[f"{tmp_path}/pinned.snapshot", f"{tmp_path}/train-0.tar"]), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "expected"),
     [
         ({"crop": "left"}, "data.crop=left is unknown"), ({"aspect": 0.5}, "data.aspect=0.5 cannot work"),
         ({"aspect": 2.0, "resolution": 100}, "data.resolution=100 is no multiple of data.bucket_step=64"),
@@ -125,10 +125,10 @@ def test_a_given_snapshot_is_used_as_it_is(config, tmp_path, read):
         ({"stored": ["latents"], "flip": True}, "freezes crop and mirroring"),
     ],
 )  # fmt: skip
-def test_a_value_that_cannot_work(config, tmp_path, wrong, said):
+def test_a_value_that_cannot_work(config, tmp_path, wrong, expected):
     with pytest.raises(ConfigError) as caught:
         pin(replace(config, **wrong), tmp_path / "out")
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
 
 
 def test_stored_encodings_that_are_not_there(config, tmp_path):
@@ -156,18 +156,18 @@ def test_nothing_and_what_is_not_indexed(config, tmp_path):
 
 
 def test_the_stream_of_a_run_is_described(config, tmp_path):
-    made = pin(replace(config, aspect=2.0), tmp_path / "out")
-    stream = made.stream(0, 4)
+    snapshots = pin(replace(config, aspect=2.0), tmp_path / "out")
+    stream = snapshots.stream(0, 4)
     assert [len(batch.rows) for batch in stream.steps(0, 2, [range(4)])] == [4, 4]
-    said = sources.describe(stream)
-    assert (said["steps_per_epoch"], said["left_out_per_epoch"], said["quarantined"]) == (1, 2, 0)
-    assert [bucket["samples"] for bucket in said["buckets"]] == [6]
-    assert said["cropped_away"] == pytest.approx(0.25)  # pictures of 32x24 in a square
+    stats = sources.describe(stream)
+    assert (stats["steps_per_epoch"], stats["left_out_per_epoch"], stats["quarantined"]) == (1, 2, 0)
+    assert [bucket["samples"] for bucket in stats["buckets"]] == [6]
+    assert stats["cropped_away"] == pytest.approx(0.25)  # pictures of 32x24 in a square
     assert sources.summary_line(stream) == (
         "data: 6 samples (64x64: 6), 25.0% of their area cropped away; 1 steps an epoch, 2 samples left out of each in turn"
     )
-    json.dumps(said)
-    (reference,) = made.reference(2)
+    json.dumps(stats)
+    (reference,) = snapshots.reference(2)
     assert (len(reference.rows), reference.size) == (2, (64, 64))
 
 

@@ -29,7 +29,7 @@ def moto_store() -> Iterator[Bucket]:
 
 @pytest.fixture
 def proxy(moto_store: Bucket, monkeypatch, tmp_path) -> Iterator[Proxy]:
-    """In front of an empty bucket; in a folder of the test's own, where nobody pauses long between tries."""
+    """A proxy in front of an empty bucket. Changes into the test's folder and shortens the pauses between retries."""
     for one in moto_store.client.list_objects_v2(Bucket="store").get("Contents", []):
         moto_store.client.delete_object(Bucket="store", Key=one["Key"])
     monkeypatch.chdir(tmp_path)
@@ -39,8 +39,8 @@ def proxy(moto_store: Bucket, monkeypatch, tmp_path) -> Iterator[Proxy]:
 
 
 @pytest.fixture
-def made(tmp_path, parents) -> Artifact:
-    """With a file that takes several pieces, an empty one, and one whose name s3 must not misread."""
+def artifact(tmp_path, parents) -> Artifact:
+    """An artifact with a file of several chunks, an empty one, and one whose name s3 must not misread."""
     config = Config(str(tmp_path / "out"))
     make(config, parents)
     (tmp_path / "out/model.bin").write_bytes(os.urandom(300_000))
@@ -51,5 +51,5 @@ def made(tmp_path, parents) -> Artifact:
 
 
 @pytest.fixture(params=["s3", "folder"])
-def place(request, proxy, tmp_path) -> str:
+def store_url(request, proxy, tmp_path) -> str:
     return "s3://store/models" if request.param == "s3" else str(tmp_path / "store")

@@ -13,10 +13,10 @@ def noise(side: int) -> Image.Image:
 
 
 def _find(sheet: Image.Image, picture: Image.Image) -> tuple[int, int]:
-    (side, _), pixels, wide, found = picture.size, picture.tobytes(), sheet.tobytes(), -1
-    while (found := wide.find(pixels[: 3 * side], found + 1)) >= 0:
-        y, x = divmod(found // 3, sheet.width)
-        if found % 3 == 0 and sheet.crop((x, y, x + side, y + side)).tobytes() == pixels:
+    (side, _), pixels, wide, position = picture.size, picture.tobytes(), sheet.tobytes(), -1
+    while (position := wide.find(pixels[: 3 * side], position + 1)) >= 0:
+        y, x = divmod(position // 3, sheet.width)
+        if position % 3 == 0 and sheet.crop((x, y, x + side, y + side)).tobytes() == pixels:
             return x, y
     raise AssertionError("the picture is not on the sheet")
 
@@ -25,12 +25,12 @@ def test_a_contact_sheet_holds_every_picture_in_its_place():
     rows = [(label, [noise(32 + 10 * j + i).resize((32, 32)) for i in range(3)]) for j, label in enumerate(["one", "another"])]
     sheet = contact_sheet.contact_sheet("a title", ["a", "b", "c"], rows, 64)
     assert sheet.mode == "RGB"
-    places = [[_find(sheet, picture.resize((64, 64), Image.Resampling.NEAREST)) for picture in pictures] for _, pictures in rows]
-    for row in places:
+    positions = [[_find(sheet, picture.resize((64, 64), Image.Resampling.NEAREST)) for picture in pictures] for _, pictures in rows]
+    for row in positions:
         assert len({y for _, y in row}) == 1
         assert all(b - a >= 64 for (a, _), (b, _) in pairwise(row))
-    assert places[1][0][1] - places[0][0][1] >= 64
-    assert [x for x, _ in places[0]] == [x for x, _ in places[1]]
+    assert positions[1][0][1] - positions[0][0][1] >= 64
+    assert [x for x, _ in positions[0]] == [x for x, _ in positions[1]]
     assert contact_sheet.contact_sheet("a title", ["a", "b", "c"], rows, 64).tobytes() == sheet.tobytes()
     assert contact_sheet.contact_sheet("another", ["a", "b", "c"], rows, 64).tobytes() != sheet.tobytes()
 
@@ -42,7 +42,7 @@ def test_no_title_takes_no_room():
 
 
 def test_sheets_one_below_the_other():
-    whole = contact_sheet.below([Image.new("RGB", (30, 10), "red"), Image.new("RGB", (20, 15), "blue")])
+    whole = contact_sheet.stack_vertically([Image.new("RGB", (30, 10), "red"), Image.new("RGB", (20, 15), "blue")])
     assert whole.size == (30, 25)
     assert [whole.getpixel(at) for at in ((29, 9), (0, 10), (19, 24))] == [(255, 0, 0), (0, 0, 255), (0, 0, 255)]
     assert whole.getpixel((29, 24)) == ImageColor.getrgb(contact_sheet.PAPER)

@@ -1,4 +1,4 @@
-"""What is made safe to show has no character left that a terminal obeys, and in markdown is text and nothing else."""
+"""Escaped text has no control characters for a terminal, and in markdown it is plain text."""
 
 import logging
 import re
@@ -69,24 +69,24 @@ def test_an_error_is_safe_wherever_it_comes_out():
 
 
 def test_a_library_s_log_record_is_safe():
-    made = Record("x", logging.WARNING, "f", 1, "a model of type `%s`, %d", ("clip\x1b[2J\nforged", 3), None)
-    assert made.getMessage() == "a model of type `clip\\x1b[2J\n  forged`, 3"
+    log_record = Record("x", logging.WARNING, "f", 1, "a model of type `%s`, %d", ("clip\x1b[2J\nforged", 3), None)
+    assert log_record.getMessage() == "a model of type `clip\\x1b[2J\n  forged`, 3"
 
 
 @given(ANYTHING)
 def test_markdown_is_text_alone(text):
     """In a heading, a list and a cell of a table: the only tokens are those of the page itself."""
-    said = markdown(text)
-    for page, own in (
-        (f"## {said}", {"heading_open", "heading_close"}),
-        (f"- {said}", {"bullet_list_open", "list_item_open", "paragraph_open", "paragraph_close", "list_item_close", "bullet_list_close"}),
-        (f"| a | b |\n|---|---|\n| {said} | end |", None),
+    escaped = markdown(text)
+    for page, expected in (
+        (f"## {escaped}", {"heading_open", "heading_close"}),
+        (f"- {escaped}", {"bullet_list_open", "list_item_open", "paragraph_open", "paragraph_close", "list_item_close", "bullet_list_close"}),
+        (f"| a | b |\n|---|---|\n| {escaped} | end |", None),
     ):
         tokens = PARSER.parse(page)
         inside = [child for token in tokens for child in token.children or []]
         assert {token.type for token in inside} <= {"text", "text_special"}, page
-        if own:
-            assert {token.type for token in tokens} - {"inline"} <= own, page
+        if expected:
+            assert {token.type for token in tokens} - {"inline"} <= expected, page
         else:
             assert [token.type for token in tokens].count("td_open") == 2
             assert [token.content for token in tokens if token.type == "inline"][-1] == "end"
@@ -94,51 +94,51 @@ def test_markdown_is_text_alone(text):
 
 @given(ANYTHING)
 def test_markdown_shows_the_text_itself(text):
-    shown = "".join(child.content for token in PARSER.parse(f"x{markdown(text)}") for child in token.children or [])
-    assert shown == "x" + re.sub(r"\s+$", "", printable(" ".join(text.split()))[:LONGEST])
+    rendered = "".join(child.content for token in PARSER.parse(f"x{markdown(text)}") for child in token.children or [])
+    assert rendered == "x" + re.sub(r"\s+$", "", printable(" ".join(text.split()))[:LONGEST])
 
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e"
 
 
 def test_a_terminal_obeys_nothing_in_an_error(run_stage, tmp_path):
-    code, said = run_stage("lora", "experiment=miniature", f"out={tmp_path}/out", f"trained_on='{tmp_path}/{ESCAPES}'", "arm=x", "data.name=chalk")
+    code, stderr = run_stage("lora", "experiment=miniature", f"out={tmp_path}/out", f"trained_on='{tmp_path}/{ESCAPES}'", "arm=x", "data.name=chalk")
     assert code == 2
-    assert "\\x1b[2J" in said
-    assert said.rstrip("\n").replace("\n", "").isprintable()
+    assert "\\x1b[2J" in stderr
+    assert stderr.rstrip("\n").replace("\n", "").isprintable()
 
 
 def test_a_terminal_obeys_nothing_in_a_traceback():
-    code = f"import sys; from dev2pro import stage\ndef work(): raise RuntimeError({ESCAPES!r})\nsys.exit(stage._guarded('x', work))"
-    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert said.returncode == 1
-    assert "RuntimeError: \\x1b]0;owned" in said.stderr
-    assert said.stderr.replace("\n", "").isprintable()
+    code = f"import sys; from stages import frame\ndef work(): raise RuntimeError({ESCAPES!r})\nsys.exit(frame._exit_code('x', work))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "RuntimeError: \\x1b]0;owned" in result.stderr
+    assert result.stderr.replace("\n", "").isprintable()
 
 
 def test_a_terminal_obeys_nothing_that_a_library_logs():
-    code = f"import logging, sys; from dev2pro import stage\ndef work(): logging.getLogger('library').warning({ESCAPES!r}); raise KeyboardInterrupt"
-    said = subprocess.run([sys.executable, "-c", f"{code}\nstage._guarded('x', work)"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert "\\x1b]0;owned" in said.stderr
-    assert said.stderr.replace("\n", "").isprintable()
+    code = f"import logging, sys; from stages import frame\ndef work(): logging.getLogger('library').warning({ESCAPES!r}); raise KeyboardInterrupt"
+    result = subprocess.run([sys.executable, "-c", f"{code}\nframe._exit_code('x', work)"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "\\x1b]0;owned" in result.stderr
+    assert result.stderr.replace("\n", "").isprintable()
 
 
-@pytest.mark.parametrize("words", [["dev2pro.artifacts", "show"], ["data.index"], ["data.pack"], ["data.snapshot", "--out=x"]])
-def test_a_terminal_obeys_nothing_in_an_error_of_a_command(words, tmp_path):
+@pytest.mark.parametrize("args", [["dev2pro.artifacts", "show"], ["data.index"], ["data.pack"], ["data.snapshot", "--out=x"]])
+def test_a_terminal_obeys_nothing_in_an_error_of_a_command(args, tmp_path):
     strange = tmp_path / f"a{ESCAPES}\nforged: done"
     strange.mkdir()
     (strange / "artifact.json").write_text('{"schema": "\\u001b[2J"}')
-    last = [tmp_path / "out"] if words[0] == "data.pack" else []
-    said = subprocess.run([sys.executable, "-m", *words, strange, *last], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert said.returncode in (2, 3)
-    assert "\\x1b]0;owned" in said.stderr
-    assert said.stderr.replace("\n", "").isprintable()
-    assert all(line.startswith("  ") for line in said.stderr.splitlines()[1:])
+    last = [tmp_path / "out"] if args[0] == "data.pack" else []
+    result = subprocess.run([sys.executable, "-m", *args, strange, *last], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode in (2, 3)
+    assert "\\x1b]0;owned" in result.stderr
+    assert result.stderr.replace("\n", "").isprintable()
+    assert all(line.startswith("  ") for line in result.stderr.splitlines()[1:])
 
 
 def test_a_terminal_obeys_nothing_in_what_no_command_foresaw(tmp_path):
     code = f"from data import commands\ndef work(_): raise RuntimeError({ESCAPES!r})\ncommands.run('x', commands.parser('x', ''), work)"
-    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert said.returncode == 1
-    assert "RuntimeError: \\x1b]0;owned" in said.stderr
-    assert said.stderr.replace("\n", "").isprintable()
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "RuntimeError: \\x1b]0;owned" in result.stderr
+    assert result.stderr.replace("\n", "").isprintable()

@@ -90,6 +90,6 @@ def test_a_bar_on_a_terminal_obeys_no_name(monkeypatch, capsys):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     with Progress("lora [bold]x[/bold]\x1b]0;owned\x07", 3) as bar:
         bar.step(3)
-    said = capsys.readouterr().out
-    assert "\x1b]0" not in said
-    assert "[bold]x[/bold]\\x1b]0;owned\\x07" in said.replace("\n", "")
+    output = capsys.readouterr().out
+    assert "\x1b]0" not in output
+    assert "[bold]x[/bold]\\x1b]0;owned\\x07" in output.replace("\n", "")

@@ -1,4 +1,4 @@
-"""Ranks end with the code of the one that knows what went wrong, and one that is interrupted takes the others along."""
+"""The launcher exits with the code of the rank that caused the failure, and an interruption of one rank stops the others."""
 
 import os
 import signal
@@ -21,9 +21,9 @@ time.sleep(60)
 """
 
 
-def start(tmp_path: Path, *words: str) -> subprocess.Popen:
+def start(tmp_path: Path, *args: str) -> subprocess.Popen:
     (tmp_path / "work.py").write_text(WORK)
-    command = [sys.executable, "-m", "dev2pro.ranks", "--standalone", "--nproc-per-node=2", f"{tmp_path}/work.py", *words, f"{tmp_path}/started-"]
+    command = [sys.executable, "-m", "dev2pro.ranks", "--standalone", "--nproc-per-node=2", f"{tmp_path}/work.py", *args, f"{tmp_path}/started-"]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -44,15 +44,15 @@ def test_an_interruption_is_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("said", "seconds"),
+    ("args", "seconds"),
     [([], 45), (["checkpoint.grace=600"], 615), (["checkpoint.grace=5", "checkpoint.grace=7.5"], 22.5), (["checkpoint.grace=x"], 45)],
 )
-def test_ranks_have_their_grace_before_they_are_killed(said, seconds):
-    assert ranks.grace_seconds(["-m", "stages.recover", *said]) == seconds
+def test_ranks_have_their_grace_before_they_are_killed(args, seconds):
+    assert ranks.grace_seconds(["-m", "stages.recover", *args]) == seconds
 
 
 @pytest.mark.parametrize(
-    ("ended", "code"),
+    ("exit_codes", "code"),
     [
         ([1, 3], 3),
         ([75, 1], 75),
@@ -67,8 +67,8 @@ def test_ranks_have_their_grace_before_they_are_killed(said, seconds):
         ([1, -15], 1),
     ],
 )
-def test_who_knows_is_asked_first(ended, code):
-    assert ranks._code(ended) == code
+def test_the_rank_that_caused_the_failure_gives_the_exit_code(exit_codes, code):
+    assert ranks._exit_code(exit_codes) == code
 
 
 def test_words_that_torchrun_does_not_know():

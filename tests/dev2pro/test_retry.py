@@ -5,7 +5,7 @@ from dev2pro.retry import LONGEST_PAUSE, TransientError, with_retries
 
 
 class Failing:
-    """Fails so often, then gives 7; `paused` are the pauses that were made meanwhile."""
+    """Fails so often, then returns 7; `paused` are the pauses between."""
 
     def __init__(self, failures: int, monkeypatch: pytest.MonkeyPatch, pause: float = 0.0) -> None:
         self.failures, self.pause, self.paused = failures, pause, list[float]()

@@ -1,4 +1,4 @@
-"""A process that is asked to stop: at once where nothing is lost, else after what it is at; twice or too late means at once. In real processes."""
+"""Stop signals, in real processes: outside training they end it at once, in training after the step; a second one or a timeout at once."""
 
 import os
 import signal
@@ -12,21 +12,21 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 WORK = """
 import os, sys, time
-from dev2pro import stop
-stop.listen()
+from dev2pro import signals
+signals.install_handlers()
 try:
     print("preparing", flush=True)
     while sys.argv[1] == "prepare":
         time.sleep(0.01)
-    with stop.finishing(float(sys.argv[2])):
+    with signals.grace_period(float(sys.argv[2])):
         print("training", flush=True)
-        while not stop.asked():
+        while not signals.stop_requested():
             time.sleep(0.01)
             if sys.argv[1] == "talk":
-                stop.say("still at it")
+                signals.emit("still at it")
         if sys.argv[1] == "talk":
             open(sys.argv[3], "w").close()
-            stop.say("unheard")
+            signals.emit("unheard")
             sys.exit(7)
         print("saving", flush=True)
         time.sleep(float(sys.argv[3]))
@@ -39,9 +39,9 @@ except KeyboardInterrupt:
 """
 
 
-def started(*words: str, until: str, **more: str) -> subprocess.Popen:
+def started(*args: str, until: str, **more: str) -> subprocess.Popen:
     child = subprocess.Popen(
-        [sys.executable, "-c", WORK, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **more}
+        [sys.executable, "-c", WORK, *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **more}
     )
     read_until(child, until)
     return child
@@ -54,8 +54,8 @@ def read_until(child: subprocess.Popen, word: str) -> None:
 
 
 def ended(child: subprocess.Popen) -> tuple[int, str, str]:
-    said, error = child.communicate(timeout=20)
-    return child.returncode, said, error
+    output, stderr = child.communicate(timeout=20)
+    return child.returncode, output, stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -69,9 +69,9 @@ def test_before_the_training_it_stops_at_once(number):
 def test_while_training_it_finishes_and_saves(number):
     child = started("train", "20", "0.1", until="training")
     child.send_signal(number)
-    code, said, error = ended(child)
-    assert (code, said) == (7, "saving\nsaved\n")  # what it ends with is the stage's business
-    assert f"asked to stop ({number.name}): finishing the step and saving, for up to 20 s" in error
+    code, output, stderr = ended(child)
+    assert (code, output) == (7, "saving\nsaved\n")  # the stage chooses the exit code
+    assert f"asked to stop ({number.name}): finishing the step and saving, for up to 20 s" in stderr
 
 
 def test_signals_that_come_together_are_one():
@@ -89,9 +89,9 @@ def test_a_second_signal_stops_it_at_once():
     time.sleep(2.1)
     before = time.monotonic()
     child.send_signal(signal.SIGINT)
-    code, said, error = ended(child)
-    assert (code, said) == (130, "")
-    assert "stopped at once (asked twice). The same command goes on from the last checkpoint" in error
+    code, output, stderr = ended(child)
+    assert (code, output) == (130, "")
+    assert "stopped at once (asked twice). The same command goes on from the last checkpoint" in stderr
     assert time.monotonic() - before < 5
 
 
@@ -99,9 +99,9 @@ def test_the_grace_has_an_end():
     child = started("train", "1", "20", until="training")
     before = time.monotonic()
     child.send_signal(signal.SIGTERM)
-    code, said, error = ended(child)
-    assert (code, said) == (130, "saving\n")
-    assert "stopped at once (1 s were not enough to save)" in error
+    code, output, stderr = ended(child)
+    assert (code, output) == (130, "saving\n")
+    assert "stopped at once (1 s were not enough to save)" in stderr
     assert 1 <= time.monotonic() - before < 6
 
 
@@ -122,8 +122,8 @@ def test_that_nobody_reads_is_being_asked_to_stop(deaf, tmp_path):
 
 FLOW = """
 import os, signal, subprocess, sys, time
-words = [sys.executable, "-c", sys.argv[1], "train", "60", "3"]
-child = subprocess.Popen(words, stdin=subprocess.PIPE, env={**os.environ, "DEV2PRO_EVENTS": "1"}, start_new_session=True)
+args = [sys.executable, "-c", sys.argv[1], "train", "60", "3"]
+child = subprocess.Popen(args, stdin=subprocess.PIPE, env={**os.environ, "DEV2PRO_EVENTS": "1"}, start_new_session=True)
 print(child.pid, flush=True)
 time.sleep(60)
 """
@@ -167,16 +167,16 @@ def test_a_launched_process_is_asked_to_stop_when_its_launcher_dies(launched_by)
         assert launcher.stdout.read() == "saving\nsaved\n"  # to the end of the file: nobody has it open any more
     else:
         time.sleep(0.5)
-        os.kill(pid, signal.SIGKILL)  # it lives, as one that a shell has started does
+        os.kill(pid, signal.SIGKILL)  # it is still alive, as one that a shell started
         assert launcher.stdout.read() == ""
     launcher.wait()
 
 
 PARENT = """
 import multiprocessing, os, sys, threading, time
-from dev2pro import stop
+from dev2pro import signals
 def work():
-    stop.apart()
+    signals.ignore_signals_in_child()
     threading.Thread(target=time.sleep, args=[30], daemon=True).start()
     print(os.getpid(), flush=True)
     time.sleep(30)

@@ -1,4 +1,4 @@
-"""What arrives for a line of recovered models, week after week, and what happens to its runs: shards, good and bad, and kills."""
+"""The weekly events of a line of recovered models: good and bad shards that arrive, and runs that are killed."""
 
 import random
 import shutil
@@ -65,49 +65,49 @@ def planned(dice: random.Random) -> list[Week]:
 
 
 class Shards:
-    """A folder of tars in which there are more every week."""
+    """A folder of tars that grows every week."""
 
-    def __init__(self, place: Path, dice: random.Random) -> None:
-        self.place, self.dice, self.pairs, self.count = place, dice, pairs(), 0
+    def __init__(self, folder: Path, dice: random.Random) -> None:
+        self.folder, self.dice, self.pairs, self.count = folder, dice, pairs(), 0
         self.good, self.noise = list[Path](), list[Path]()
-        self.cut: list[tuple[Path, bytes]] = []  # damaged ones, and what they should be
-        place.mkdir(parents=True)
+        self.cut: list[tuple[Path, bytes]] = []  # damaged ones, and their undamaged contents
+        folder.mkdir(parents=True)
 
     def arrive(self, kind: str) -> None:
         """One of `Week.arrives`."""
-        if kind == "noise":  # so much that it is learnt
-            drawn = [(key, encoded(noise(number, 32, 32), "WEBP", lossless=True), text) for number, (key, _, text) in enumerate(self.some(64))]
+        if kind == "noise":  # enough to be learnt
+            drawn = [(key, encoded(noise(number, 32, 32), "WEBP", lossless=True), text) for number, (key, _, text) in enumerate(self.take(64))]
             self.noise.append(self.tar(drawn))
         elif kind == "cut":
-            whole = self.tar(self.some(20))
+            whole = self.tar(self.take(20))
             self.cut.append((whole, whole.read_bytes()))
             whole.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
         elif kind == "mended":
-            place, content = self.cut.pop()
-            place.write_bytes(content)
-            self.good.append(place)
+            path, content = self.cut.pop()
+            path.write_bytes(content)
+            self.good.append(path)
         elif kind == "twice":
-            shutil.copy(self.good[-1], self.place / f"{self.count:04d}-again.tar")
+            shutil.copy(self.good[-1], self.folder / f"{self.count:04d}-again.tar")
         else:
-            self.good.append(self.tar(self.some(3 if kind == "few" else self.dice.randint(12, 24))))
+            self.good.append(self.tar(self.take(3 if kind == "few" else self.dice.randint(12, 24))))
 
-    def some(self, number: int) -> list[tuple[str, bytes, bytes]]:
+    def take(self, number: int) -> list[tuple[str, bytes, bytes]]:
         return [next(self.pairs) for _ in range(number)]
 
     def tar(self, samples: list[tuple[str, bytes, bytes]]) -> Path:
         self.count += 1
-        place = self.place / f"{self.count:04d}.tar"
-        place.write_bytes(tar([one for key, picture, text in samples for one in ((f"{key}.webp", picture), (f"{key}.txt", text))]))
-        return place
+        path = self.folder / f"{self.count:04d}.tar"
+        path.write_bytes(tar([file for key, picture, text in samples for file in ((f"{key}.webp", picture), (f"{key}.txt", text))]))
+        return path
 
 
 def pairs() -> Iterator[tuple[str, bytes, bytes]]:
     """(key, picture, caption) of the miniature's digits, each once."""
     for shard in sorted(INK.glob("train-*.tar")):
         with tarfile.open(shard) as members:
-            held: dict[str, dict[str, bytes]] = {}
+            samples: dict[str, dict[str, bytes]] = {}
             for member in members:
                 key, _, ending = member.name.partition(".")
-                held.setdefault(key, {})[ending] = members.extractfile(member).read()  # type: ignore[union-attr]
-                if len(held[key]) == 2:
-                    yield f"{shard.stem}-{key}", held[key]["webp"], held.pop(key)["txt"]
+                samples.setdefault(key, {})[ending] = members.extractfile(member).read()  # type: ignore[union-attr]
+                if len(samples[key]) == 2:
+                    yield f"{shard.stem}-{key}", samples[key]["webp"], samples.pop(key)["txt"]

@@ -1,4 +1,4 @@
-"""What a test of the operator's own settings needs: a copy of the project with a `.env` in it, and `make serve` there."""
+"""Helpers for tests of an operator's settings: a copy of the project with its own `.env`, and `make serve` there."""
 
 import os
 import re
@@ -23,7 +23,7 @@ RECOVER: dict[str, Any] = {"steps": 3, "batch": 4, "data": {"name": "chalk"}, "p
 
 
 class Clone(Serve):
-    """`make serve` in a copy of the project; nothing but `.env` tells it anything."""
+    """`make serve` in a copy of the project, configured by `.env` alone."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.home = folder / "dev2pro", folder / "home"
@@ -33,7 +33,7 @@ class Clone(Serve):
             if (ROOT / name).exists():
                 shutil.copy(ROOT / name, self.folder)
         self.home.mkdir()
-        self.said = folder / "said.log"
+        self.log_file = folder / "said.log"
         self.port = free_port()
         self.address = f"http://127.0.0.1:{self.port}"
         self.api = httpx.Client(base_url=f"{self.address}/api/", timeout=30)
@@ -48,27 +48,27 @@ class Clone(Serve):
             "PREFECT_RUNNER_POLL_FREQUENCY": "2",
             **more,
         }.items():
-            text, found = re.subn(rf"^#?{name}=.*", lambda _, line=f"{name}='{value}'": line, text, flags=re.MULTILINE)
-            text += "" if found else f"\n{name}='{value}'\n"
+            text, count = re.subn(rf"^#?{name}=.*", lambda _, line=f"{name}='{value}'": line, text, flags=re.MULTILINE)
+            text += "" if count else f"\n{name}='{value}'\n"
         (self.folder / ".env").write_text(text)
 
     def environment(self) -> dict[str, str]:
-        """Of somebody who has set nothing."""
+        """The environment without settings of Prefect and dev2pro."""
         return {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "DEV2PRO_", "PYTHONPATH"))}
 
     def start(self, **more: str) -> float:
         """Returns the seconds until it was ready."""
         began = time.monotonic()
         self.process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "flows.serve"], cwd=self.folder, env=self.environment() | more, stdout=self.said.open("ab"),
+            [sys.executable, "-u", "-m", "flows.serve"], cwd=self.folder, env=self.environment() | more, stdout=self.log_file.open("ab"),
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-        before = self.said.read_text().count("ready after")
-        until(lambda: self.said.read_text().count("ready after") > before or self.process.poll() is not None, what="make serve")
-        assert self.process.poll() is None, self.said.read_text()
-        there = dotenv_values(self.folder / ".env")
-        if not there.get("DEV2PRO_NO_PASSWORD"):
-            self.log_in(there.get("PREFECT_SERVER_API_AUTH_STRING") or (self.home / "password").read_text().strip())
+        before = self.log_file.read_text().count("ready after")
+        until(lambda: self.log_file.read_text().count("ready after") > before or self.process.poll() is not None, what="make serve")
+        assert self.process.poll() is None, self.log_file.read_text()
+        settings = dotenv_values(self.folder / ".env")
+        if not settings.get("DEV2PRO_NO_PASSWORD"):
+            self.log_in(settings.get("PREFECT_SERVER_API_AUTH_STRING") or (self.home / "password").read_text().strip())
         until(lambda: len(self.deployments()) >= 5, what="registering the deployments")
         return time.monotonic() - began
 
@@ -76,17 +76,17 @@ class Clone(Serve):
         """Runs a recovery of three steps to its end: the id of the run."""
         run = self.run("recover", recover={**RECOVER, "out": f"runs/{out}", **more})
         self.until_state(run, "Completed", "Failed", "Crashed", seconds=2 * PATIENCE)
-        assert self.state(run)["name"] == "Completed", self.told(run)
+        assert self.state(run)["name"] == "Completed", self.run_log(run)
         return run
 
     def family(self) -> list[psutil.Process]:
-        """It and all that it has started."""
+        """Its process and all descendants."""
         return [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
 
 
 @contextmanager
 def cloned(folder: Path, closed: bool = True, **settings: str) -> Iterator[Clone]:
-    """It, started, and ended with all that it has started."""
+    """A started clone; kills its process and all descendants at the end."""
     clone = Clone(folder)
     clone.settings(closed, **settings)
     try:
@@ -97,6 +97,6 @@ def cloned(folder: Path, closed: bool = True, **settings: str) -> Iterator[Clone
             family = clone.family()
             clone.process.terminate()
             clone.process.wait(PATIENCE)
-            for one in family:
-                if one.is_running():
-                    one.kill()
+            for process in family:
+                if process.is_running():
+                    process.kill()

@@ -1,7 +1,7 @@
 """Flows as forks of a process that has imported everything, and what they start as forks, too: all of it runs the real code as `python -m` does.
 
 The imports of a flow and a stage are most of a short run; a year of them would take hours. A flow's children are forked when it begins, before it has
-any threads, and wait for the words, the environment and the open files that it starts them with. Its pid is their parent's, as ever.
+any threads, and wait for the command, the environment and the open files that it starts them with. Its pid is their parent's, as ever.
 """
 
 import atexit
@@ -22,12 +22,12 @@ from typing import Any, NoReturn
 from tests.stages import warm
 
 CHILDREN = 8  # that a flow may start
-LONGEST = 1 << 17  # bytes of what a child is told
-Lurk = Callable[[str, list[str]], None]  # (module, words): called in the process that is to be it
+LONGEST = 1 << 17  # bytes of a message to a child
+Lurk = Callable[[str, list[str]], None]  # (module, args): called in the process that becomes it
 
 
 def imported() -> None:
-    """Loads what flows, stages and commands load. Files that are to be run themselves are left to the child."""
+    """Imports what flows, stages and commands import. Modules that are run as scripts are left to the child."""
     warnings.filterwarnings("ignore", module="runpy")  # that what is to be run was imported
     warm.imported()
     for name in ("data.index", "data.snapshot", "dev2pro.artifacts", "flows.recurring", "prefect.server.utilities.encryption"):
@@ -38,14 +38,14 @@ def imported() -> None:
         del sys.modules[name]
 
 
-def flow(words: list[str], environment: dict[str, str], log: Path, lurk: Lurk) -> int:
-    """The pid of `python -m <words>`, in a session of its own."""
+def flow(command: list[str], environment: dict[str, str], log: Path, lurk: Lurk) -> int:
+    """The pid of `python -m <command>`, in a session of its own."""
 
     def prepare(_rank: int) -> None:
         _children_in_waiting(lurk)
-        lurk(words[0], words[1:])
+        lurk(command[0], command[1:])
 
-    return warm.forked(["-m", *words], environment, log, prepare)
+    return warm.forked(["-m", *command], environment, log, prepare)
 
 
 def _children_in_waiting(lurk: Lurk) -> None:
@@ -64,27 +64,27 @@ def _children_in_waiting(lurk: Lurk) -> None:
     class Waiting(subprocess.Popen):
         """What a flow starts a process with."""
 
-        def _execute_child(self, args: Any, executable: Any, preexec: Any, close: Any, passed: Any, cwd: Any, env: Any, *rest: Any) -> None:
-            if "-m" not in args:
-                return super()._execute_child(args, executable, preexec, close, passed, cwd, env, *rest)  # type: ignore[misc]
-            self.pid, told = waiting.pop(0)
+        def _execute_child(self, popen_args: Any, executable: Any, preexec: Any, close: Any, passed: Any, cwd: Any, env: Any, *rest: Any) -> None:
+            if "-m" not in popen_args:
+                return super()._execute_child(popen_args, executable, preexec, close, passed, cwd, env, *rest)  # type: ignore[misc]
+            self.pid, channel = waiting.pop(0)
             self._child_created = True
             pipes = rest[3:9]  # p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite
-            socket.send_fds(told, [json.dumps([list(args), dict(env)]).encode()], [pipes[3], *passed])
-            told.close()
+            socket.send_fds(channel, [json.dumps([list(popen_args), dict(env)]).encode()], [pipes[3], *passed])
+            channel.close()
             self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
 
     subprocess.Popen = Waiting  # type: ignore[misc]
 
 
 def _wait(mine: socket.socket, lurk: Lurk) -> NoReturn:
-    """Becomes what the flow says, with its output where the flow listens, and the files that it was passed open."""
+    """Becomes the command that the flow sends, with its output in the flow's pipe and the passed files open."""
     for number in warm.ASKING:
         signal.signal(number, signal.SIG_DFL)
-    said, files, _, _ = socket.recv_fds(mine, LONGEST, 16)
-    if not said:  # the flow has ended
+    message, files, _, _ = socket.recv_fds(mine, LONGEST, 16)
+    if not message:  # the flow has ended
         os._exit(0)
-    words, environment = json.loads(said)
+    command, environment = json.loads(message)
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(files[0], 1)
@@ -93,9 +93,9 @@ def _wait(mine: socket.socket, lurk: Lurk) -> NoReturn:
     mine.close()
     os.environ.clear()
     os.environ.update(environment)
-    module, *own = words[words.index("-m") + 1 :]
-    lurk(module, own)
-    warm.become(["-m", module, *own])
+    module, *args = command[command.index("-m") + 1 :]
+    lurk(module, args)
+    warm.become(["-m", module, *args])
 
 
 def leave(work: Callable[[], None]) -> NoReturn:

@@ -1,4 +1,4 @@
-"""What a test of `make serve` needs: it, running on ports and in folders of its own, and its API."""
+"""Helpers for tests of `make serve`: a server with its own port and folders, and its API."""
 
 import os
 import shutil
@@ -26,18 +26,18 @@ RECOVER: dict[str, Any] = {
 
 
 def until(true: Callable[[], Any], seconds: float = PATIENCE, what: str = "it") -> Any:
-    """Waits until something is true, and returns that."""
+    """Polls until the result is true, and returns it."""
     end = time.monotonic() + seconds
-    while not (found := true()):
+    while not (result := true()):
         assert time.monotonic() < end, f"{what} did not happen within {seconds:.0f} s"
         time.sleep(0.2)
-    return found
+    return result
 
 
 def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
 
 
 class Serve:
@@ -53,14 +53,14 @@ class Serve:
         began = time.monotonic()
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
         environment |= {"PREFECT_HOME": str(self.home), "PREFECT_API_URL": f"{self.address}/api", "PREFECT_RUNNER_POLL_FREQUENCY": "2", **more}
-        words = [sys.executable, "-u", "-m", "flows.serve"]
-        self.said = self.home / "said.log"
+        command = [sys.executable, "-u", "-m", "flows.serve"]
+        self.log_file = self.home / "said.log"
         self.process = subprocess.Popen(
-            words, cwd=ROOT, env=environment, stdout=self.said.open("ab"), stderr=subprocess.STDOUT, start_new_session=True
+            command, cwd=ROOT, env=environment, stdout=self.log_file.open("ab"), stderr=subprocess.STDOUT, start_new_session=True
         )
-        before = self.said.read_text().count("ready after")
-        until(lambda: self.said.read_text().count("ready after") > before or self.process.poll() is not None, what="make serve")
-        assert self.process.poll() is None, self.said.read_text()
+        before = self.log_file.read_text().count("ready after")
+        until(lambda: self.log_file.read_text().count("ready after") > before or self.process.poll() is not None, what="make serve")
+        assert self.process.poll() is None, self.log_file.read_text()
         self.log_in((self.home / "password").read_text().strip())
         until(lambda: len(self.deployments()) == 7, what="registering the deployments")
         return time.monotonic() - began
@@ -78,9 +78,12 @@ class Serve:
 
     def part(self, name: str) -> psutil.Process:
         """One of its processes: server, training or cheap."""
-        words = ["flows.serve", name]
+        command = ["flows.serve", name]
         family = psutil.Process(self.process.pid).children
-        return until(lambda: next((one for one in family() if one.is_running() and one.cmdline()[-2:] == words), None), what=f"finding {name}")
+        return until(
+            lambda: next((process for process in family() if process.is_running() and process.cmdline()[-2:] == command), None),
+            what=f"finding {name}",
+        )
 
     # ---- its API ----
 
@@ -90,7 +93,7 @@ class Serve:
         return answer.json() if answer.text else None
 
     def deployments(self) -> dict[str, dict[str, Any]]:
-        return {one["name"]: one for one in self.post("deployments/filter")}
+        return {deployment["name"]: deployment for deployment in self.post("deployments/filter")}
 
     def run(self, name: str, **parameters: Any) -> str:
         """Triggers a deployment: the id of the run."""
@@ -101,7 +104,7 @@ class Serve:
         """Triggers a recovery that takes long, and waits until it trains."""
         run = self.run("recover", recover={**RECOVER, "out": f"{OUT}/{out}", **more})
         until(lambda: steps(out) > 3 or self.state(run)["type"] in ("FAILED", "CRASHED"), what="training")
-        assert self.state(run)["type"] == "RUNNING", self.told(run)
+        assert self.state(run)["type"] == "RUNNING", self.run_log(run)
         return run
 
     def again(self, run: str) -> str:
@@ -121,7 +124,7 @@ class Serve:
         try:
             return until(lambda: (state := self._state(run)) and state["name"] in names and state, seconds, f"{run} becoming {' or '.join(names)}")
         except AssertionError as error:
-            raise AssertionError(f"{error}; it is {self.state(run)}\n{self.told(run)}") from error
+            raise AssertionError(f"{error}; it is {self.state(run)}\n{self.run_log(run)}") from error
 
     def _state(self, run: str) -> dict[str, Any] | None:
         try:
@@ -129,7 +132,7 @@ class Serve:
         except httpx.HTTPError:  # the server is being started again
             return None
 
-    def told(self, run: str) -> str:
+    def run_log(self, run: str) -> str:
         """The run's log."""
         chosen = {"flow_run_id": {"any_": [run]}}
         return "\n".join(line["message"] for line in self.post("logs/filter", logs=chosen, sort="TIMESTAMP_ASC", limit=200))
@@ -146,12 +149,12 @@ def steps(out: str) -> int:
 
 def stages(out: str = "") -> list[psutil.Process]:
     """Living processes of the stage that works in a folder, or of all of this test's."""
-    found = []
-    for one in psutil.process_iter(["cmdline", "status"]):
-        works_in = next((word for word in one.info["cmdline"] or [] if word.startswith(f"out={OUT}/")), None)
-        if works_in and (not out or works_in == f"out={OUT}/{out}") and one.info["status"] != psutil.STATUS_ZOMBIE:
-            found.append(one)
-    return found
+    processes = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        works_in = next((word for word in process.info["cmdline"] or [] if word.startswith(f"out={OUT}/")), None)
+        if works_in and (not out or works_in == f"out={OUT}/{out}") and process.info["status"] != psutil.STATUS_ZOMBIE:
+            processes.append(process)
+    return processes
 
 
 def engine(out: str) -> psutil.Process:
@@ -160,12 +163,12 @@ def engine(out: str) -> psutil.Process:
 
 
 def checkpoints(out: str) -> list[int]:
-    return sorted(int(place.name.removeprefix("checkpoint-")) for place in (ROOT / OUT / out).glob("checkpoint-*[0-9]"))
+    return sorted(int(path.name.removeprefix("checkpoint-")) for path in (ROOT / OUT / out).glob("checkpoint-*[0-9]"))
 
 
 @contextmanager
 def serving(home: Path) -> Iterator[Serve]:
-    """`make serve`, ended at the end with all that it has started."""
+    """`make serve`; kills its process and all descendants at the end."""
     shutil.rmtree(ROOT / OUT, ignore_errors=True)
     serve = Serve(home)
     serve.start()
@@ -177,7 +180,7 @@ def serving(home: Path) -> Iterator[Serve]:
         )
         serve.process.terminate()
         serve.process.wait(60)
-        for one in family:
-            if one.is_running():
-                one.kill()
+        for process in family:
+            if process.is_running():
+                process.kill()
         shutil.rmtree(ROOT / OUT, ignore_errors=True)

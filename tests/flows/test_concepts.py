@@ -20,8 +20,8 @@ from flows.concepts import concepts
 from flows.forms import Concepts
 state = concepts(Concepts(**json.loads(sys.argv[1])), return_state=True)
 with get_client(sync_client=True) as client:
-    shown = [one.data for one in client.read_artifacts() if one.key and one.key.endswith("-concepts")]
-print("@@" + json.dumps({"type": state.type.value, "message": state.message, "shown": shown}))
+    pages = [artifact.data for artifact in client.read_artifacts() if artifact.key and artifact.key.endswith("-concepts")]
+print("@@" + json.dumps({"type": state.type.value, "message": state.message, "pages": pages}))
 """
 FORM = {
     "out": OUT, "trained_on": f"{OUT}/somebody-s", "base": "data/miniature/pipeline", "at_once": 2, "steps": 2, "seeds": 1,
@@ -34,13 +34,13 @@ def ended(tmp_path_factory):
     shutil.rmtree(ROOT / OUT, ignore_errors=True)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
     environment |= {"PREFECT_HOME": str(tmp_path_factory.mktemp("prefect")), "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120"}
-    words = ["out=" + f"{OUT}/recovered", "experiment=miniature", "steps=2", "probe.samples=4"]
-    subprocess.run([sys.executable, "-m", "stages.recover", *words], cwd=ROOT, env=environment, check=True, capture_output=True)
+    args = ["out=" + f"{OUT}/recovered", "experiment=miniature", "steps=2", "probe.samples=4"]
+    subprocess.run([sys.executable, "-m", "stages.recover", *args], cwd=ROOT, env=environment, check=True, capture_output=True)
     shutil.copytree(ROOT / OUT / "recovered" / "transformer", ROOT / OUT / "somebody-s" / "transformer")  # without a record, like a download
     done = subprocess.run([sys.executable, "-c", RUN, json.dumps(FORM)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    said = [line[2:] for line in done.stdout.splitlines() if line.startswith("@@")]
-    assert said, done.stdout + done.stderr
-    yield json.loads(said[-1])
+    outcome = [line[2:] for line in done.stdout.splitlines() if line.startswith("@@")]
+    assert outcome, done.stdout + done.stderr
+    yield json.loads(outcome[-1])
     shutil.rmtree(ROOT / OUT, ignore_errors=True)
 
 
@@ -48,14 +48,14 @@ def test_one_that_fails_does_not_stop_the_others(ended):
     assert ended["type"] == "FAILED"
     assert ended["message"].startswith("1 of 3 concepts failed: nowhere.")
     for concept in ("chalk", "poster"):
-        made = record.read(str(ROOT / OUT / concept / "evaluate"))
-        assert {gain["rival"] for gain in made.metrics["gains"]} == {"base@1"}
+        evaluation = record.read(str(ROOT / OUT / concept / "evaluate"))
+        assert {gain["rival"] for gain in evaluation.metrics["gains"]} == {"base@1"}
     assert not (ROOT / OUT / "nowhere" / "evaluate").exists()
 
 
 def test_one_page_tells_how_all_came_out(ended):
-    assert len(ended["shown"]) == 1
-    lines = ended["shown"][0].splitlines()
+    assert len(ended["pages"]) == 1
+    lines = ended["pages"][0].splitlines()
     assert len(lines) == 5
     assert "| chalk | done | " in lines[2]
     assert "| nowhere | **Failed** | " in lines[3]

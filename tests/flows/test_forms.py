@@ -1,4 +1,4 @@
-"""Forms: in step with the stages' configurations, and closed to everything else."""
+"""Forms: consistent with the stages' configurations, and closed to all other values."""
 
 import dataclasses
 import importlib
@@ -29,14 +29,14 @@ GROUPS = ("experiment", "model", "hardware")  # of conf/
 
 def fields(form: type[BaseModel], above: str = "") -> dict[str, Any]:
     """Dotted key -> field, of a form and the groups in it."""
-    found: dict[str, Any] = {}
+    by_key: dict[str, Any] = {}
     for name, field in form.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            found |= fields(kind, f"{above}{name}.")
+            by_key |= fields(kind, f"{above}{name}.")
         else:
-            found[above + name] = field
-    return found
+            by_key[above + name] = field
+    return by_key
 
 
 def plain(kind: Any) -> Any:
@@ -106,15 +106,15 @@ def test_what_was_filled_in_reaches_the_stage(form):
     name = STAGES[form]
     schema = getattr(importlib.import_module(f"stages.{name}"), f"{name.title()}Config")
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
-    said = overrides(form(**FILLED[form]))
+    values = overrides(form(**FILLED[form]))
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        config = frame.typed(schema, compose(name, overrides=plan.hydra_args(said)))
-    for key, value in said.items():
+        config = frame.typed(schema, compose(name, overrides=plan.hydra_args(values)))
+    for key, value in values.items():
         if key not in GROUPS:
-            found: Any = config
+            actual: Any = config
             for part in key.split("."):
-                found = getattr(found, part)
-            assert found == value, key
+                actual = getattr(actual, part)
+            assert actual == value, key
     assert dataclasses.is_dataclass(config)
 
 
@@ -210,11 +210,11 @@ def test_a_link_that_leads_outside_is_outside(tmp_path):
 
 def test_roots_can_be_added(tmp_path, monkeypatch):
     monkeypatch.setenv(forms.ROOTS, f"{tmp_path}, s3://ours/shards")
-    for place in (f"{tmp_path}/pictures", "s3://ours/shards/a.tar", "s3://ours/shards/{000..999}.tar", "data/miniature/pipeline"):
-        assert Recover(data={"train": [place]}).data.train == [place]
-    for place in ("s3://ours/shardsother/a.tar", f"{tmp_path}x/a", "s3://ours/other/a.tar", "https://ours/shards/a.tar"):
+    for url in (f"{tmp_path}/pictures", "s3://ours/shards/a.tar", "s3://ours/shards/{000..999}.tar", "data/miniature/pipeline"):
+        assert Recover(data={"train": [url]}).data.train == [url]
+    for url in ("s3://ours/shardsother/a.tar", f"{tmp_path}x/a", "s3://ours/other/a.tar", "https://ours/shards/a.tar"):
         with pytest.raises(ValidationError, match=r"outside of the places that this machine offers.*DEV2PRO_ROOTS"):
-            Recover(data={"train": [place]})
+            Recover(data={"train": [url]})
 
 
 def test_aliases_need_no_root():
@@ -223,12 +223,12 @@ def test_aliases_need_no_root():
 
 
 @pytest.mark.parametrize(
-    "place", [".env", "./.prefect/password", "runs/../.env", "*/.git/*", "runs/{a,.b}/../.x", f"{ROOT}/.env", "s3://ours/shards/.x"]
+    "url", [".env", "./.prefect/password", "runs/../.env", "*/.git/*", "runs/{a,.b}/../.x", f"{ROOT}/.env", "s3://ours/shards/.x"]
 )
-def test_hidden_files_hold_secrets_and_are_not_read(place, monkeypatch):
+def test_hidden_files_hold_secrets_and_are_not_read(url, monkeypatch):
     monkeypatch.setenv(forms.ROOTS, "s3://ours/shards")
     with pytest.raises(ValidationError, match=r"hidden|should match pattern"):
-        Evaluate(prompts=place)
+        Evaluate(prompts=url)
 
 
 def test_a_project_in_a_hidden_folder_is_not_hidden(tmp_path, monkeypatch):

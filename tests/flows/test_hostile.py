@@ -1,4 +1,4 @@
-"""Hostile captions, names and words of a stage in a real browser: the report and the UI show them, and nothing of them runs, loads or is drawn."""
+"""Hostile captions, names and output of a stage in a real browser: the report and the UI show them as text; nothing runs, loads or is drawn."""
 
 import os
 import re
@@ -7,12 +7,12 @@ import sys
 from urllib.parse import urlsplit
 
 import pytest
-from tests.dev2pro.test_report import PROMPTS, fake_grids, fake_metrics
-from tests.flows.test_browser import browser, log_in, serve, shot  # noqa: F401 (fixtures)
 
 from dev2pro.artifacts.record import ROOT
 from dev2pro.judging import report
+from tests.dev2pro.judging.test_report import PROMPTS, fake_grids, fake_metrics
 from tests.flows.operator import until
+from tests.flows.serve.test_browser import browser, log_in, serve, shot  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.operator
 HOSTILE = [
@@ -30,8 +30,10 @@ from PIL import Image
 from prefect import flow
 from prefect.artifacts import ProgressArtifact, TableArtifact
 from prefect.logging import get_run_logger
-from flows import concepts, history, launch, verdict, watch
-from flows.slots import Slots
+from flows.generations import history
+from flows.processes import launch
+from flows.processes.gpu_slots import Slots
+from flows.ui import progress, verdict
 HOSTILE = eval(sys.argv[1])
 text, folder = " ".join(HOSTILE), pathlib.Path(sys.argv[2])
 (folder / "sheets").mkdir()
@@ -46,11 +48,11 @@ gain = {"metric": "prompt_fidelity", "style": text, "arm": text, "rival": text, 
 def hostile():
     verdict.show(SimpleNamespace(metrics={"verdict": text, "gains": [gain]}, uri=str(folder)))
     history.show("hostile", [{"shard": text, "reason": one} for one in HOSTILE])
-    looks = watch.Watch("lora " + HOSTILE[1], strange, get_run_logger().info)
-    looks.tell({"stage": text, "step": 1, "of": 2, "text": text})
-    looks.end()
-    said = f"for one in {HOSTILE!r}: print(one)\\nraise SystemExit(3)"
-    launch._follow("stage", ["-c", said], Slots((), {}), None, get_run_logger().info)
+    reporter = progress.ProgressReporter("lora " + HOSTILE[1], strange, get_run_logger().info)
+    reporter.on_event({"stage": text, "step": 1, "of": 2, "text": text})
+    reporter.end()
+    code = f"for one in {HOSTILE!r}: print(one)\\nraise SystemExit(3)"
+    launch._run_process("stage", ["-c", code], Slots((), {}), None, get_run_logger().info)
 
 hostile()
 """
@@ -58,12 +60,12 @@ hostile()
 
 @pytest.fixture
 def page(browser):  # noqa: F811
-    """A page that keeps what it was asked to show, said and loaded."""
+    """A page that records dialogs, console errors and requested hosts."""
     page = browser.new_page(viewport={"width": 1280, "height": 900})
-    page.dialogs, page.hosts, page.said = [], set(), []
+    page.dialogs, page.hosts, page.errors = [], set(), []
     page.on("dialog", lambda dialog: (page.dialogs.append(dialog.message), dialog.dismiss()))
     page.on("request", lambda request: page.hosts.add(urlsplit(request.url).hostname))
-    page.on("console", lambda message: page.said.append(message.text) if message.type == "error" else None)
+    page.on("console", lambda message: page.errors.append(message.text) if message.type == "error" else None)
     yield page
     page.close()
 
@@ -93,7 +95,7 @@ def test_the_report(page, tmp_path):
     page.mouse.move(600, 400)
     shot(page, "hostile-report")
     nothing_came_of_it(page)
-    assert page.said == []
+    assert page.errors == []
     assert page.hosts <= {"", None}
 
 
@@ -101,18 +103,18 @@ def test_the_ui(page, serve, tmp_path):  # noqa: F811
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
     environment |= {"PYTHONPATH": str(ROOT), "PREFECT_HOME": str(tmp_path / "home")}
     environment |= {"PREFECT_API_URL": f"{serve.address}/api", "PREFECT_API_AUTH_STRING": serve.user}
-    words = [sys.executable, "-c", FLOW, repr(HOSTILE), tmp_path]
-    assert subprocess.run(words, cwd=ROOT, env=environment, check=False, timeout=240, capture_output=True).returncode == 1
+    command = [sys.executable, "-c", FLOW, repr(HOSTILE), tmp_path]
+    assert subprocess.run(command, cwd=ROOT, env=environment, check=False, timeout=240, capture_output=True).returncode == 1
     run = serve.post("flow_runs/filter", flows={"name": {"any_": ["hostile"]}})[0]["id"]
-    until(lambda: len(serve.told(run).splitlines()) >= len(HOSTILE), what="the log")
-    assert serve.told(run).replace("\n", "").isprintable()
+    until(lambda: len(serve.run_log(run).splitlines()) >= len(HOSTILE), what="the log")
+    assert serve.run_log(run).replace("\n", "").isprintable()
     log_in(page, serve.user, serve.address)
-    made = [one["id"] for one in serve.artifacts(run) if one["description"]]
-    for number, path in enumerate([f"runs/flow-run/{run}", *(f"artifacts/artifact/{one}" for one in made), "artifacts", "runs"]):
+    ids = [artifact["id"] for artifact in serve.artifacts(run) if artifact["description"]]
+    for number, path in enumerate([f"runs/flow-run/{run}", *(f"artifacts/artifact/{artifact}" for artifact in ids), "artifacts", "runs"]):
         page.goto(f"{serve.address}/v2/{path}")
         page.get_by_text(re.compile("Progress|onerror|hostile")).first.wait_for(timeout=60_000)
         shot(page, f"hostile-{number}")
         nothing_came_of_it(page)
-    assert len(made) == 5
+    assert len(ids) == 5
     assert page.hosts - {"sr-client-cfg.amplitude.com"} == {"127.0.0.1"}
-    assert not [line for line in page.said if "violates" in line and "amplitude" not in line]
+    assert not [line for line in page.errors if "violates" in line and "amplitude" not in line]

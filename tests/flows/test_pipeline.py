@@ -27,14 +27,14 @@ def environment(home: Path) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | {"PREFECT_HOME": str(home)}
 
 
-def start(*words: str, home: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "flows.pipeline", *words]
+def start(*args: str, home: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "flows.pipeline", *args]
     return subprocess.run(command, cwd=ROOT, env=environment(home), capture_output=True, text=True, timeout=600, check=False)
 
 
-def start_and_kill(*words: str, home: Path) -> None:
+def start_and_kill(*args: str, home: Path) -> None:
     """Kills the flow, with -9 and without a word to its stages, once recover has trained a step."""
-    command = [sys.executable, "-m", "flows.pipeline", *words]
+    command = [sys.executable, "-m", "flows.pipeline", *args]
     child = subprocess.Popen(command, cwd=ROOT, env=environment(home), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     rows = ROOT / OUT / "recover/metrics.jsonl"
     while not (rows.exists() and rows.read_text()):
@@ -60,10 +60,10 @@ def first(home):
 def test_it_ends_well_and_leaves_every_artifact(first):
     assert first.returncode == 0, first.stdout + first.stderr
     assert "Report: " in first.stdout
-    for place in ("recover", *(f"lora/chalk/{arm}" for arm in ARMS), "evaluate"):
-        made = record.read(str(ROOT / OUT / place))
-        assert made.stage == place.split("/")[0]
-        assert made.parents
+    for folder in ("recover", *(f"lora/chalk/{arm}" for arm in ARMS), "evaluate"):
+        artifact = record.read(str(ROOT / OUT / folder))
+        assert artifact.stage == folder.split("/")[0]
+        assert artifact.parents
 
 
 def test_a_killed_flow_s_stage_has_saved_and_the_next_flow_goes_on(first):
@@ -84,10 +84,10 @@ def test_recovery_reports_the_way_to_the_teacher(first):
 
 
 def test_evaluation_holds_every_cell(first):
-    found = json.loads((ROOT / OUT / "evaluate/metrics.json").read_text())
-    cells = {(c["arm"], c["inference"]) for c in found["cells"]}
+    metrics = json.loads((ROOT / OUT / "evaluate/metrics.json").read_text())
+    cells = {(c["arm"], c["inference"]) for c in metrics["cells"]}
     assert cells == {(a, i) for a in ("none", *ARMS) for i in ("base", "recovered")} | {("ideal", "teacher")}
-    assert {g["rival"] for g in found["gains"]} == {"base@1"}
+    assert {g["rival"] for g in metrics["gains"]} == {"base@1"}
     assert (ROOT / OUT / "evaluate/report.html").stat().st_size > 20_000
     assert list((ROOT / OUT / "evaluate/sheets").glob("*.png"))
 
@@ -112,22 +112,29 @@ def test_a_failing_stage_fails_the_flow_and_keeps_its_exit_code(first, home):
     assert "nowhere" in ended.stderr
 
 
-@pytest.mark.parametrize("words", [("plan=../../etc",), ("out=/etc/run",), ("out=runs/../x",), ("seed=many",), ("sed=1",), ("plan=nobody",)])
-def test_bad_parameters_are_refused_before_anything_starts(words, home):
-    ended = start(*words, home=home)
+@pytest.mark.parametrize("args", [("plan=../../etc",), ("out=/etc/run",), ("out=runs/../x",), ("seed=many",), ("sed=1",), ("plan=nobody",)])
+def test_bad_parameters_are_refused_before_anything_starts(args, home):
+    ended = start(*args, home=home)
     assert ended.returncode == 2
-    assert words[0].split("=")[0] in ended.stderr
+    assert args[0].split("=")[0] in ended.stderr
 
 
 def test_stock_diffusers_loads_what_was_written_and_draws_the_same(first):
     """The transformer and the LoRA through diffusers alone: the same pictures as evaluate's, within 1e-3 of a pixel's range."""
-    from stages.evaluate import Inference, Sampler
+    from dev2pro.judging.cells import Inference
+    from dev2pro.judging.sampler import Sampler
+    from dev2pro.models.flux1 import ModelConfig
+    from dev2pro.models.sampling import SamplingConfig
 
     loaded = FluxTransformer2DModel.from_pretrained(ROOT / OUT / "recover", subfolder="transformer", dtype=torch.float32)
     style = str(ROOT / OUT / "lora/chalk/recovered@1")
     for transformer, path, guidance in ((None, BASE, 3.5), (loaded, str(ROOT / OUT / "recover"), 1.0)):
-        studio = Sampler(evaluate_config(), [["a handwritten two"], ["a handwritten six"]], Accelerator(cpu=True))
-        ours = studio.sample_cell(
+        sampler = Sampler(
+            ModelConfig(path=BASE, usual_guidance=3.5, max_sequence_length=8), SamplingConfig(steps=4, cfg_scale=3.5, batch=8),
+            ["a handwritten two", "a handwritten six"], seeds=1, seed=7, resolution=32, dtype=torch.float32, text_bytes=1e9,
+            accelerator=Accelerator(cpu=True),
+        )  # fmt: skip
+        ours = sampler.sample_cell(
             FluxTransformer2DModel.from_pretrained(path, subfolder="transformer", dtype=torch.float32), Inference("x", path, guidance, 1.0), style
         )
         stock = FluxPipeline.from_pretrained(BASE, dtype=torch.float32, **({"transformer": transformer} if transformer else {}))
@@ -139,16 +146,3 @@ def test_stock_diffusers_loads_what_was_written_and_draws_the_same(first):
             max_sequence_length=8, output_type="pt",
         ).images  # fmt: skip
         torch.testing.assert_close(ours[:, 0], theirs, atol=1e-3, rtol=0)
-
-
-def evaluate_config():
-    from dev2pro.models.flux1 import ModelConfig
-    from dev2pro.models.sampling import SamplingConfig
-    from dev2pro.training.distributed import HardwareConfig
-    from stages.evaluate import EvaluateConfig
-
-    return EvaluateConfig(
-        out="", seed=7, model=ModelConfig(path=BASE, usual_guidance=3.5, max_sequence_length=8), hardware=HardwareConfig(device="cpu", threads=1),
-        sampling=SamplingConfig(steps=4, cfg_scale=3.5, batch=8), judge=str(ROOT / "data/miniature/judge"), loras=[], prompts="", seeds=1,
-        resolution=32, bootstrap=10,
-    )  # fmt: skip

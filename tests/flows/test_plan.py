@@ -26,40 +26,40 @@ NASTY = [
 texts = st.one_of(st.sampled_from(NASTY), st.text(alphabet="ab01._/-',=\"\\${}[]()~+:# \te", max_size=12), st.text(max_size=12))
 
 
-def parsed(words: list[str]) -> dict[str, object]:
+def parsed(args: list[str]) -> dict[str, object]:
     """What Hydra's own parser reads."""
-    return {override.key_or_group: override.value() for override in OverridesParser.create().parse_overrides(words)}
+    return {override.key_or_group: override.value() for override in OverridesParser.create().parse_overrides(args)}
 
 
 def composed(**values: object) -> dict[str, object]:
-    """What a stage gets: the words through Hydra and OmegaConf."""
+    """The values a stage gets: the arguments through Hydra and OmegaConf."""
     ConfigStore.instance().store(name="test_plan", node={"seed": 5, "text": "", "some": [], "number": 0.0, "flag": False})
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         return OmegaConf.to_container(compose("test_plan", overrides=plan.hydra_args(values)), resolve=True)
 
 
-# ---- words: no value is read as anything but itself --------------------------------------------------------------------------------------
+# ---- args: no value is read as anything but itself ---------------------------------------------------------------------------------------
 
 
-@given(text=texts.filter(lambda text: "${" not in text))  # OmegaConf has another word to say on those, see below
+@given(text=texts.filter(lambda text: "${" not in text))  # OmegaConf interpolates those, see below
 def test_a_string_is_read_back_by_hydra_s_parser(text):
-    found = parsed(plan.hydra_args({"data.name": text}))
-    assert {key: str(value) for key, value in found.items()} == {"data.name": text}
-    assert isinstance(found["data.name"], str)
+    values = parsed(plan.hydra_args({"data.name": text}))
+    assert {key: str(value) for key, value in values.items()} == {"data.name": text}
+    assert isinstance(values["data.name"], str)
 
 
 @given(some=st.lists(texts.filter(lambda text: "${" not in text), max_size=4))
 def test_a_list_of_strings_is_read_back(some):
-    found = parsed(plan.hydra_args({"loras": some}))["loras"]
-    assert [str(value) for value in found] == some
-    assert all(isinstance(value, str) for value in found)
+    values = parsed(plan.hydra_args({"loras": some}))["loras"]
+    assert [str(value) for value in values] == some
+    assert all(isinstance(value, str) for value in values)
 
 
 @pytest.mark.parametrize("text", NASTY, ids=repr)
 def test_a_string_reaches_the_stage_as_it_is(text):
-    found = composed(text=text, some=[text, "b"])
-    assert found["text"] == text
-    assert found["some"] == [text, "b"]
+    config = composed(text=text, some=[text, "b"])
+    assert config["text"] == text
+    assert config["some"] == [text, "b"]
 
 
 @hypothesis.settings(max_examples=30)
@@ -74,19 +74,19 @@ def test_no_string_is_an_interpolation(text):
 @example(-0.0)
 @example(math.inf)
 def test_numbers_and_constants_are_read_back(value):
-    found = parsed(plan.hydra_args({"optim.lr": value}))["optim.lr"]
-    assert found == value
-    assert type(found) is type(value)
+    parsed_value = parsed(plan.hydra_args({"optim.lr": value}))["optim.lr"]
+    assert parsed_value == value
+    assert type(parsed_value) is type(value)
 
 
 def test_numbers_reach_the_stage():
-    found = composed(number=1e-07, flag=True, text=None)
-    assert (found["number"], found["flag"], found["text"]) == (1e-07, True, None)
+    config = composed(number=1e-07, flag=True, text=None)
+    assert (config["number"], config["flag"], config["text"]) == (1e-07, True, None)
 
 
 def test_what_comes_later_wins():
-    common, own = {"steps": 1, "seed": 0, "data.name": "ink"}, {"steps": 2}
-    assert plan.hydra_args(common, own, seed=7) == ["steps=2", "seed=7", "data.name=ink"]
+    common, specific = {"steps": 1, "seed": 0, "data.name": "ink"}, {"steps": 2}
+    assert plan.hydra_args(common, specific, seed=7) == ["steps=2", "seed=7", "data.name=ink"]
     assert common == {"steps": 1, "seed": 0, "data.name": "ink"}
     assert plan.hydra_args() == []
 
@@ -126,7 +126,7 @@ def test_folders_are_below_the_run_s():
 # ---- plans -------------------------------------------------------------------------------------------------------------------------------
 
 
-def made(**values: object) -> Plan:
+def make_plan(**values: object) -> Plan:
     arms = {"base@1": {"base": "base", "guidance": 1.0}, "recovered@1": {"base": "recovered", "guidance": 1.0}}
     return Plan.model_validate({"base": "model", "styles": {"chalk": {}, "neon": {}}, "arms": arms} | values)
 
@@ -146,7 +146,7 @@ def test_every_style_with_every_arm_and_the_recovered_ones_last():
         "recovered@2": {"base": "recovered", "guidance": 1.0},
         "teacher@1": {"base": "teacher", "guidance": 1.0},
     }
-    assert made(arms=arms).pairs() == [
+    assert make_plan(arms=arms).pairs() == [
         *[("chalk", "base@3.5"), ("neon", "base@3.5"), ("chalk", "teacher@1"), ("neon", "teacher@1")],
         *[("chalk", "recovered@1"), ("neon", "recovered@1"), ("chalk", "recovered@2"), ("neon", "recovered@2")],
     ]
@@ -156,18 +156,18 @@ def test_the_plans_of_this_repository_are_right():
     names = [file.stem for file in (ROOT / "conf" / "pipeline").glob("*.yaml")]
     assert "miniature" in names
     for name in names:
-        found = plan.read(name)
-        assert found.pairs()
-        assert any(arm.base == "recovered" for arm in found.arms.values())
+        loaded = plan.read(name)
+        assert loaded.pairs()
+        assert any(arm.base == "recovered" for arm in loaded.arms.values())
 
 
 def test_a_plan_is_read(home):
     written = {"base": "model", "teacher": "ideal", "common": {"experiment": "x", "steps": 3}, "styles": {"chalk": {"data.name": "chalk"}}}
     (home / "own.yaml").write_text(yaml.safe_dump(written | {"arms": {"teacher@1": {"base": "teacher", "guidance": 1}}}))
-    found = plan.read("own")
-    assert found.common == {"experiment": "x", "steps": 3}
-    assert found.arms == {"teacher@1": Arm(base="teacher", guidance=1.0)}
-    assert found.processes == {}
+    loaded = plan.read("own")
+    assert loaded.common == {"experiment": "x", "steps": 3}
+    assert loaded.arms == {"teacher@1": Arm(base="teacher", guidance=1.0)}
+    assert loaded.processes == {}
 
 
 @pytest.mark.parametrize("name", ["nothing", "../evaluate", "", "miniature.yaml", "pipeline/own", "own\n"])

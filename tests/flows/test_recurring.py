@@ -89,17 +89,17 @@ def test_it_can_be_triggered_as_it_is():
 
 
 def test_words_become_the_form(capsys):
-    said = recurring.nested(["line=a", "shards=x*.tar", "heldout=['{0..3}.tar', b]", "optim.lr=1e-4", "keep=2"])
-    assert said == {"line": "a", "shards": ["x*.tar"], "heldout": ["{0..3}.tar", "b"], "optim": {"lr": "1e-4"}, "keep": "2"}
-    for words, told in (
+    values = recurring.nested(["line=a", "shards=x*.tar", "heldout=['{0..3}.tar', b]", "optim.lr=1e-4", "keep=2"])
+    assert values == {"line": "a", "shards": ["x*.tar"], "heldout": ["{0..3}.tar", "b"], "optim": {"lr": "1e-4"}, "keep": "2"}
+    for args, message in (
         (["lien=a"], "lien=a: Extra inputs are not permitted. There are line, shards,"),
         (["least=few"], "least=few: Input should be a valid integer"),
         (["shards=/etc/a.tar"], "outside of the places that this machine offers"),
         (["heldout=[a"], "heldout=[a is no list. Write it as in heldout=[one,two]"),
         (["optim=1", "optim.lr=2"], "optim has a value already"),
     ):
-        assert recurring.main(words) == 2
-        assert told in capsys.readouterr().err
+        assert recurring.main(args) == 2
+        assert message in capsys.readouterr().err
 
 
 # ---- when it runs ---------------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def test_a_year(tmp_path, capsys):
     seed = int(os.environ.get("SEED", "0"))
     table = year.lived(tmp_path, seed)
     with capsys.disabled():
-        print(told(table))
+        print(summary(table))
     assert table["weeks"] == 52
     assert {kill.split()[0] for kill in table["kills"]} >= MOMENTS.keys() | {"any"}, "every moment was hit"
     assert {kill.split()[1] for kill in table["kills"]} == {who for some in HIT.values() for who in some}
@@ -42,10 +42,10 @@ def test_a_year(tmp_path, capsys):
     bounded(table)
 
 
-def told(table: dict) -> str:
+def summary(table: dict) -> str:
     """What `make year` prints."""
     longest = max(one["seconds"] for one in table["runs"])
-    skipped = sorted(one["seconds"] for one in table["runs"] if one["said"].startswith("Skipped: Nothing"))
+    skipped = sorted(one["seconds"] for one in table["runs"] if one["last_line"].startswith("Skipped: Nothing"))
     return "\n".join([
         "", f"{table['weeks']} weeks, {len(table['runs'])} runs in {table['seconds']} s: the longest {longest} s, skipped ones {skipped} s",
         f"kills: {', '.join(f'{kill} {count}' for kill, count in sorted(table['kills'].items()))}",

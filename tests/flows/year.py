@@ -1,4 +1,4 @@
-"""A line of recovered models through weeks of shards that arrive, are damaged, and runs that are killed; in a process that no orphan escapes.
+"""A line of recovered models through weeks of shards that arrive, are damaged, and runs that are killed; in a process that adopts every orphan.
 
 `lived` is for tests. Everything but the passing of time is real: the server, the flow, its processes, the models.
 """
@@ -44,14 +44,14 @@ class Run:
     week: int
     kill: str
     code: int
-    said: str
+    last_line: str
     seconds: float
 
 
 def lived(tmp: Path, seed: int | None = None) -> dict[str, Any]:
-    """What is left after a year, or without a seed after SHORT, and how it went. Raises AssertionError with what was found."""
-    told = json.dumps({"seed": seed, "tmp": str(tmp)})
-    done = subprocess.run([sys.executable, "-m", "tests.flows.year", told], cwd=ROOT, capture_output=True, text=True, check=False)
+    """The outcome after a year, or without a seed after SHORT, and its runs. Raises AssertionError with the details."""
+    arguments = json.dumps({"seed": seed, "tmp": str(tmp)})
+    done = subprocess.run([sys.executable, "-m", "tests.flows.year", arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"seed {seed}:\n{done.stdout}\n{done.stderr}"
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -61,7 +61,7 @@ class Year:
 
     def __init__(self, seed: int | None, tmp: str) -> None:
         self.tmp, self.dice, self.line = Path(tmp), random.Random(seed), f"test-year-{os.getpid()}"
-        self.place, self.shards = ROOT / "runs/recurring" / self.line, Shards(Path(tmp) / "shards", self.dice)
+        self.line_folder, self.shards = ROOT / "runs/recurring" / self.line, Shards(Path(tmp) / "shards", self.dice)
         self.weeks = SHORT if seed is None else planned(self.dice)
         self.runs = list[Run]()
         self.peak, self.usual = 0, 10.0  # bytes of the line; seconds that a run takes
@@ -82,21 +82,21 @@ class Year:
     # ---- runs ----
 
     def start(self, number: int, week: Week) -> int:
-        words = ["flows.recurring", f"line={self.line}", f"shards={self.shards.place}/*.tar", *FORM, *(WILD if week.diverges else [])]
+        args = ["flows.recurring", f"line={self.line}", f"shards={self.shards.folder}/*.tar", *FORM, *(WILD if week.diverges else [])]
         log, self.killers = self.tmp / f"run-{len(self.runs):03d}.log", self.tmp / f"killed-{number}"
         if week.real:
-            return warm.spawned(["-m", *words], {}, log)
-        return forked.flow(words, {}, log, self.lurk(week))
+            return warm.spawned(["-m", *args], {}, log)
+        return forked.flow(args, {}, log, self.lurk(week))
 
     def lurk(self, week: Week) -> forked.Lurk:
-        """Where the week's kill is at a moment of a module, the process that is to be it lies in wait for itself."""
+        """Installs an audit hook in the module's process, which kills at the moment of the week's kill."""
         moment, who = week.kill or ("", "")
 
         def lurk(module: str, _words: list[str]) -> None:
             if moment not in MOMENTS or MOMENTS[moment][0] != module:
                 return
             _, event, name, nth = MOMENTS[moment]
-            left, me = [nth], os.getpid()
+            countdown, me = [nth], os.getpid()
 
             def seen(what: str, args: tuple[Any, ...]) -> None:
                 if what != event or os.getpid() != me:
@@ -104,8 +104,8 @@ class Year:
                 path = Path(os.fsdecode(args[1] if what == "os.rename" else args[0]))
                 if not (path.stem.isdigit() and path.suffix == ".json" if name == "<n>.json" else path.name == name):
                     return
-                left[0] -= 1
-                if not left[0]:
+                countdown[0] -= 1
+                if not countdown[0]:
                     self.strike(who, me, os.getppid() if module != "flows.recurring" else me)
 
             sys.addaudithook(seen)
@@ -121,61 +121,61 @@ class Year:
             os.kill(me, signal.SIGKILL)
 
     def ended(self, pids: list[int], number: int, week: Week) -> None:
-        """Waits for runs, hits one where its moment is any, and sees that nothing stays behind."""
+        """Waits for runs, kills one if its moment is any, and checks that no process is left."""
         began, codes = time.monotonic(), dict[int, int]()
         hit = began + self.dice.uniform(0.3, 0.95) * self.usual if week.kill and week.kill[0] == ANY else float("inf")
         while len(codes) < len(pids):
-            assert time.monotonic() < began + PATIENCE, f"week {number} does not end\n{self.said()}"
+            assert time.monotonic() < began + PATIENCE, f"week {number} does not end\n{self.context()}"
             if time.monotonic() > hit:
                 hit = float("inf")
                 self.killers.touch()
                 stages = [one.pid for one in family() if one.parent == pids[0] and one.session == one.pid]
                 send({"flow": pids, "stage": stages, "all": [*pids, *stages]}[week.kill[1]], signal.SIGKILL)
             for pid in set(pids) - codes.keys():
-                if (found := os.waitpid(pid, os.WNOHANG))[0]:
-                    codes[pid] = os.waitstatus_to_exitcode(found[1])
+                if (ended := os.waitpid(pid, os.WNOHANG))[0]:
+                    codes[pid] = os.waitstatus_to_exitcode(ended[1])
             time.sleep(0.02)
         seconds = time.monotonic() - began
-        assert until(lambda: reap() or not self.left(), 60), f"left behind in week {number}: {self.left()}\n{self.said()}"
+        assert until(lambda: reap() or not self.orphans(), 60), f"left behind in week {number}: {self.orphans()}\n{self.context()}"
         killed = f"{' '.join(week.kill)}" if week.kill and self.killers.exists() else ""
         for code in codes.values():
             self.runs.append(Run(number, killed, code, self.log()[-1:][0] if self.log() else "", round(seconds, 1)))
         if not killed:
-            assert set(codes.values()) == {DivergedError.exit_code if week.diverges else 0}, f"week {number}: {codes}\n{self.said()}"
+            assert set(codes.values()) == {DivergedError.exit_code if week.diverges else 0}, f"week {number}: {codes}\n{self.context()}"
             self.usual = max(5.0, seconds)
-        self.peak = max(self.peak, size(self.place))
+        self.peak = max(self.peak, size(self.line_folder))
 
     def table(self) -> dict[str, Any]:
-        """What `lived` returns, once all is as it must be."""
-        found, states = Outcome(self.place, self.shards, LEAST, KEEP).check(), Counter(self.states())
-        told = {event["payload"]["generation"] for event in self.events()}
-        assert told == set(found["worse"]), f"events for generations {told}"
+        """Checks the outcome; what `lived` returns."""
+        outcome, states = Outcome(self.line_folder, self.shards, LEAST, KEEP).check(), Counter(self.states())
+        reported = {event["payload"]["generation"] for event in self.events()}
+        assert reported == set(outcome["worse"]), f"events for generations {reported}"
         assert states["Not promoted"], states
         kills = Counter(one.kill for one in self.runs if one.kill)
-        return {**found, "weeks": len(self.weeks), "peak": self.peak, "states": states, "kills": kills, "runs": [asdict(one) for one in self.runs]}
+        return {**outcome, "weeks": len(self.weeks), "peak": self.peak, "states": states, "kills": kills, "runs": [asdict(one) for one in self.runs]}
 
     def log(self) -> list[str]:
         logs = sorted(self.tmp.glob("run-*.log"))
         return logs[-1].read_text(errors="replace").splitlines() if logs else []
 
-    def said(self) -> str:
+    def context(self) -> str:
         runs = "\n".join(map(str, self.runs[-6:]))
         return f"{runs}\n" + "\n".join(self.log()[-60:])
 
-    def left(self) -> list[Any]:
+    def orphans(self) -> list[Any]:
         """Descendants that are not the server's."""
         return [one for one in family() if one.session != self.server.pid]
 
     # ---- the server ----
 
     def serve(self) -> None:
-        with socket.socket() as one:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1]
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            port = sock.getsockname()[1]
         os.environ |= {"PREFECT_HOME": str(self.tmp / "prefect"), "PREFECT_API_URL": f"http://127.0.0.1:{port}/api", "DEV2PRO_ROOTS": str(self.tmp)}
-        words = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+        command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
         with (self.tmp / "server.log").open("wb") as log:
-            self.server = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+            self.server = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
         assert until(self.answers, 180), (self.tmp / "server.log").read_text()
 
     def answers(self) -> bool:
@@ -184,30 +184,30 @@ class Year:
         except OSError:
             return False
 
-    def asked(self, path: str, **body: Any) -> Any:
+    def api(self, path: str, **body: Any) -> Any:
         request = urllib.request.Request(f"{os.environ['PREFECT_API_URL']}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)
 
     def states(self) -> list[str]:
-        found = self.asked("flow_runs/filter", sort="START_TIME_ASC", limit=200)
-        return [one["state"]["name"] for one in found]
+        runs = self.api("flow_runs/filter", sort="START_TIME_ASC", limit=200)
+        return [run["state"]["name"] for run in runs]
 
     def events(self) -> list[dict[str, Any]]:
-        return self.asked("events/filter", filter={"event": {"name": ["dev2pro.regression"]}})["events"]
+        return self.api("events/filter", filter={"event": {"name": ["dev2pro.regression"]}})["events"]
 
     def end(self) -> None:
         self.server.terminate()
         self.server.wait(30)
-        for life in (ROOT / "runs/.flow-runs").glob("*.json"):
-            if os.environ["PREFECT_API_URL"] in life.read_text():
-                life.unlink()
+        for file in (ROOT / "runs/.flow-runs").glob("*.json"):
+            if os.environ["PREFECT_API_URL"] in file.read_text():
+                file.unlink()
 
 
-def main(told: dict[str, Any]) -> None:
+def main(arguments: dict[str, Any]) -> None:
     """One year, in a process that orphans come to."""
     kin.adopt()
-    began, year = time.monotonic(), Year(**told)
+    began, year = time.monotonic(), Year(**arguments)
     try:
         year.live()
         table = year.table()

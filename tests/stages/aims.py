@@ -1,4 +1,4 @@
-"""When a stage is struck, and with what: moments that are drawn, and traps at what it does with its folder."""
+"""When a stage is killed, and how: random moments, and traps at its file operations."""
 
 import json
 import os
@@ -94,8 +94,8 @@ def _within(aim: Aim, dice: random.Random, ranks: int) -> Aim:
 
 def fitted(aim: Aim, out: Path, steps: int, every: int, dice: random.Random) -> Aim | None:
     """The aim with the time at which it will strike in a run that has got as far as the folder says; None where it would strike nothing."""
-    there = [int(folder.name.partition("-")[2]) for folder in out.glob("checkpoint-*") if folder.name.partition("-")[2].isdigit()]
-    last = max(there, default=0)
+    steps_saved = [int(folder.name.partition("-")[2]) for folder in out.glob("checkpoint-*") if folder.name.partition("-")[2].isdigit()]
+    last = max(steps_saved, default=0)
     to_come = -(-steps // every) - last // every if last < steps else 0
     if (out / "artifact.json").exists() or (aim.window in FRESH and out.exists()):
         return None
@@ -105,16 +105,16 @@ def fitted(aim: Aim, out: Path, steps: int, every: int, dice: random.Random) -> 
         return replace(aim, nth=dice.randint(1, max(1, to_come // 2) * OFTEN[aim.window])) if to_come else None
     if aim.window == "publishes a preview" and last == steps:
         return None
-    if aim.window in OLD and len(there) + to_come <= KEPT:
+    if aim.window in OLD and len(steps_saved) + to_come <= KEPT:
         return None
     return aim
 
 
 def steps_done(out: Path, since: float = 0.0) -> int:
-    """The last step that was written down; 0 where nothing was since a time."""
+    """The last logged step; 0 if nothing was logged since a time."""
     path = out / "metrics.jsonl"
-    there = path.exists() and path.stat().st_mtime >= since
-    rows = [row for row in path.read_text().splitlines(keepends=True) if row.endswith("\n")] if there else []
+    is_fresh = path.exists() and path.stat().st_mtime >= since
+    rows = [row for row in path.read_text().splitlines(keepends=True) if row.endswith("\n")] if is_fresh else []
     return json.loads(rows[-1])["step"] if rows else 0
 
 
@@ -123,41 +123,41 @@ def left(out: Path, steps: int) -> float:
     return 0.5 + 0.5 * (1 - steps_done(out) / steps)
 
 
-def lie_in_wait(aim: Aim, out: Path, told: int) -> None:
-    """From now on this process stops itself when it comes to the window, and tells so through the pipe `told`."""
+def lie_in_wait(aim: Aim, out: Path, pipe: int) -> None:
+    """Makes this process stop itself when it comes to the window, and write its pid into `pipe`."""
     event, path = WINDOWS[aim.window]
-    events, me, left, place, removing = event.split("|"), os.getpid(), [aim.nth], os.path.realpath(out), [""]
+    events, me, countdown, root, removing = event.split("|"), os.getpid(), [aim.nth], os.path.realpath(out), [""]
 
     def stop() -> None:
-        os.write(told, me.to_bytes(4, "little"))
+        os.write(pipe, me.to_bytes(4, "little"))
         os.kill(me, signal.SIGSTOP)
 
     def seen(what: str, args: tuple[Any, ...]) -> None:
         if what == "shutil.rmtree":
             removing[0] = os.path.basename(str(args[0]))
-        if what not in events or os.getpid() != me or not left[0] or not isinstance(args[0], str | os.PathLike):
+        if what not in events or os.getpid() != me or not countdown[0] or not isinstance(args[0], str | os.PathLike):
             return
-        name = _under(place, str(args[0]), removing[0] if what == "os.remove" else "")
-        if name is None or not re.fullmatch(path, name) or (aim.window == "sweeps" and not _has_model(place)):
+        name = _under(root, str(args[0]), removing[0] if what == "os.remove" else "")
+        if name is None or not re.fullmatch(path, name) or (aim.window == "sweeps" and not _has_model(root)):
             return
-        left[0] -= 1
-        if not left[0]:
+        countdown[0] -= 1
+        if not countdown[0]:
             threading.Timer(aim.delay, stop).start() if aim.delay else stop()
 
     sys.addaudithook(seen)
 
 
-def _has_model(place: str) -> bool:
-    return any(os.path.exists(f"{place}/{name}") for name in ("transformer", "pytorch_lora_weights.safetensors"))
+def _has_model(out: str) -> bool:
+    return any(os.path.exists(f"{out}/{name}") for name in ("transformer", "pytorch_lora_weights.safetensors"))
 
 
-def _under(place: str, path: str, above: str) -> str | None:
+def _under(root: str, path: str, above: str) -> str | None:
     """A path as it is called under the folder; one without a folder is in the folder that is being removed."""
-    full = os.path.join(place, above, path) if os.path.basename(path) == path else os.path.abspath(path)
-    return os.path.relpath(full, place) if full == place or full.startswith(place + os.sep) else None
+    full = os.path.join(root, above, path) if os.path.basename(path) == path else os.path.abspath(path)
+    return os.path.relpath(full, root) if full == root or full.startswith(root + os.sep) else None
 
 
 def at_work(out: Path, since: float) -> bool:
-    """Whether the writing of weights has begun since a time: under their name, or under one that is not to stay."""
-    places = (place for place in (*out.glob("*"), *out.glob("transformer*/*")) if ".safetensors" in place.name or ".tmp" in place.name)
-    return any(place.is_file() and place.stat().st_mtime >= since for place in places)
+    """Whether weights were written since a time: under their final or a temporary name."""
+    files = (path for path in (*out.glob("*"), *out.glob("transformer*/*")) if ".safetensors" in path.name or ".tmp" in path.name)
+    return any(file.is_file() and file.stat().st_mtime >= since for file in files)

@@ -1,4 +1,4 @@
-"""Kills a stage at random moments, with random signals, again and again, and looks at what that leaves: nothing but the undisturbed result.
+"""Kills a stage at random moments, with random signals, repeatedly, and checks that the result is that of an undisturbed run.
 
 `survives` is for tests. The work is done in a process of its own, which adopts every orphan that a stage leaves behind, so that none is missed.
 """
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 120.0  # seconds for a stage to end once it was struck
 LINGER = 40.0  # and for what it started to be gone after it: a rank has 30 to finish its step and save
 SLICE = 0.0003  # seconds a process is let run when it is followed into a window
-TWICE = 2.1  # seconds from a signal to one that counts as the second (stop.ONE)
+TWICE = 2.1  # seconds from a signal to one that counts as the second (signals.ONE)
 
 
 @dataclass
@@ -40,10 +40,10 @@ class Struck:
     seconds: float
 
 
-def survives(stage: str, words: list[str], ranks: int, kills: int, seed: int, tmp: Path) -> dict[str, Any]:
+def survives(stage: str, args: list[str], ranks: int, kills: int, seed: int, tmp: Path) -> dict[str, Any]:
     """Whether the stage's artifact is the undisturbed one's after so many kills; a table of them. Raises AssertionError with what was found."""
-    told = json.dumps({"stage": stage, "words": words, "ranks": ranks, "kills": kills, "seed": seed, "tmp": str(tmp)})
-    done = subprocess.run([sys.executable, "-m", "tests.stages.chaos", told], cwd=ROOT, capture_output=True, text=True, check=False)
+    arguments = json.dumps({"stage": stage, "args": args, "ranks": ranks, "kills": kills, "seed": seed, "tmp": str(tmp)})
+    done = subprocess.run([sys.executable, "-m", "tests.stages.chaos", arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{stage} on {ranks} ranks, seed {seed}:\n{done.stdout}\n{done.stderr}"
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -51,16 +51,16 @@ def survives(stage: str, words: list[str], ranks: int, kills: int, seed: int, tm
 class Case:
     """One stage on so many ranks: the undisturbed run, and lives of a disturbed one, each of which ends whole."""
 
-    def __init__(self, stage: str, words: list[str], ranks: int, kills: int, seed: int, tmp: str) -> None:
+    def __init__(self, stage: str, args: list[str], ranks: int, kills: int, seed: int, tmp: str) -> None:
         self.stage, self.ranks, self.tmp = stage, ranks, Path(tmp)
-        self.steps, self.every = (int([w for w in words if w.startswith(key)][-1].removeprefix(key)) for key in ("steps=", "checkpoint.every="))
-        self.words, self.dice = words, random.Random(f"{seed} {stage} {ranks}")
+        self.steps, self.every = (int([w for w in args if w.startswith(key)][-1].removeprefix(key)) for key in ("steps=", "checkpoint.every="))
+        self.args, self.dice = args, random.Random(f"{seed} {stage} {ranks}")
         self.plan = aims.drawn(self.dice, ranks, kills)
         self.struck, self.lives, self.starts, self.missed = list[Struck](), 0, 0, list[str]()
         self.out, self.undisturbed, self.seconds, self.waking = self.tmp / "disturbed", self.tmp / "undisturbed", 0.0, 0.0
         (self.tmp / "temporary").mkdir(parents=True)
-        self.told, self._tells = os.pipe()
-        os.set_blocking(self.told, False)
+        self.trap_pipe, self._trap_write = os.pipe()
+        os.set_blocking(self.trap_pipe, False)
 
     def run(self) -> None:
         """All of it."""
@@ -69,7 +69,7 @@ class Case:
         until(lambda: catches(self.listener(pid), signal.SIGTERM) or self.ended(pid, wait=False) is not None, PATIENCE)
         self.waking = time.monotonic() - began
         warm.imported()
-        assert self.ended(pid) == 0, self.said()
+        assert self.ended(pid) == 0, self.context()
         self.seconds = time.monotonic() - began  # an upper limit where the imports here took longer
         while self.plan:
             if (chosen := self.next_strike()) is None:
@@ -91,12 +91,12 @@ class Case:
     def live(self) -> None:
         """Lets the disturbed run come to its end, and compares."""
         pid = self.start(self.out, real=False)
-        assert self.ended(pid) == 0, self.said()
+        assert self.ended(pid) == 0, self.context()
         self.compare()
 
     def compare(self) -> None:
         """A life has ended well; the next one begins from nothing."""
-        assert not (wrong := remains.differences(self.out, self.undisturbed)), f"{chr(10).join(wrong)}\n{self.said()}"
+        assert not (wrong := remains.differences(self.out, self.undisturbed)), f"{chr(10).join(wrong)}\n{self.context()}"
         assert not family(), f"left behind: {family()}"
         shutil.rmtree(self.out)
         self.lives += 1
@@ -114,30 +114,30 @@ class Case:
     def start(self, out: Path, aim: Aim | None = None, real: bool = True) -> int:
         self.starts += 1
         starter = ["-m", "dev2pro.ranks", "--standalone", f"--nproc-per-node={self.ranks}"] if self.ranks > 1 else []
-        words, environment = [*starter, "-m", f"stages.{self.stage}", *self.words, f"out={out}"], {"TMPDIR": str(self.tmp / "temporary")}
+        args, environment = [*starter, "-m", f"stages.{self.stage}", *self.args, f"out={out}"], {"TMPDIR": str(self.tmp / "temporary")}
         if real:
-            return warm.spawned(words, environment, self.log())
-        return warm.forked(words, environment, self.log(), partial(self.prepare, aim))
+            return warm.spawned(args, environment, self.log())
+        return warm.forked(args, environment, self.log(), partial(self.prepare, aim))
 
     def prepare(self, aim: Aim | None, rank: int) -> None:
         if aim and aim.window in aims.WINDOWS and rank == aim.rank:
-            aims.lie_in_wait(aim, self.out, self._tells)
+            aims.lie_in_wait(aim, self.out, self._trap_write)
 
     def log(self) -> Path:
         return self.tmp / f"start-{self.starts}.log"
 
-    def said(self) -> str:
-        """What the last start said, and what came before it."""
+    def context(self) -> str:
+        """The kills so far, the log of the last start, and the files of the run: for error messages."""
         before = "\n".join(f"  {one}" for one in self.struck)
-        there = sorted(str(place.relative_to(self.out)) for place in self.out.rglob("*"))
-        return f"struck before:\n{before}\nthis one ({self.log()}):\n{self.log().read_text()[-6000:]}\nin {self.out}: {there}"
+        files = sorted(str(path.relative_to(self.out)) for path in self.out.rglob("*"))
+        return f"struck before:\n{before}\nthis one ({self.log()}):\n{self.log().read_text()[-6000:]}\nin {self.out}: {files}"
 
     def ended(self, pid: int, wait: bool = True) -> int | None:
         """The exit code, below zero for a signal; None while it runs."""
         if pid in self._codes:
             return self._codes[pid]
-        found, status = os.waitpid(pid, 0 if wait else os.WNOHANG)
-        if found:
+        ended, status = os.waitpid(pid, 0 if wait else os.WNOHANG)
+        if ended:
             self._codes[pid] = os.waitstatus_to_exitcode(status)
         return self._codes.get(pid)
 
@@ -156,7 +156,7 @@ class Case:
         """Starts it, waits for the moment, strikes, and sees to it that all ends as it should. False where it ended before."""
         pid, began, self.caught = self.start(self.out, aim, real=aim.real), time.time(), 0
         if not self.moment(pid, aim, began):
-            assert self.ended(pid) == 0, self.said()
+            assert self.ended(pid) == 0, self.context()
             self.compare()
             return False
         main, ranks, everybody = pid, self.rank_pids(pid), [one.pid for one in family()]
@@ -167,15 +167,15 @@ class Case:
         send(everybody, signal.SIGCONT)
         if blow.twice:
             self.again(targets, blow.number)
-        assert until(lambda: self.ended(pid, wait=False) is not None, PATIENCE), f"{aim} {blow} in {state}: did not end\n{self.said()}"
+        assert until(lambda: self.ended(pid, wait=False) is not None, PATIENCE), f"{aim} {blow} in {state}: did not end\n{self.context()}"
         gone = until(reap, LINGER)
         code, seconds = self.ended(pid), time.monotonic() - struck
         self.struck.append(Struck(aim.window + (", real" if aim.real else ""), str(blow), state, code or 0, round(seconds, 2)))
         print(self.struck[-1], flush=True)
-        assert gone, f"left behind: {[(one, Path(f'/proc/{one.pid}/cmdline').read_text()) for one in family()]}\n{self.said()}"
+        assert gone, f"left behind: {[(one, Path(f'/proc/{one.pid}/cmdline').read_text()) for one in family()]}\n{self.context()}"
         wanted = self.expected(blow, ready, bool(ranks))
-        assert code in wanted, f"{aim} {blow} in {state}: ended with {code}, not {wanted}\n{self.said()}"
-        assert not (wrong := remains.damage(self.out)), f"{aim} {blow} in {state}: {wrong}\n{self.said()}"
+        assert code in wanted, f"{aim} {blow} in {state}: ended with {code}, not {wanted}\n{self.context()}"
+        assert not (wrong := remains.damage(self.out)), f"{aim} {blow} in {state}: {wrong}\n{self.context()}"
         return True
 
     def moment(self, pid: int, aim: Aim, began: float) -> bool:
@@ -198,14 +198,14 @@ class Case:
     def trapped(self) -> bool:
         """Whether a process has come to the window and is stopped there."""
         try:
-            self.caught = int.from_bytes(os.read(self.told, 4), "little")
+            self.caught = int.from_bytes(os.read(self.trap_pipe, 4), "little")
         except BlockingIOError:
             return False
         until(lambda: any(one.pid == self.caught and one.state == "T" for one in family()), PATIENCE)
         return True
 
     def follow(self, pid: int, began: float) -> None:
-        """Lets it go on by small steps until it has begun to write its weights."""
+        """Lets the process run in small steps until it writes its weights."""
         while not aims.at_work(self.out, began) and self.ended(pid, wait=False) is None:
             send([self.caught], signal.SIGCONT)
             time.sleep(SLICE)
@@ -244,10 +244,10 @@ class Case:
         return f"step {aims.steps_done(self.out)}{f', {partial[0]}' if partial else ''}"
 
 
-def main(told: dict[str, Any]) -> None:
+def main(arguments: dict[str, Any]) -> None:
     """One case, in a process that orphans come to."""
     kin.adopt()
-    began, case = time.monotonic(), Case(**told)
+    began, case = time.monotonic(), Case(**arguments)
     try:
         case.run()
     except Exception:

@@ -1,4 +1,4 @@
-"""The processes that a process has started, directly or not, and what becomes of them."""
+"""The descendants of this process: finds, signals and reaps them."""
 
 import ctypes
 import os
@@ -25,24 +25,24 @@ class Seen:
 
 
 def adopt() -> None:
-    """From now on whoever loses its parent below this process becomes its child, so that none is lost sight of. It ends with its own parent."""
+    """Makes this process the parent of every orphan below it, so that none is missed. It ends with its own parent."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def family() -> list[Seen]:
     """All living descendants of this process."""
-    there: dict[int, Seen] = {}
+    processes: dict[int, Seen] = {}
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
             state, parent, _, session, *_ = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        there[int(name)] = Seen(int(name), state, int(parent), int(session))
+        processes[int(name)] = Seen(int(name), state, int(parent), int(session))
     kin = {os.getpid()}
-    while more := {one.pid for one in there.values() if one.parent in kin} - kin:
+    while more := {process.pid for process in processes.values() if process.parent in kin} - kin:
         kin |= more
-    return [there[pid] for pid in kin - {os.getpid()} if there[pid].state not in "ZX"]
+    return [processes[pid] for pid in kin - {os.getpid()} if processes[pid].state not in "ZX"]
 
 
 def catches(pid: int, number: signal.Signals) -> bool:
@@ -55,14 +55,14 @@ def catches(pid: int, number: signal.Signals) -> bool:
 
 
 def send(pids: list[int], number: signal.Signals) -> None:
-    """To those that are still there."""
+    """Sends the signal to the processes that still exist."""
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
 
 
 def until(true: Callable[[], Any], seconds: float) -> bool:
-    """Whether something came to be true within so many seconds."""
+    """Polls until the result is true; whether it became true within so many seconds."""
     end = time.monotonic() + seconds
     while not true():
         if time.monotonic() > end:
@@ -72,7 +72,7 @@ def until(true: Callable[[], Any], seconds: float) -> bool:
 
 
 def reap() -> bool:
-    """Takes note of adopted processes that have ended. Whether none is left alive."""
+    """Reaps adopted processes that have ended. Whether none is left alive."""
     with suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass

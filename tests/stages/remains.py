@@ -1,4 +1,4 @@
-"""What a stage has left in its folder: whole, whatever happened to it, and in the end the same as the undisturbed run's."""
+"""The files of a stage: whole after every kill, and in the end identical to those of the undisturbed run."""
 
 import hashlib
 import json
@@ -32,21 +32,23 @@ def damage(out: Path) -> list[str]:
 
 
 def differences(out: Path, wanted: Path) -> list[str]:
-    """In what a finished folder is not what the undisturbed run left. Only the record holds times, so all other files are compared byte for byte."""
-    found, undisturbed = (json.loads((folder / "artifact.json").read_text()) for folder in (out, wanted))
-    wrong = [f"{key}: {found[key]} and undisturbed {undisturbed[key]}" for key in ("id", "config_digest", "step") if found[key] != undisturbed[key]]
-    if found["metrics"]["curve"] != undisturbed["metrics"]["curve"]:
-        wrong.append(f"the curve: {found['metrics']['curve']} and undisturbed {undisturbed['metrics']['curve']}")
-    there, wished = sizes(out), sizes(wanted)
-    wrong += [f"{name} is left over" for name in there.keys() - wished.keys()] + [f"{name} is missing" for name in wished.keys() - there.keys()]
+    """Differences of a finished folder from the undisturbed run. Only the record holds times; other files are compared byte for byte."""
+    record, undisturbed = (json.loads((folder / "artifact.json").read_text()) for folder in (out, wanted))
+    wrong = [f"{key}: {record[key]} and undisturbed {undisturbed[key]}" for key in ("id", "config_digest", "step") if record[key] != undisturbed[key]]
+    if record["metrics"]["curve"] != undisturbed["metrics"]["curve"]:
+        wrong.append(f"the curve: {record['metrics']['curve']} and undisturbed {undisturbed['metrics']['curve']}")
+    sizes_left, sizes_wanted = sizes(out), sizes(wanted)
+    wrong += [f"{name} is left over" for name in sizes_left.keys() - sizes_wanted.keys()] + [
+        f"{name} is missing" for name in sizes_wanted.keys() - sizes_left.keys()
+    ]
     for entry in undisturbed["files"]:
         name = entry["path"]
-        if name in there and (out / name).read_bytes() != (wanted / name).read_bytes():
+        if name in sizes_left and (out / name).read_bytes() != (wanted / name).read_bytes():
             wrong.append(f"{name} is not the same{_rows(out / name, wanted / name) if name.endswith('.jsonl') else ''}")
     return wrong + [f"{name} is damaged" for name in damage(out)]
 
 
 def _rows(one: Path, other: Path) -> str:
-    """Which steps two logs hold, and which they tell differently."""
+    """The steps of two logs, and which rows differ."""
     left, right = ({row["step"]: row for row in map(json.loads, file.read_text().splitlines())} for file in (one, other))
     return f": steps {list(left)}, undisturbed {list(right)}, told differently {[step for step in left if left[step] != right.get(step)]}"

@@ -11,19 +11,19 @@ from tests.stages import aims, chaos
 
 CHALK = "data/miniature/shards/chalk"
 WORDS = ["experiment=miniature", "steps=16", "batch=4", "probe.every=8", "probe.samples=4", "checkpoint.every=3"]
-OWN = {
+STAGE_ARGS = {
     "recover": [f"data.train=[{CHALK}/train-000000.tar]", "optim.lr=1e-4", "data.flip=true", "data.crop=random", "data.read.workers=1"],
     "lora": ["data.name=chalk", "trained_on=data/miniature/pipeline", "arm=x"],
     "distill": [f"data.train=[{CHALK}/train-000000.tar]", "teacher=data/miniature/teacher"],
 }  # (mirroring is drawn, so recover reads at every step, in a process of its own; the others hold what they train on)
-CASES = [(stage, ranks, "") for stage in OWN for ranks in (1, 2)] + [("recover", 2, "hardware.shard=true")]
+CASES = [(stage, ranks, "") for stage in STAGE_ARGS for ranks in (1, 2)] + [("recover", 2, "hardware.shard=true")]
 KILLS = 22
 SHORT = "steps=10 checkpoint.every=2 probe.every=5"
 SIDE_BY_SIDE = 2
 
 
 def survives(stage: str, ranks: int, more: str, kills: int, seed: int, tmp: Path) -> dict[str, Any]:
-    return chaos.survives(stage, [*WORDS, *OWN[stage], *more.split()], ranks, kills, seed, tmp)
+    return chaos.survives(stage, [*WORDS, *STAGE_ARGS[stage], *more.split()], ranks, kills, seed, tmp)
 
 
 @pytest.mark.parametrize(("stage", "ranks", "kills"), [("recover", 1, 5), ("lora", 2, 3)])
@@ -41,14 +41,14 @@ def test_kills_at_every_moment_on_every_stage_change_nothing(tmp_path, capsys):
         stage, ranks, more = which
         try:
             return survives(stage, ranks, more, KILLS, seed, tmp_path / f"{stage}-{ranks}-{'sharded' if more else 'whole'}")
-        except AssertionError as error:  # so that the others are told as well
+        except AssertionError as error:  # so that the others are reported as well
             return error
 
-    with ThreadPoolExecutor(SIDE_BY_SIDE) as hands:
-        ended = dict(zip(CASES, hands.map(case, CASES), strict=True))
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        ended = dict(zip(CASES, pool.map(case, CASES), strict=True))
     with capsys.disabled():
-        print(told(ended))
-    failed = {which: str(one) for which, one in ended.items() if isinstance(one, AssertionError)}
+        print(summary(ended))
+    failed = {which: str(result) for which, result in ended.items() if isinstance(result, AssertionError)}
     assert not failed, "\n\n".join(f"==== {which}\n{why}" for which, why in failed.items())
     for which, table in ended.items():
         assert table["kills"] == KILLS, which
@@ -56,7 +56,7 @@ def test_kills_at_every_moment_on_every_stage_change_nothing(tmp_path, capsys):
         assert {blow.split()[0] for blow in table["blows"]} == {"KILL", "TERM", "INT"}, which
 
 
-def told(ended: dict[tuple[str, int, str], Any]) -> str:
+def summary(ended: dict[tuple[str, int, str], Any]) -> str:
     """The table that `make chaos` prints."""
     lines = [""]
     for (stage, ranks, more), table in ended.items():

@@ -31,13 +31,13 @@ def shards(tmp_path_factory) -> Path:
             members += [(f"{row}.jpg", jpeg(8 * number + row, width, height)), (f"{row}.txt", b"a handwritten %d" % row)]
         (folder / f"{number}.tar").write_bytes(tar(members))
         assert not index.index(f"{folder}/{number}.tar", transport).error
-    pinned = snapshot.build([f"{folder}/{number}.tar" for number in range(5)], transport, filters=snapshot.Filters(min_side=40))
-    pinned.write(f"{folder}/all.snapshot")
+    built = snapshot.build([f"{folder}/{number}.tar" for number in range(5)], transport, filters=snapshot.Filters(min_side=40))
+    built.write(f"{folder}/all.snapshot")
     return folder / "all.snapshot"
 
 
-def words_for(shards: Path, out: Path, to: str, *words: str) -> list[str]:
-    given = ["model=miniature", "hardware=cpu", "parts=[latents,text]", "read.workers=0", *FORM, *words]
+def words_for(shards: Path, out: Path, to: str, *args: str) -> list[str]:
+    given = ["model=miniature", "hardware=cpu", "parts=[latents,text]", "read.workers=0", *FORM, *args]
     return [f"shards=['{shards}']", f"out={out}", f"to={to}", *given]
 
 
@@ -46,44 +46,44 @@ def command(shards: Path, out: Path, to: str, ranks: int) -> list[str]:
     return [sys.executable, *starter, "-m", "stages.encode", *words_for(shards, out, to)]
 
 
-def run(words: list[str]) -> subprocess.CompletedProcess:
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+def run(args: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(args, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
 def encoded(shards, tmp_path_factory) -> Path:
-    place = tmp_path_factory.mktemp("encoded")
-    done = run(command(shards, place / "out", f"{place}/to", 1))
+    folder = tmp_path_factory.mktemp("encoded")
+    done = run(command(shards, folder / "out", f"{folder}/to", 1))
     assert done.returncode == 0, done.stderr
-    return place
+    return folder
 
 
-def tars(place: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(place.glob("to/*.tar"))}
+def tars(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.glob("to/*.tar"))}
 
 
 def test_two_ranks_killed_and_gone_on_write_the_same_shards(shards, encoded, tmp_path):
-    words = command(shards, tmp_path / "out", f"{tmp_path}/to", 2)
-    child = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    args = command(shards, tmp_path / "out", f"{tmp_path}/to", 2)
+    child = subprocess.Popen(args, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     while child.poll() is None and not tars(tmp_path):
         time.sleep(0.005)
     os.killpg(child.pid, signal.SIGKILL)
     child.wait()
     done_before = {name: (tmp_path / "to" / name).stat().st_mtime_ns for name in tars(tmp_path) if (tmp_path / f"to/{name}.index").exists()}
-    done = run(words)
+    done = run(args)
     assert done.returncode == 0, done.stderr
     assert tars(tmp_path) == tars(encoded)
     assert len(tars(tmp_path)) == 5
     assert all((tmp_path / "to" / name).stat().st_mtime_ns == when for name, when in done_before.items())
     assert not list(tmp_path.rglob("*.partial"))
-    records = [json.loads((place / "out/artifact.json").read_text()) for place in (tmp_path, encoded)]
+    records = [json.loads((folder / "out/artifact.json").read_text()) for folder in (tmp_path, encoded)]
     assert records[0]["parents"] == records[1]["parents"]
 
 
-def lora_on(pinned: Path, out: Path, *words: str) -> list[str]:
+def lora_on(snapshot_path: Path, out: Path, *args: str) -> list[str]:
     return [
         "experiment=miniature", "trained_on=data/miniature/pipeline", "arm=x", "steps=3", "probe.samples=4", "data.aspect=2", "batch=4",
-        f"data.train=['{pinned}']", f"out={out}", *words,
+        f"data.train=['{snapshot_path}']", f"out={out}", *args,
     ]  # fmt: skip
 
 
@@ -92,17 +92,17 @@ def losses(out: Path) -> list[float]:
 
 
 def test_training_on_what_was_stored_is_training_on_the_pictures(encoded, tmp_path, run_stage):
-    found = []
+    losses_by_stored = []
     for number, stored in enumerate(("", "latents", "latents,text")):
-        code, said = run_stage("lora", *lora_on(encoded / "out/encoded.snapshot", tmp_path / str(number), f"data.stored=[{stored}]"))
-        assert code == 0, said
-        found.append(losses(tmp_path / str(number)))
-    assert found[1] == pytest.approx(found[0], rel=1e-4)  # another batch in the VAE
-    assert found[2] == found[1]
+        code, stderr = run_stage("lora", *lora_on(encoded / "out/encoded.snapshot", tmp_path / str(number), f"data.stored=[{stored}]"))
+        assert code == 0, stderr
+        losses_by_stored.append(losses(tmp_path / str(number)))
+    assert losses_by_stored[1] == pytest.approx(losses_by_stored[0], rel=1e-4)  # another batch in the VAE
+    assert losses_by_stored[2] == losses_by_stored[1]
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("args", "message"),
     [
         (["data.stored=[latents]", "data.aspect=1"], "The stored latents were made in another way (sizes is"),
         (
@@ -111,27 +111,27 @@ def test_training_on_what_was_stored_is_training_on_the_pictures(encoded, tmp_pa
         ),
     ],
 )
-def test_what_was_made_in_another_way_is_refused(encoded, tmp_path, words, said, run_stage):
-    code, told = run_stage("lora", *lora_on(encoded / "out/encoded.snapshot", tmp_path / "out", *words))
+def test_what_was_made_in_another_way_is_refused(encoded, tmp_path, args, message, run_stage):
+    code, stderr = run_stage("lora", *lora_on(encoded / "out/encoded.snapshot", tmp_path / "out", *args))
     assert code == 3
-    assert said in told
-    assert "Traceback" not in told
+    assert message in stderr
+    assert "Traceback" not in stderr
 
 
 def test_another_way_into_the_same_place_is_refused(shards, encoded, tmp_path, run_stage):
-    code, said = run_stage("encode", *words_for(shards, tmp_path / "out", f"{encoded}/to", "parts=[latents]"))
+    code, stderr = run_stage("encode", *words_for(shards, tmp_path / "out", f"{encoded}/to", "parts=[latents]"))
     assert code == 2
-    assert "000001.tar was encoded in another way" in said
-    code, said = run_stage("encode", *words_for(shards, tmp_path / "out", f"{encoded}/to", "parts=[thoughts]"))
+    assert "000001.tar was encoded in another way" in stderr
+    code, stderr = run_stage("encode", *words_for(shards, tmp_path / "out", f"{encoded}/to", "parts=[thoughts]"))
     assert code == 2
-    assert "parts=['thoughts'] cannot be encoded. Choose among latents, text" in said
+    assert "parts=['thoughts'] cannot be encoded. Choose among latents, text" in stderr
 
 
 def test_to_s3_and_back(shards, tmp_path, run_stage):
     with moto() as store:
-        code, said = run_stage("encode", *words_for(shards, tmp_path / "out", f"s3://{store.name}/encoded"))
-        assert code == 0, said
-        code, said = run_stage("lora", *lora_on(tmp_path / "out/encoded.snapshot", tmp_path / "lora", "data.stored=[latents]"))
-        assert code == 0, said
-    there = json.loads((tmp_path / "out/artifact.json").read_text())
-    assert there["kind"] == "encodings"
+        code, stderr = run_stage("encode", *words_for(shards, tmp_path / "out", f"s3://{store.name}/encoded"))
+        assert code == 0, stderr
+        code, stderr = run_stage("lora", *lora_on(tmp_path / "out/encoded.snapshot", tmp_path / "lora", "data.stored=[latents]"))
+        assert code == 0, stderr
+    record = json.loads((tmp_path / "out/artifact.json").read_text())
+    assert record["kind"] == "encodings"

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def words(tiny, tiny_data, tmp_path) -> list[str]:
-    """Recover on six pictures, one step a moment."""
+def args(tiny, tiny_data, tmp_path) -> list[str]:
+    """Arguments of a quick recover run on six pictures."""
     return [
         f"out={tmp_path}/out", f"model.path={tiny}", "model.max_sequence_length=8", "hardware=cpu", f"data.train=[{tiny_data}/folder]",
         f"data.heldout=[{tiny_data}/heldout.tar]", "data.resolution=32", "data.bucket_step=8", f"data.read.cache={tmp_path}/cache",
@@ -24,57 +24,57 @@ def words(tiny, tiny_data, tmp_path) -> list[str]:
     ]  # fmt: skip
 
 
-def test_0_done(words, run_stage):
-    assert run_stage("recover", *words)[0] == 0
+def test_0_done(args, run_stage):
+    assert run_stage("recover", *args)[0] == 0
 
 
-def test_2_a_bad_configuration_starts_nothing(words, tmp_path, run_stage):
-    code, said = run_stage("recover", *words, "optim.schedule=sawtooth")
-    assert (code, "optim.schedule=sawtooth is unknown" in said) == (2, True)
+def test_2_a_bad_configuration_starts_nothing(args, tmp_path, run_stage):
+    code, stderr = run_stage("recover", *args, "optim.schedule=sawtooth")
+    assert (code, "optim.schedule=sawtooth is unknown" in stderr) == (2, True)
     assert not (tmp_path / "out").exists()
 
 
-def test_3_bad_data(words, tmp_path, run_stage):
+def test_3_bad_data(args, tmp_path, run_stage):
     (tmp_path / "shard.tar").write_bytes(b"no tar at all")
-    code, said = run_stage("recover", *words, f"data.train=[{tmp_path}/shard.tar]")
-    assert (code, "is not indexed" in said) == (3, True)
+    code, stderr = run_stage("recover", *args, f"data.train=[{tmp_path}/shard.tar]")
+    assert (code, "is not indexed" in stderr) == (3, True)
 
 
-def test_4_no_room_for_a_checkpoint(words, tiny, disk, run_stage):
-    place = disk(1)  # enough for a while: only full fine-tunes know beforehand what they need
-    code, said = run_stage("lora", *[word for word in words if not word.startswith("save_dtype")], f"out={place}/out", f"trained_on={tiny}")
+def test_4_no_room_for_a_checkpoint(args, tiny, disk, run_stage):
+    mount = disk(1)  # enough for a while: only full fine-tunes know beforehand what they need
+    code, stderr = run_stage("lora", *[word for word in args if not word.startswith("save_dtype")], f"out={mount}/out", f"trained_on={tiny}")
     assert code == 4
-    assert re.search(r"A checkpoint could not be written into .*A checkpoint needs [\d.]+ GB in .*, and [\d.]+ GB are free\. Make room", said)
-    assert (place / "out/metrics.jsonl").read_text().count("\n") >= 2
-    assert not list(place.rglob("*.partial"))
+    assert re.search(r"A checkpoint could not be written into .*A checkpoint needs [\d.]+ GB in .*, and [\d.]+ GB are free\. Make room", stderr)
+    assert (mount / "out/metrics.jsonl").read_text().count("\n") >= 2
+    assert not list(mount.rglob("*.partial"))
 
 
-def test_4_no_room_is_told_before_anything_is_encoded(words, tmp_path, disk, run_stage, monkeypatch):
+def test_4_no_room_is_told_before_anything_is_encoded(args, tmp_path, disk, run_stage, monkeypatch):
     monkeypatch.setattr("dev2pro.training.feed.prepare", lambda *_: pytest.fail("it went on"))
-    code, said = run_stage("recover", *words, f"out={disk(2)}/out")
-    assert (code, "A checkpoint needs" in said) == (4, True)
+    code, stderr = run_stage("recover", *args, f"out={disk(2)}/out")
+    assert (code, "A checkpoint needs" in stderr) == (4, True)
 
 
-def test_5_a_loss_that_is_not_finite(words, tmp_path, run_stage):
-    code, said = run_stage("recover", *words, "optim.lr=1e25", "checkpoint.every=1")
+def test_5_a_loss_that_is_not_finite(args, tmp_path, run_stage):
+    code, stderr = run_stage("recover", *args, "optim.lr=1e25", "checkpoint.every=1")
     assert code == 5
-    assert re.search(r"of step [1-3] is not finite", said)
+    assert re.search(r"of step [1-3] is not finite", stderr)
     assert [folder.name for folder in (tmp_path / "out").glob("checkpoint-*")]  # and the last good one is there
 
 
-def test_5_a_held_out_loss_that_collapses(words, run_stage):
-    code, said = run_stage("recover", *words, "optim.lr=1", "guard.collapse=1.5")
-    assert (code, "more than guard.collapse=1.5 times the lowest" in said) == (5, True)
+def test_5_a_held_out_loss_that_collapses(args, run_stage):
+    code, stderr = run_stage("recover", *args, "optim.lr=1", "guard.collapse=1.5")
+    assert (code, "more than guard.collapse=1.5 times the lowest" in stderr) == (5, True)
 
 
-def test_75_a_server_that_is_away(words, run_stage):
-    code, said = run_stage("recover", *words, "data.train=['http://127.0.0.1:1/0.tar']", "data.read.retries=0")
-    assert (code, "could not be read in 1 tries" in said) == (75, True)
+def test_75_a_server_that_is_away(args, run_stage):
+    code, stderr = run_stage("recover", *args, "data.train=['http://127.0.0.1:1/0.tar']", "data.read.retries=0")
+    assert (code, "could not be read in 1 tries" in stderr) == (75, True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_130_asked_to_stop_it_saves_and_the_same_command_goes_on(words, tmp_path, run_stage, number):
-    many = [*words, "steps=3000", "probe.every=3000", "checkpoint.every=3000"]
+def test_130_asked_to_stop_it_saves_and_the_same_command_goes_on(args, tmp_path, run_stage, number):
+    many = [*args, "steps=3000", "probe.every=3000", "checkpoint.every=3000"]
     rows = tmp_path / "out/metrics.jsonl"
 
     def ask() -> None:
@@ -84,16 +84,16 @@ def test_130_asked_to_stop_it_saves_and_the_same_command_goes_on(words, tmp_path
 
     asking = threading.Thread(target=ask)
     asking.start()
-    code, said = run_stage("recover", *many)
+    code, stderr = run_stage("recover", *many)
     asking.join()
     assert code == 130
-    step = int(re.search(r"interrupted after step (\d+) of 3000\. The same command goes on from there", said)[1])
+    step = int(re.search(r"interrupted after step (\d+) of 3000\. The same command goes on from there", stderr)[1])
     assert [folder.name for folder in (tmp_path / "out").glob("checkpoint-*")] == [f"checkpoint-{step}"]
-    code, said = run_stage("recover", *words, f"steps={step}", "probe.every=3000", "checkpoint.every=3000")
-    assert (code, f"steps is 3000 there and {step} here" in said) == (2, True)
+    code, stderr = run_stage("recover", *args, f"steps={step}", "probe.every=3000", "checkpoint.every=3000")
+    assert (code, f"steps is 3000 there and {step} here" in stderr) == (2, True)
 
 
 def test_the_readme_has_them_all():
-    known = {error.exit_code for error in vars(errors).values() if isinstance(error, type) and issubclass(error, errors.StageError)}
+    codes = {error.exit_code for error in vars(errors).values() if isinstance(error, type) and issubclass(error, errors.StageError)}
     listed = {int(code) for code in re.findall(r"^\| (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)}
-    assert listed == known | {0}
+    assert listed == codes | {0}

@@ -23,18 +23,18 @@ class End:
     """How a command ended."""
 
     code: int
-    said: str
+    stderr: str
 
     @property
     def paragraph(self) -> str:
-        """What was said, which is to be one paragraph without a traceback."""
-        assert "Traceback" not in self.said
-        assert "\n\n" not in self.said.strip()
-        return self.said.strip()
+        """stderr, which must be one paragraph without a traceback."""
+        assert "Traceback" not in self.stderr
+        assert "\n\n" not in self.stderr.strip()
+        return self.stderr.strip()
 
 
 @pytest.fixture
-def words(tiny, tiny_data, tmp_path) -> dict[str, str]:
+def overrides(tiny, tiny_data, tmp_path) -> dict[str, str]:
     """A recovery of two steps."""
     return {
         "out": f"{tmp_path}/out", "model.path": str(tiny), "model.max_sequence_length": "8", "hardware": "cpu", "data.train": f"[{tiny_data}/folder]",
@@ -43,8 +43,8 @@ def words(tiny, tiny_data, tmp_path) -> dict[str, str]:
     }  # fmt: skip
 
 
-def command(words: dict[str, str]) -> list[str]:
-    return [f"{key}={value}" for key, value in words.items()]
+def command(overrides: dict[str, str]) -> list[str]:
+    return [f"{key}={value}" for key, value in overrides.items()]
 
 
 @pytest.fixture
@@ -52,9 +52,9 @@ def run(monkeypatch, capfd) -> Iterator[Callable[..., End]]:
     """Runs the recover stage's command in this process, as far as its exit code."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def started(words: dict[str, str], work: Callable[[recover.RecoverConfig], Artifact] = recover.run) -> End:
-        monkeypatch.setattr(sys, "argv", ["recover.py", *command(words)])
-        capfd.readouterr()  # what making the fixtures said
+    def started(overrides: dict[str, str], work: Callable[[recover.RecoverConfig], Artifact] = recover.run) -> End:
+        monkeypatch.setattr(sys, "argv", ["recover.py", *command(overrides)])
+        capfd.readouterr()  # output of the fixtures
         with pytest.raises(SystemExit) as end:
             frame.main("recover", recover.RecoverConfig, work)
         return End(end.value.code, capfd.readouterr().err)
@@ -64,36 +64,36 @@ def run(monkeypatch, capfd) -> Iterator[Callable[..., End]]:
         signal.signal(number, handler)
 
 
-def test_done_then_skipped_then_refused_to_another_configuration(run, words, tmp_path, capfd):
+def test_done_then_skipped_then_refused_to_another_configuration(run, overrides, tmp_path, capfd):
     def work(config: recover.RecoverConfig) -> Artifact:
-        made.append(recover.run(config))
-        return made[-1]
+        artifacts.append(recover.run(config))
+        return artifacts[-1]
 
-    made: list[Artifact] = []
-    assert run(words, work).code == 0
+    artifacts: list[Artifact] = []
+    assert run(overrides, work).code == 0
     weights = tmp_path / "out/transformer/diffusion_pytorch_model.safetensors"
     written = weights.stat().st_mtime_ns
     rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
-    assert [row["step"] for row in made[0].metrics["curve"]] == [0, 2]
-    assert made[0].command == command(words)  # so that a flow can tell that it stands
-    assert run_folder.up_to_date(made[0].uri, command(words)) == made[0]
+    assert [row["step"] for row in artifacts[0].metrics["curve"]] == [0, 2]
+    assert artifacts[0].command == command(overrides)  # so that a flow can tell that it stands
+    assert run_folder.up_to_date(artifacts[0].uri, command(overrides)) == artifacts[0]
 
-    assert run(words, work).code == 0
-    assert made[1] == made[0]
+    assert run(overrides, work).code == 0
+    assert artifacts[1] == artifacts[0]
     assert weights.stat().st_mtime_ns == written
 
-    end = run(words | {"steps": "1"}, work)
+    end = run(overrides | {"steps": "1"}, work)
     assert end.code == 2
     assert "steps is 2 there and 1 here" in end.paragraph
 
-    again = words | {"out": f"{tmp_path}/again"}
+    again = overrides | {"out": f"{tmp_path}/again"}
     assert run(again, work).code == 0
-    assert made[2].id == made[0].id  # the same weights, bit for bit
+    assert artifacts[2].id == artifacts[0].id  # the same weights, bit for bit
 
 
-def test_more_steps_go_on_from_a_finished_run(run, words, tmp_path):
-    longer = words | {"steps": "5", "optim.schedule": "constant"}
+def test_more_steps_go_on_from_a_finished_run(run, overrides, tmp_path):
+    longer = overrides | {"steps": "5", "optim.schedule": "constant"}
     assert run(longer | {"steps": "2"}).code == 0
     assert run(longer).code == 0
     assert run(longer | {"out": f"{tmp_path}/whole"}).code == 0
@@ -113,41 +113,41 @@ def test_more_steps_go_on_from_a_finished_run(run, words, tmp_path):
 HOLDER = """
 import sys
 from pathlib import Path
-from dev2pro import claim
-claim._hold(Path(sys.argv[1]))
+from dev2pro.artifacts import run_folder
+run_folder._hold(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()
 """
 
 
-def test_two_runs_do_not_work_in_one_folder(run, words, tmp_path, monkeypatch):
+def test_two_runs_do_not_work_in_one_folder(run, overrides, tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "PATIENCE", 0.0)
     (tmp_path / "out").mkdir()
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, words["out"]], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, overrides["out"]], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     holder.stdout.readline()
-    end = run(words)
+    end = run(overrides)
     assert end.code == 75
-    assert f"Another process works in out={words['out']}" in end.paragraph
+    assert f"Another process works in out={overrides['out']}" in end.paragraph
     holder.kill()
     holder.wait()
-    assert run(words).code == 0
+    assert run(overrides).code == 0
 
 
-def test_a_process_says_done_and_where(words):
-    done = start(words | {"steps": "1"})
+def test_a_process_says_done_and_where(overrides):
+    done = start(overrides | {"steps": "1"})
     assert done.returncode == 0, done.stderr
-    assert f"recover: done, {words['out']}/artifact.json (transformer " in done.stdout
+    assert f"recover: done, {overrides['out']}/artifact.json (transformer " in done.stdout
 
 
-def start(words: dict[str, str]) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "stages.recover", *command(words)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+def start(overrides: dict[str, str]) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "stages.recover", *command(overrides)], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 # ---- bad configuration: 2 ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_process_ends_with_the_exit_code_of_a_bad_configuration(words, tmp_path):
-    done = start(words | {"model.path": f"{tmp_path}/nothing"})
+def test_a_process_ends_with_the_exit_code_of_a_bad_configuration(overrides, tmp_path):
+    done = start(overrides | {"model.path": f"{tmp_path}/nothing"})
     assert done.returncode == 2
     assert f"The model folder {tmp_path}/nothing does not exist" in End(2, done.stderr).paragraph
     assert not (tmp_path / "out").exists()
@@ -157,33 +157,33 @@ def test_a_process_ends_with_the_exit_code_of_a_bad_configuration(words, tmp_pat
     ("wrong", "named"),
     [({"stpes": "3"}, "stpes"), ({"optim.rate": "1"}, "rate"), ({"hardware": "gpu9000"}, "gpu9000"), ({"experiment": "nothing"}, "nothing")],
 )
-def test_a_misspelt_key_or_choice(run, words, wrong, named):
-    end = run(words | wrong)
+def test_a_misspelt_key_or_choice(run, overrides, wrong, named):
+    end = run(overrides | wrong)
     assert end.code == 2
     assert named in end.paragraph
 
 
 @pytest.mark.parametrize("wrong", ["steps=many", "optim.lr=fast", "model.path={a:b}", "data.train={a:b}", "hardware.shard=7.5"])
-def test_a_value_of_the_wrong_type(run, words, wrong):
+def test_a_value_of_the_wrong_type(run, overrides, wrong):
     key, value = wrong.split("=")
-    end = run(words | {key: value})
+    end = run(overrides | {key: value})
     assert end.code == 2
     assert key in end.paragraph
 
 
 @pytest.mark.parametrize("missing", ["out", "data.train"])
-def test_a_missing_value(run, words, missing):
-    del words[missing]
-    end = run(words)
+def test_a_missing_value(run, overrides, missing):
+    del overrides[missing]
+    end = run(overrides)
     assert end.code == 2
     assert f"were not given: {missing}. Add for example {missing}=" in end.paragraph
 
 
-def test_a_model_without_a_guidance_input(run, words, tiny, tmp_path):
+def test_a_model_without_a_guidance_input(run, overrides, tiny, tmp_path):
     model = shutil.copytree(tiny, tmp_path / "model")
     config = model / "transformer/config.json"
     config.write_text(config.read_text().replace('"guidance_embeds": true', '"guidance_embeds": false'))
-    end = run(words | {"model.path": str(model)})
+    end = run(overrides | {"model.path": str(model)})
     assert end.code == 2
     assert "no guidance input" in end.paragraph
 
@@ -196,40 +196,40 @@ def test_a_model_without_a_guidance_input(run, words, tiny, tmp_path):
         *("probe.every=0", "probe.bins=0", "probe.samples=0", "caption_dropout=1.5", "ema=1.5"),
     ],
 )
-def test_a_value_that_cannot_work(run, words, wrong):
+def test_a_value_that_cannot_work(run, overrides, wrong):
     key, value = wrong.split("=")
-    end = run(words | {key: value})
+    end = run(overrides | {key: value})
     assert end.code == 2
     assert key.rpartition(".")[2] in end.paragraph
     assert value in end.paragraph
-    assert not list((Path(words["out"])).glob("transformer"))
+    assert not list((Path(overrides["out"])).glob("transformer"))
 
 
 # ---- bad data: 3 -----------------------------------------------------------------------------------------------------------------------
 
 
-def test_no_pictures(run, words, tmp_path):
+def test_no_pictures(run, overrides, tmp_path):
     (tmp_path / "empty").mkdir()
-    end = run(words | {"data.train": f"[{tmp_path}/empty]"})
+    end = run(overrides | {"data.train": f"[{tmp_path}/empty]"})
     assert end.code == 3
     assert "data.train" in end.paragraph
     assert f"{tmp_path}/empty holds no pictures" in end.paragraph
 
 
-def test_a_picture_without_a_caption(run, words, tiny_data, tmp_path):
+def test_a_picture_without_a_caption(run, overrides, tiny_data, tmp_path):
     folder = shutil.copytree(tiny_data / "folder", tmp_path / "folder")
     (folder / "0003.txt").unlink()
-    end = run(words | {"data.train": f"[{folder}]"})
+    end = run(overrides | {"data.train": f"[{folder}]"})
     assert end.code == 3
-    assert f"{folder}/0003.png: it has no caption; write what it shows into 0003.txt" in end.said
+    assert f"{folder}/0003.png: it has no caption; write what it shows into 0003.txt" in end.stderr
 
 
-def test_a_picture_that_cannot_be_read(run, words, tiny_data, tmp_path):
+def test_a_picture_that_cannot_be_read(run, overrides, tiny_data, tmp_path):
     folder = shutil.copytree(tiny_data / "folder", tmp_path / "folder")
     (folder / "0003.png").write_bytes((folder / "0003.png").read_bytes()[:500])
-    end = run(words | {"data.train": f"[{folder}]"})
+    end = run(overrides | {"data.train": f"[{folder}]"})
     assert end.code == 3
-    assert f"{folder}/0003.png: its pixels cannot be decoded" in end.said
+    assert f"{folder}/0003.png: its pixels cannot be decoded" in end.stderr
 
 
 # ---- the other ends --------------------------------------------------------------------------------------------------------------------
@@ -243,8 +243,8 @@ def fail(error: Exception) -> Callable[[object], Artifact]:
 
 
 @pytest.mark.parametrize(("error", "code"), [(DataError("x"), 3), (DivergedError("x"), 5), (TryAgainError("x"), 75)])
-def test_every_error_has_its_exit_code(run, words, error, code):
-    end = run(words, fail(error))
+def test_every_error_has_its_exit_code(run, overrides, error, code):
+    end = run(overrides, fail(error))
     assert (end.code, end.paragraph) == (code, "recover: x")
 
 
@@ -255,31 +255,31 @@ FULL = [
 
 
 @pytest.mark.parametrize("error", FULL, ids=["python", "safetensors"])
-def test_a_full_disk(run, words, error):
-    end = run(words, fail(error))
+def test_a_full_disk(run, overrides, error):
+    end = run(overrides, fail(error))
     assert end.code == 4
     assert "no space is left" in end.paragraph
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), PermissionError(13, "not yours")])
-def test_a_bug_shows_where_it_is_and_is_no_success(run, words, error):
-    end = run(words, fail(error))
+def test_a_bug_shows_where_it_is_and_is_no_success(run, overrides, error):
+    end = run(overrides, fail(error))
     assert end.code == 1
-    assert "Traceback" in end.said
+    assert "Traceback" in end.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_stage_says_so(run, words, number):
+def test_an_interrupted_stage_says_so(run, overrides, number):
     def work(_: object) -> Artifact:
         os.kill(os.getpid(), number)
         raise AssertionError("unreachable")
 
-    end = run(words, work)
+    end = run(overrides, work)
     assert end.code == 130
     assert "The same command goes on from the last checkpoint" in end.paragraph
 
 
-def test_hydra_writes_nothing(run, words, tmp_path, monkeypatch):
+def test_hydra_writes_nothing(run, overrides, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run(words, fail(DataError("x")))
+    run(overrides, fail(DataError("x")))
     assert list(tmp_path.iterdir()) == []

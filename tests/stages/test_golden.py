@@ -37,5 +37,5 @@ def test_first_losses(name, tmp_path):
 if __name__ == "__main__":
     import tempfile
 
-    with tempfile.TemporaryDirectory() as place:
-        GOLDEN.write_text(json.dumps({name: losses(name, Path(place) / name) for name in COMMANDS}, indent=1) + "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        GOLDEN.write_text(json.dumps({name: losses(name, Path(folder) / name) for name in COMMANDS}, indent=1) + "\n")

@@ -15,43 +15,44 @@ WORDS = ["experiment=miniature", "steps=3", "batch=8", "probe.samples=8", "hardw
 WITNESS = """
 import hashlib, json, os, sys
 sys.path.insert(0, os.getcwd())
-from dev2pro import encodings, feed
+from dev2pro.models import encodings
+from dev2pro.training import feed
 from stages import recover
-drawn, encode, batches = encodings.noised, feed.encode, []
-def seen(tensor):
+draw, encode, batches = encodings.noise_batch, feed.encode, []
+def sha256(tensor):
     return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
-def watched_encode(batch, *rest):
+def record_encode(batch, *rest):
     batches.append(batch)
     return encode(batch, *rest)
-def watched(batch, empty, scheduler, dropout, seed, step, slots):
+def record_noise(batch, empty, scheduler, dropout, seed, step, slots):
     if step == int(os.environ["STOP_AT"]):
         os._exit(9)
-    made, source = drawn(batch, empty, scheduler, dropout, seed, step, slots), batches[-1]
+    noised, source = draw(batch, empty, scheduler, dropout, seed, step, slots), batches[-1]
     with open(os.environ["WITNESS"] + os.environ.get("RANK", "0"), "a") as file:
         for i, slot in enumerate(slots):
-            said = [step, slot, source.rows[i], source.captions[i], *map(seen, (source.pixels[i], made.noise[i], made.t[i], made.said.prompt[i]))]
-            file.write(json.dumps(said) + "\\n")
-    return made
-encodings.noised, feed.encode = watched, watched_encode
-recover.stage.main("recover", recover.RecoverConfig, recover.run)
+            tensors = source.pixels[i], noised.noise[i], noised.t[i], noised.conditioning.prompt[i]
+            file.write(json.dumps([step, slot, source.rows[i], source.captions[i], *map(sha256, tensors)]) + "\\n")
+    return noised
+encodings.noise_batch, feed.encode = record_noise, record_encode
+recover.frame.main("recover", recover.RecoverConfig, recover.run)
 """
 
 
-def start(place: Path, ranks: int, *words: str, stop_at: int = 99) -> int:
-    """Runs recover with a witness that looks on and changes nothing, but for ending the process before a step; the exit code."""
-    (place / "witness.py").write_text(WITNESS)
+def start(folder: Path, ranks: int, *args: str, stop_at: int = 99) -> int:
+    """Runs recover with a script that records batches and may end the process before a step; the exit code."""
+    (folder / "witness.py").write_text(WITNESS)
     starter = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    command = [sys.executable, *starter, str(place / "witness.py"), *WORDS, *words, f"out={place}/out"]
-    env = {**os.environ, "WITNESS": f"{place}/seen-", "STOP_AT": str(stop_at)}
+    command = [sys.executable, *starter, str(folder / "witness.py"), *WORDS, *args, f"out={folder}/out"]
+    env = {**os.environ, "WITNESS": f"{folder}/seen-", "STOP_AT": str(stop_at)}
     return subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300, env=env).returncode
 
 
-def found(place: Path) -> tuple[list[float], dict, list]:
+def read_run(folder: Path) -> tuple[list[float], dict, list]:
     """(losses, weights, what every slot of every step was given)."""
-    losses = [json.loads(line)["loss"] for line in (place / "out/metrics.jsonl").read_text().splitlines()]
-    lines = {line for file in place.glob("seen-*") for line in file.read_text().splitlines()}  # a step that is done again sees the same again
+    losses = [json.loads(line)["loss"] for line in (folder / "out/metrics.jsonl").read_text().splitlines()]
+    lines = {line for file in folder.glob("seen-*") for line in file.read_text().splitlines()}  # a step that is done again sees the same again
     seen = sorted(json.loads(line) for line in lines)
-    return losses, load_file(place / "out/transformer/diffusion_pytorch_model.safetensors"), seen
+    return losses, load_file(folder / "out/transformer/diffusion_pytorch_model.safetensors"), seen
 
 
 def same(one: tuple[list[float], dict, list], other: tuple[list[float], dict, list]) -> None:
@@ -65,34 +66,34 @@ def same(one: tuple[list[float], dict, list], other: tuple[list[float], dict, li
 
 def same_previews(one: Path, other: Path) -> None:
     for name in ("000000.jpg", "000003.jpg"):
-        pictures = [Image.open(place / "out/previews" / name) for place in (one, other)]
+        pictures = [Image.open(folder / "out/previews" / name) for folder in (one, other)]
         assert max(ImageStat.Stat(ImageChops.difference(*pictures)).mean) < 0.1  # of 255
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
-    place = tmp_path_factory.mktemp("alone")
-    assert start(place, 1) == 0
-    return place
+    folder = tmp_path_factory.mktemp("alone")
+    assert start(folder, 1) == 0
+    return folder
 
 
 @pytest.fixture(scope="module")
 def alone(undisturbed):
-    return found(undisturbed)
+    return read_run(undisturbed)
 
 
 @pytest.mark.parametrize(("ranks", "shard"), [(2, "false"), (4, "false"), (2, "true")])
 def test_ranks_see_the_same_and_end_within_rounding(alone, undisturbed, ranks, shard, tmp_path):
     assert start(tmp_path, ranks, f"hardware.shard={shard}") == 0
-    same(found(tmp_path), alone)
+    same(read_run(tmp_path), alone)
     same_previews(tmp_path, undisturbed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after", "shard"), [(2, 1, "false"), (2, 1, "true"), (2, 4, "true"), (1, 2, "true")])
 def test_a_checkpoint_goes_on_with_another_number_of_ranks(alone, before, after, shard, tmp_path):
-    words = ["checkpoint.every=1"]
-    assert start(tmp_path, before, *words, f"hardware.shard={shard if before > 1 else 'false'}", stop_at=2) != 0
+    args = ["checkpoint.every=1"]
+    assert start(tmp_path, before, *args, f"hardware.shard={shard if before > 1 else 'false'}", stop_at=2) != 0
     assert {folder.name for folder in (tmp_path / "out").glob("checkpoint-*")} >= {"checkpoint-1"}  # the one of step 2 may be half written
-    assert start(tmp_path, after, *words, f"hardware.shard={shard if after > 1 else 'false'}") == 0
-    same(found(tmp_path), alone)
+    assert start(tmp_path, after, *args, f"hardware.shard={shard if after > 1 else 'false'}") == 0
+    same(read_run(tmp_path), alone)

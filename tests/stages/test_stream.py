@@ -90,12 +90,12 @@ def test_five_kills_and_a_failing_server_change_nothing(undisturbed, tmp_path):
                     os.killpg(child.pid, signal.SIGKILL)
                     child.communicate()
                     continue
-            said, _ = child.communicate(timeout=300)
+            output, _ = child.communicate(timeout=300)
             ends.append(child.returncode)
-    assert ends[-1] == 0, said.decode()
+    assert ends[-1] == 0, output.decode()
     assert sorted(set(killed)) == killed  # every kill came later than the one before: the run went on
     assert killed[-1] < STEPS
-    assert b"going on after step" in said
+    assert b"going on after step" in output
     assert len(weather.met) > 20
     assert len({str(fault) for fault in weather.met}) == len(FAULTS)
     assert weights(out) == weights(undisturbed)
@@ -107,10 +107,10 @@ def test_five_kills_and_a_failing_server_change_nothing(undisturbed, tmp_path):
 
 def test_a_server_that_stays_away_ends_the_run_with_try_again_and_the_checkpoint_intact(undisturbed, tmp_path):
     folder, out = shutil.copytree(INK, tmp_path / "served"), tmp_path / "out"
-    words = ["data.read.retries=1", "data.read.workers=1"]
+    args = ["data.read.retries=1", "data.read.workers=1"]
     with Server(folder) as server:
         server.faults = lambda path, number, ranges: 503 if steps_done(out) >= 10 and path.endswith(".tar") else None
-        done = subprocess.run([*command(out, server.url), *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        done = subprocess.run([*command(out, server.url), *args], cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 75, done.stderr
         assert "train-00000" in done.stderr
         assert "could not be read in 2 tries" in done.stderr
@@ -118,12 +118,12 @@ def test_a_server_that_stays_away_ends_the_run_with_try_again_and_the_checkpoint
         last = max(int(folder.name.removeprefix("checkpoint-")) for folder in out.glob("checkpoint-*"))
         assert 7 <= last <= steps_done(out) < STEPS
         server.faults = None
-        subprocess.run([*command(out, server.url), *words], cwd=ROOT, check=True, capture_output=True, timeout=300)
+        subprocess.run([*command(out, server.url), *args], cwd=ROOT, check=True, capture_output=True, timeout=300)
     assert weights(out) == weights(undisturbed)
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("spoil", "messages"),
     [
         (lambda folder: (folder / "train-000001.tar.index").unlink(), ["is not indexed", "python -m data.index"]),
         (
@@ -135,13 +135,13 @@ def test_a_server_that_stays_away_ends_the_run_with_try_again_and_the_checkpoint
     ids=["unindexed", "changed", "missing"],
 )
 @pytest.mark.parametrize("remote", [True, False])
-def test_a_shard_that_cannot_be_trusted_is_refused_before_the_model_is_loaded(tmp_path, spoil, words, remote, run_stage):
+def test_a_shard_that_cannot_be_trusted_is_refused_before_the_model_is_loaded(tmp_path, spoil, messages, remote, run_stage):
     folder = shutil.copytree(INK, tmp_path / "served")
     spoil(folder)
     with Server(folder) as server:
-        code, said = run_stage("recover", *words_for(tmp_path / "out", server.url if remote else str(folder)))
+        code, stderr = run_stage("recover", *words_for(tmp_path / "out", server.url if remote else str(folder)))
     assert code == 3
-    assert "train-000001.tar" in said
-    assert all(word in said for word in words)
-    assert "Traceback" not in said
+    assert "train-000001.tar" in stderr
+    assert all(message in stderr for message in messages)
+    assert "Traceback" not in stderr
     assert not (tmp_path / "out/config.json").exists()  # it comes before the model

@@ -20,7 +20,7 @@ ASKING = (signal.SIGTERM, signal.SIGINT)
 
 
 class Become(BaseException):
-    """In a forked child: leaves all frames of the parent behind, so that the child ends as a process of its own does."""
+    """Raised in a forked child to unwind the parent's frames, so that the child ends like an ordinary process."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         self.work = work
@@ -36,7 +36,7 @@ def became(main: Callable[[], None]) -> Callable[[], None] | None:
 
 
 def imported() -> None:
-    """Loads what stages and torchrun load. The stages' own files are left to the child."""
+    """Imports what stages and torchrun import. The stages' own modules are left to the child."""
     for name in (*(f"stages.{stage}" for stage in STAGES), "dev2pro.ranks", "torch.distributed.elastic.multiprocessing.subprocess_handler"):
         importlib.import_module(name)
     for name in ("dev2pro.ranks", *(f"stages.{stage}" for stage in STAGES)):
@@ -45,15 +45,15 @@ def imported() -> None:
         del sys.modules[name]
 
 
-def spawned(words: list[str], environment: dict[str, str], log: Path) -> int:
-    """The pid of `python words`, in a session of its own."""
+def spawned(args: list[str], environment: dict[str, str], log: Path) -> int:
+    """The pid of `python args`, in a session of its own."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     actions = [(os.POSIX_SPAWN_OPEN, 1, str(log), flags, 0o644), (os.POSIX_SPAWN_DUP2, 1, 2)]
-    return os.posix_spawn(sys.executable, [sys.executable, *words], {**os.environ, **environment}, file_actions=actions, setsid=True)
+    return os.posix_spawn(sys.executable, [sys.executable, *args], {**os.environ, **environment}, file_actions=actions, setsid=True)
 
 
-def forked(words: list[str], environment: dict[str, str], log: Path, prepare: Callable[[int], None]) -> int:
-    """The same from here, `words` being -m and what follows. `prepare(rank)` runs in the process that is to be the stage, or a rank of it."""
+def forked(args: list[str], environment: dict[str, str], log: Path, prepare: Callable[[int], None]) -> int:
+    """The same from here, `args` being -m and what follows. `prepare(rank)` runs in the process that is to be the stage, or a rank of it."""
     sys.stdout.flush()
     signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)  # a fork forgets what comes before it is done
     if pid := os.fork():
@@ -65,25 +65,25 @@ def forked(words: list[str], environment: dict[str, str], log: Path, prepare: Ca
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     os.environ |= environment
-    if words[1] == "dev2pro.ranks":
-        _ranks_in_waiting(int(next(word for word in words if word.startswith("--nproc")).partition("=")[2]), prepare)
+    if args[1] == "dev2pro.ranks":
+        _ranks_in_waiting(int(next(word for word in args if word.startswith("--nproc")).partition("=")[2]), prepare)
     else:
         prepare(0)
-    become(words)
+    become(args)
 
 
-def become(words: list[str]) -> NoReturn:
-    """Goes on as `python -m module arguments`."""
+def become(args: list[str]) -> NoReturn:
+    """Continues as `python -m module arguments`."""
 
     def work() -> None:
-        sys.argv = [words[1], *words[2:]]
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        sys.argv = [args[1], *args[2:]]
+        runpy.run_module(args[1], run_name="__main__", alter_sys=True)
 
     raise Become(work)
 
 
 def _ranks_in_waiting(number: int, prepare: Callable[[int], None]) -> None:
-    """Forks the ranks before torchrun's code has any threads; each waits for the words and the environment that torchrun starts it with."""
+    """Forks the ranks before torchrun's code has any threads; each waits for the args and the environment that torchrun starts it with."""
     waiting: list[tuple[int, int]] = []
     for _ in range(number):
         mine, its = os.pipe()
@@ -99,10 +99,10 @@ def _ranks_in_waiting(number: int, prepare: Callable[[int], None]) -> None:
     class Waiting(subprocess.Popen):
         """What torchrun starts a rank with; its parent is torchrun's process, as ever."""
 
-        def _execute_child(self, args: Any, executable: Any, preexec: Any, close: Any, passed: Any, cwd: Any, env: Any, *rest: Any) -> None:
+        def _execute_child(self, popen_args: Any, executable: Any, preexec: Any, close: Any, passed: Any, cwd: Any, env: Any, *rest: Any) -> None:
             self.pid, its = waiting.pop(0)
             self._child_created = True
-            os.write(its, json.dumps([list(args), env]).encode())
+            os.write(its, json.dumps([list(popen_args), env]).encode())
             os.close(its)
 
     sys.modules["torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"].Popen = Waiting  # type: ignore[attr-defined]
@@ -111,14 +111,14 @@ def _ranks_in_waiting(number: int, prepare: Callable[[int], None]) -> None:
 def _wait(mine: int, prepare: Callable[[int], None]) -> NoReturn:
     for number in ASKING:
         signal.signal(number, signal.SIG_DFL)
-    with os.fdopen(mine) as told:
-        said = told.read()
-    if not said:  # torchrun's process is gone
+    with os.fdopen(mine) as pipe:
+        message = pipe.read()
+    if not message:  # torchrun's process is gone
         os._exit(0)
-    words, environment = json.loads(said)
+    args, environment = json.loads(message)
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(environment)
     prepare(int(environment["RANK"]))
-    become(words[words.index("-m") :])
+    become(args[args.index("-m") :])

@@ -1,4 +1,4 @@
-"""What it costs to go on at the end of an epoch of three million samples: our order, and two ways of finding the place by going there again.
+"""Cost of resuming at the end of an epoch of three million samples: our order, and two loaders that replay the epoch.
 
 `python -m bench.data.loading.order [pairs]`.
 """
@@ -24,24 +24,24 @@ from data.shards.sidecar import COLUMNS
 SHARDS, MEAN = 3000, 1000  # samples of a shard, on average
 SAMPLES = SHARDS * MEAN
 BATCH = 512
-FEW, MANY = 16, 56  # batches of 16 to go again; what they differ by is the price of a sample
+FEW, MANY = 16, 56  # replayed batches of 16; the time difference gives the cost per sample
 FRESH = f"""
 import json, re, sys, time
-from data import order
+from data.loading import order
 from data.shards import snapshot
 moments, start = [time.perf_counter()], time.process_time()
-def peak():  # ru_maxrss would tell that of the parent, if it is larger
+def peak():  # ru_maxrss includes the parent's peak
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 modules = peak()
-pinned = snapshot.read(sys.argv[1]); moments.append(time.perf_counter())
-order = order.Order(pinned, order.sizes(1024, 64, 2.0), 0, {BATCH}); moments.append(time.perf_counter())
+snap = snapshot.read(sys.argv[1]); moments.append(time.perf_counter())
+order = order.Order(snap, order.sizes(1024, 64, 2.0), 0, {BATCH}); moments.append(time.perf_counter())
 last = order.step(order.steps_per_epoch - 1); moments.append(time.perf_counter())
 print(json.dumps([b - a for a, b in zip(moments, moments[1:])] + [time.process_time() - start, modules, peak()]))
 """
 
 
 def pin(path: str) -> None:
-    """A snapshot of shards that are not there, with samples of random sizes and forms."""
+    """Writes a snapshot of nonexistent shards with samples of random sizes and aspect ratios."""
     draw = np.random.default_rng(0)
     half = draw.integers(MEAN // 2, MEAN * 3 // 2 + 1, SHARDS // 2)
     counts = np.stack([half, 2 * MEAN - half], 1).ravel()
@@ -57,9 +57,9 @@ def pin(path: str) -> None:
     columns["width"][:], columns["height"][:] = side * np.sqrt(form), side / np.sqrt(form)
     for name in ("picture_crc", "caption_crc", "key"):
         columns[name][:] = draw.integers(0, 2**32, SAMPLES)
-    stamp = {"size": 10**9, "etag": "0", "modified": ""}
+    info = {"size": 10**9, "etag": "0", "modified": ""}
     shards = [
-        {"place": f"s3://bucket/{n:06d}.tar", "stamp": stamp, "sha256": f"{n:064x}", "samples": int(count), "repeat": 1}
+        {"place": f"s3://bucket/{n:06d}.tar", "stamp": info, "sha256": f"{n:064x}", "samples": int(count), "repeat": 1}
         for n, count in enumerate(counts)
     ]
     head: dict[str, Any] = {"sources": [], "folders": {}, "filters": {}, "encodings": {}, "shards": shards}
@@ -67,11 +67,11 @@ def pin(path: str) -> None:
 
 
 def fresh(path: str) -> list[float]:
-    """In a process of its own: seconds to open, to make the order, to get the last step, of CPU in all; MB with the modules alone, and at most."""
+    """In a new process: seconds to open, to build the order, to get the last step, of CPU in total; MB with the modules alone, and peak MB."""
     return json.loads(subprocess.run([sys.executable, "-c", FRESH, path], check=True, capture_output=True).stdout)
 
 
-# ---- going there again: seconds for a sample --------------------------------------------------------------------------------------------
+# ---- replaying: seconds per sample --------------------------------------------------------------------------------------------
 
 
 def decoded(paths: list[str]) -> Any:
@@ -79,7 +79,7 @@ def decoded(paths: list[str]) -> Any:
 
 
 def skipped(paths: list[str]) -> float:
-    """webdataset's bare reader, nothing decoded, in one process."""
+    """webdataset's reader without decoding, in one process."""
 
     def took(batches: int) -> float:
         start = time.perf_counter()
@@ -95,11 +95,11 @@ def replayed(paths: list[str]) -> float:
 
     def took(batches: int) -> float:
         loader = StatefulDataLoader(decoded(paths), batch_size=None, num_workers=2)
-        come = iter(loader)
+        batches_iter = iter(loader)
         for _ in range(batches):
-            next(come)
+            next(batches_iter)
         state = loader.state_dict()
-        del come
+        del batches_iter
         again = StatefulDataLoader(decoded(paths), batch_size=None, num_workers=2)
         again.load_state_dict(state)
         start = time.perf_counter()
@@ -116,16 +116,16 @@ def main(pairs: int) -> None:
         pin(f"{folder}/large.snapshot")
         paths = tars(folder, photos(512, 16), 8, 128)
         rounds = [(fresh(f"{folder}/large.snapshot"), skipped(paths), replayed(paths)) for _ in range(pairs)]
-    own = [sum(mine[:3]) for mine, _, _ in rounds]
+    totals = [sum(mine[:3]) for mine, _, _ in rounds]
     opening, ordering, stepping, cpu, modules, most = (median(values) for values in zip(*(mine for mine, _, _ in rounds), strict=True))
     print(f"\nat the end of an epoch of {SAMPLES:,} samples in {SHARDS:,} shards, batch {BATCH}; a fresh process; {pairs} rounds")
     print(f"  ours: open the snapshot and check its hash {opening:.2f} s, make the order {ordering:.2f} s, get the last step {stepping:.2f} s")
-    print(f"        in all {median(own):.2f} s ({min(own):.2f} to {max(own):.2f}), target 2; CPU {cpu:.2f} s")
+    print(f"        in all {median(totals):.2f} s ({min(totals):.2f} to {max(totals):.2f}), target 2; CPU {cpu:.2f} s")
     print(f"        peak {most:.0f} MB, target 300, of which Python and its modules {modules:.0f}")
     for name, price in (("webdataset, skipping undecoded", [r[1] for r in rounds]), ("torchdata, fast-forward", [r[2] for r in rounds])):
-        whole = [SAMPLES * one for one in price]
+        whole = [SAMPLES * seconds for seconds in price]
         print(f"  {name}: {1e6 * median(price):,.0f} µs for each of {16 * (MANY - FEW)} local samples of 67 kB;")
-        print(f"        EXTRAPOLATED to the whole epoch {median(whole) / 60:.0f} minutes, {median(whole) / median(own):,.0f} times ours")
+        print(f"        EXTRAPOLATED to the whole epoch {median(whole) / 60:.0f} minutes, {median(whole) / median(totals):,.0f} times ours")
     machine()
 
 

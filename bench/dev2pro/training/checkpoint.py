@@ -1,4 +1,4 @@
-"""How long training stands still for a checkpoint, and how long the writing takes beside it: at the miniature's size and at about 1 GB of state.
+"""How long a checkpoint blocks training, and how long its background write takes: at the miniature's size and at about 1 GB of state.
 
 `python -m bench.dev2pro.training.checkpoint [checkpoints]`. A checkpoint costs a copy of weights, averages and moments to host memory; the
 rest is written by a thread while steps go on. Beside it the same bytes written while the training waits, which is what it would cost else.
@@ -29,7 +29,7 @@ LARGE = {"num_layers": 4, "num_single_layers": 8, "num_attention_heads": 8, "att
 
 
 def large() -> FluxTransformer2DModel:
-    """A transformer of the miniature's interface and some sixty times its size."""
+    """A transformer with the miniature's interface and about sixty times its size."""
     config = {**FluxTransformer2DModel.load_config(BASE, subfolder="transformer"), **LARGE, "axes_dims_rope": (16, 24, 24)}
     return FluxTransformer2DModel.from_config(config)
 
@@ -39,30 +39,30 @@ def bench(name: str, model: FluxTransformer2DModel, times: int) -> None:
     training = Training(distributed.accelerator(hardware), model, OptimConfig(lr=1e-5), hardware, steps=10_000, batch=BATCH, ema=0.99)
     x, prompt, pooled = torch.randn(BATCH, 16, 16), torch.randn(BATCH, 8, 64), torch.randn(BATCH, 64)
 
-    def loss_of(_: range) -> torch.Tensor:
+    def compute_loss(_: range) -> torch.Tensor:
         return flux1.predict(training.model, x, torch.full((BATCH,), 0.5), flux1.build_conditioning(prompt, pooled, (4, 4)), 1.0).square().mean()
 
     def step(number: int) -> float:
         before = time.perf_counter()
-        training.step(number, lambda slots: slots, loss_of)
+        training.step(number, lambda slots: slots, compute_loss)
         return since(before)
 
     with tempfile.TemporaryDirectory(dir=".") as out:
-        kept = Checkpoints(out, training, CheckpointConfig(every=1, keep=1), 10_000, {})
+        checkpoints = Checkpoints(out, training, CheckpointConfig(every=1, keep=1), 10_000, {})
         for number in range(3):
             step(number)
         alone, beside, stalls, written, waiting = [step(number) for number in range(5)], list[float](), list[float](), list[float](), list[float]()
         for number in range(times):
             before = time.perf_counter()
-            kept.on_step_end(2 * number + 1, [])
+            checkpoints.on_step_end(2 * number + 1, [])
             stalls.append(since(before))
-            while kept._writing and not kept._writing.done():
+            while checkpoints._writing and not checkpoints._writing.done():
                 beside.append(step(number))
             written.append(since(before))
-            kept.wait()
+            checkpoints.wait()
             before = time.perf_counter()
-            kept.on_step_end(2 * number + 2, [])
-            kept.wait()
+            checkpoints.on_step_end(2 * number + 2, [])
+            checkpoints.wait()
             waiting.append(since(before))
         size = sum(file.stat().st_size for folder in os.scandir(out) for file in os.scandir(folder.path))
     usual, stall = median(alone), median(stalls)

@@ -1,4 +1,4 @@
-"""What a training step costs beyond the transformer: our recover step against a bare loop on the same tensors, in pairs.
+"""Overhead of a training step over the transformer: our recover step against a bare loop on the same tensors, in pairs.
 
 `make bench`, or `python -m bench.dev2pro.training.step [pairs]`. Prints milliseconds per step, medians over the pairs.
 """
@@ -31,30 +31,30 @@ def data() -> EncodedBatch:
     return EncodedBatch(mean, torch.full_like(mean, 0.1), torch.randn(BATCH, 8, 64), torch.randn(BATCH, 64), (4, 4))
 
 
-def ours(known: EncodedBatch) -> float:
+def ours(encoded: EncodedBatch) -> float:
     hardware = HardwareConfig(device="cpu", micro_batch=BATCH, threads=1)
     training = Training(distributed.accelerator(hardware), flux1.load_transformer(BASE), OPTIM, hardware, steps=STEPS + 2, batch=BATCH, ema=0.99)
     scheduler, empty = flux1.scheduler_settings(BASE), (torch.zeros(8, 64), torch.zeros(64))
 
-    def loss_of(batch: encodings.NoisedBatch) -> torch.Tensor:
+    def compute_loss(batch: encodings.NoisedBatch) -> torch.Tensor:
         v = flux1.predict(training.model, batch.x_t, batch.t, batch.conditioning, 1.0)
         return torch.nn.functional.mse_loss(v, batch.velocity)
 
     def step(n: int) -> None:
-        training.step(n, lambda slots: encodings.noise_batch(known, empty, scheduler, 0.1, 0, n, slots), loss_of)
+        training.step(n, lambda slots: encodings.noise_batch(encoded, empty, scheduler, 0.1, 0, n, slots), compute_loss)
 
     return timed(step)
 
 
-def bare(known: EncodedBatch) -> float:
+def bare(batch: EncodedBatch) -> float:
     model = flux1.load_transformer(BASE).train()
     optimizer = optim.optimizer(OPTIM, model.parameters())
-    x0, noise, t = known.mean, torch.randn(BATCH, TOKENS, CHANNELS), torch.rand(BATCH)
+    x0, noise, t = batch.mean, torch.randn(BATCH, TOKENS, CHANNELS), torch.rand(BATCH)
     x_t, target = flow_matching.interpolate(x0, noise, t), flow_matching.velocity(x0, noise)
-    said = flux1.build_conditioning(known.prompt, known.pooled, known.grid)
+    conditioning = flux1.build_conditioning(batch.prompt, batch.pooled, batch.grid)
 
     def step(_: int) -> None:
-        torch.nn.functional.mse_loss(flux1.predict(model, x_t, t, said, 1.0), target).backward()
+        torch.nn.functional.mse_loss(flux1.predict(model, x_t, t, conditioning, 1.0), target).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -72,12 +72,12 @@ def timed(step) -> float:
 
 
 def main(pairs: int) -> None:
-    known = data()
-    found = [(ours(known), bare(known)) for _ in range(pairs)]
-    ratio = statistics.median(a / b for a, b in found)
-    own, floor = (statistics.median(times) for times in zip(*found, strict=True))
-    print(f"recover step, batch {BATCH}: ours {own:.1f} ms, bare loop {floor:.1f} ms")
-    print(f"ratio {ratio:.3f} (median of {pairs} pairs, {min(a / b for a, b in found):.3f} to {max(a / b for a, b in found):.3f})")
+    batch = data()
+    rounds = [(ours(batch), bare(batch)) for _ in range(pairs)]
+    ratio = statistics.median(a / b for a, b in rounds)
+    own_time, floor = (statistics.median(times) for times in zip(*rounds, strict=True))
+    print(f"recover step, batch {BATCH}: ours {own_time:.1f} ms, bare loop {floor:.1f} ms")
+    print(f"ratio {ratio:.3f} (median of {pairs} pairs, {min(a / b for a, b in rounds):.3f} to {max(a / b for a, b in rounds):.3f})")
 
 
 if __name__ == "__main__":

@@ -14,45 +14,45 @@ from contextlib import contextmanager
 from prefect import flow
 
 from dev2pro.artifacts.record import ROOT
-from flows.processes.launch import _event
+from flows.processes.launch import _parse_event
 from flows.ui.progress import ProgressReporter
 
-PAIRS, WINDOW = 10, 30.0  # seconds: one look at everything, six at the progress
+PAIRS, WINDOW = 10, 30.0  # seconds: one full refresh, six progress updates
 OUT = "runs/bench-watching"
 WORDS = ["experiment=miniature", "steps=100000", "batch=4", "probe.every=100000", "probe.samples=16", "checkpoint.every=500", f"out={OUT}"]
 
 
 class Training:
-    """A recovery that goes on until it is killed; its events come to `watch`, if there is one."""
+    """A recovery that runs until it is killed. Its events go to `watch`, if set."""
 
     def __init__(self) -> None:
         self.watch: ProgressReporter | None = None
-        words = [sys.executable, "-m", "stages.recover", *WORDS]
-        self.process = subprocess.Popen(words, cwd=ROOT, env=os.environ | {"DEV2PRO_EVENTS": "1"}, stdout=subprocess.PIPE, text=True)
+        args = [sys.executable, "-m", "stages.recover", *WORDS]
+        self.process = subprocess.Popen(args, cwd=ROOT, env=os.environ | {"DEV2PRO_EVENTS": "1"}, stdout=subprocess.PIPE, text=True)
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
         for line in self.process.stdout or ():
-            if (event := _event(line)) and (watch := self.watch):
+            if (event := _parse_event(line)) and (watch := self.watch):
                 watch.on_event(event)
 
     @contextmanager
     def watched(self, wanted: bool) -> Iterator[None]:
-        """Within, it is watched or not."""
+        """Reports its progress within the block, if `wanted`."""
         self.watch = ProgressReporter("recover", ROOT / OUT, print) if wanted else None
         yield
         if self.watch:
             self.watch.end()
 
     def speed(self) -> float:
-        """Steps a second from now on, for a window."""
+        """Steps a second over the next WINDOW seconds."""
         (steps, began) = self._steps()
         time.sleep(WINDOW)
         (more, ended) = self._steps()
         return (more - steps) / (ended - began)
 
     def _steps(self) -> tuple[int, float]:
-        """How many there are when the next one comes, and when that is."""
+        """Waits for the next step. Returns (number of steps, time)."""
         before = self._rows()
         while (now := self._rows()) == before:
             time.sleep(0.001)

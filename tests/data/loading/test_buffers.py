@@ -1,4 +1,4 @@
-"""Memory that is lent to workers: used again and again, never while somebody looks at it."""
+"""Buffers of workers: reused, but never while a tensor still shares them."""
 
 import gc
 import os
@@ -12,14 +12,14 @@ from tests.streams import stream
 SLOTS = [range(6)]
 
 
-def held(source: Stream, steps: int) -> list[Batch]:
+def collect(source: Stream, steps: int) -> list[Batch]:
     return list(source.steps(0, steps, SLOTS))
 
 
 def test_batches_that_are_held_on_to_are_never_written_over(many):
-    kept = held(stream(many[2], batch=6, workers=2), 60)  # far more than there are pieces
-    fresh = held(stream(many[2], batch=6), 60)
-    assert all(torch.equal(one.pixels, other.pixels) for one, other in zip(kept, fresh, strict=True))
+    batches = collect(stream(many[2], batch=6, workers=2), 60)  # far more than there are pieces
+    fresh = collect(stream(many[2], batch=6), 60)
+    assert all(torch.equal(one.pixels, other.pixels) for one, other in zip(batches, fresh, strict=True))
 
 
 def test_a_view_of_a_batch_keeps_its_piece(many):
@@ -27,40 +27,40 @@ def test_a_view_of_a_batch_keeps_its_piece(many):
     for batch in stream(many[2], batch=6, workers=1).steps(0, 60, SLOTS):
         views.append(batch.pixels[2:3, ::2])
         del batch
-    fresh = held(stream(many[2], batch=6), 60)
+    fresh = collect(stream(many[2], batch=6), 60)
     assert all(torch.equal(view, other.pixels[2:3, ::2]) for view, other in zip(views, fresh, strict=True))
 
 
 def test_what_is_let_go_is_lent_again():
-    lender = BufferPool(1, 2, 100)
-    tensors = [lender.tensor(BufferHandle(number, (2, 50))) for number in (0, 1)]
-    lender._free[:] = b"\0\0"
+    pool = BufferPool(1, 2, 100)
+    tensors = [pool.tensor(BufferHandle(number, (2, 50))) for number in (0, 1)]
+    pool._free[:] = b"\0\0"
     part = tensors[0][1]
     del tensors
     gc.collect()
-    assert bytes(lender._free) == b"\0\1"  # a part of the first is still held
+    assert bytes(pool._free) == b"\0\1"  # a part of the first is still held
     del part
     gc.collect()
-    assert bytes(lender._free) == b"\1\1"
+    assert bytes(pool._free) == b"\1\1"
 
 
 def test_a_worker_s_copies_give_nothing_back():
-    lender = BufferPool(1, 1, 100)
-    tensor = lender.tensor(BufferHandle(0, (10,)))
-    lender._free[:] = b"\0"
+    pool = BufferPool(1, 1, 100)
+    tensor = pool.tensor(BufferHandle(0, (10,)))
+    pool._free[:] = b"\0"
     child = os.fork()
     if child == 0:
         del tensor
         gc.collect()
         os._exit(0)
     os.waitpid(child, 0)
-    assert bytes(lender._free) == b"\0"
+    assert bytes(pool._free) == b"\0"
     assert tensor.shape == (10,)
 
 
 def test_outside_a_worker_and_where_none_is_free_there_is_room_all_the_same():
-    lender = BufferPool(1, 1, 100)
-    assert lender.acquire(10) is None  # this is no worker
-    room = Buffer(lender, (2, 3))
+    pool = BufferPool(1, 1, 100)
+    assert pool.acquire(10) is None  # this is no worker
+    room = Buffer(pool, (2, 3))
     room.array[:] = 7
     assert room.filled(1).tolist() == [[7, 7, 7]]

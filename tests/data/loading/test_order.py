@@ -20,89 +20,89 @@ SHARDS = st.lists(st.integers(0, 90), min_size=1, max_size=6).filter(lambda shar
 def orders(draw, repeats: bool = True) -> Order:
     shards = draw(SHARDS)
     times = draw(st.lists(st.integers(1, 3), min_size=len(shards), max_size=len(shards))) if repeats else []
-    made = snapshot(shards, draw(SIDES), times)
-    return Order(made, draw(st.sampled_from([SQUARE, BUCKETS])), draw(st.integers(0, 2**40)), draw(st.integers(1, 40)))
+    snap = snapshot(shards, draw(SIDES), times)
+    return Order(snap, draw(st.sampled_from([SQUARE, BUCKETS])), draw(st.integers(0, 2**40)), draw(st.integers(1, 40)))
 
 
-def epoch(found: Order, number: int) -> list[order.Step]:
-    return [found.step(number * found.steps_per_epoch + i) for i in range(found.steps_per_epoch)]
+def epoch(run_order: Order, number: int) -> list[order.Step]:
+    return [run_order.step(number * run_order.steps_per_epoch + i) for i in range(run_order.steps_per_epoch)]
 
 
 # ---- what an epoch is ------------------------------------------------------------------------------------------------------------------
 
 
-@given(found=orders(), number=st.integers(0, 30))
-def test_every_sample_once_an_epoch_for_each_of_its_weight_bar_the_counted_remainder(found, number):
-    seen = Counter(int(row) for step in epoch(found, number) for row in step.rows)
-    wanted = Counter({row: shard.repeat for shard in found.snapshot.shards for row in range(shard.first, shard.first + shard.samples)})
-    passes = -(-found.batch // wanted.total())  # a set smaller than a batch is taken again until it fills one
+@given(run_order=orders(), number=st.integers(0, 30))
+def test_every_sample_once_an_epoch_for_each_of_its_weight_bar_the_counted_remainder(run_order, number):
+    seen = Counter(int(row) for step in epoch(run_order, number) for row in step.rows)
+    wanted = Counter({row: shard.repeat for shard in run_order.snapshot.shards for row in range(shard.first, shard.first + shard.samples)})
+    passes = -(-run_order.batch // wanted.total())  # a set smaller than a batch is taken again until it fills one
     for row in wanted:
         wanted[row] *= passes
     assert not seen - wanted
-    assert (wanted - seen).total() == found.dropped
-    assert found.dropped == sum(rest for _, _, _, rest in found.histogram())
+    assert (wanted - seen).total() == run_order.dropped
+    assert run_order.dropped == sum(rest for _, _, _, rest in run_order.histogram())
 
 
-@given(found=orders(repeats=False))
+@given(run_order=orders(repeats=False))
 @settings(max_examples=40)
-def test_the_remainder_goes_round_so_that_all_are_left_out_equally_often(found):
-    count = len(found.snapshot)
-    seen = Counter(int(row) for number in range(count) for step in epoch(found, number) for row in step.rows)
-    for size, rows in found.rows_by_size():
+def test_the_remainder_goes_round_so_that_all_are_left_out_equally_often(run_order):
+    count = len(run_order.snapshot)
+    seen = Counter(int(row) for number in range(count) for step in epoch(run_order, number) for row in step.rows)
+    for size, rows in run_order.rows_by_size():
         times = {seen[int(row)] for row in rows}
         assert max(times) - min(times) <= 1, size  # in any number of epochs; `count` of them is as good as any
 
 
-@given(found=orders(), number=st.integers(0, 5))
-def test_all_samples_of_a_step_share_a_bucket(found, number):
-    for step in epoch(found, number):
-        assert len(step.rows) == found.batch
-        assert {found.size_of(int(row)) for row in step.rows} == {step.size}
+@given(run_order=orders(), number=st.integers(0, 5))
+def test_all_samples_of_a_step_share_a_bucket(run_order, number):
+    for step in epoch(run_order, number):
+        assert len(step.rows) == run_order.batch
+        assert {run_order.size_of(int(row)) for row in step.rows} == {step.size}
         assert step.epoch == number
 
 
-@given(found=orders(), steps=st.lists(st.integers(0, 300), min_size=1, max_size=6))
-def test_a_step_is_the_same_whatever_was_asked_before(found, steps):
-    fresh = Order(found.snapshot, found.buckets, found.seed, found.batch)
+@given(run_order=orders(), steps=st.lists(st.integers(0, 300), min_size=1, max_size=6))
+def test_a_step_is_the_same_whatever_was_asked_before(run_order, steps):
+    fresh = Order(run_order.snapshot, run_order.buckets, run_order.seed, run_order.batch)
     for step in steps:
-        there, alone = found.step(step), Order(fresh.snapshot, fresh.buckets, fresh.seed, fresh.batch).step(step)
-        assert there.rows.tolist() == alone.rows.tolist()
-        assert there.size == alone.size
+        after_others, alone = run_order.step(step), Order(fresh.snapshot, fresh.buckets, fresh.seed, fresh.batch).step(step)
+        assert after_others.rows.tolist() == alone.rows.tolist()
+        assert after_others.size == alone.size
 
 
 def test_epochs_and_seeds_are_ordered_differently():
-    made = snapshot([300])
-    here = [step.rows.tolist() for step in epoch(Order(made, SQUARE, 0, 10), 0)]
-    assert here != [step.rows.tolist() for step in epoch(Order(made, SQUARE, 0, 10), 1)]
-    assert here != [step.rows.tolist() for step in epoch(Order(made, SQUARE, 1, 10), 0)]
+    snap = snapshot([300])
+    here = [step.rows.tolist() for step in epoch(Order(snap, SQUARE, 0, 10), 0)]
+    assert here != [step.rows.tolist() for step in epoch(Order(snap, SQUARE, 0, 10), 1)]
+    assert here != [step.rows.tolist() for step in epoch(Order(snap, SQUARE, 1, 10), 0)]
 
 
 def test_every_place_is_as_likely_as_any_other():
-    made = snapshot([5])
-    places = np.array([Order(made, SQUARE, seed, 5).step(0).rows for seed in range(3000)])
-    for place in range(5):
-        shares = np.bincount(places[:, place], minlength=5) / 3000
+    snap = snapshot([5])
+    rows = np.array([Order(snap, SQUARE, seed, 5).step(0).rows for seed in range(3000)])
+    for slot in range(5):
+        shares = np.bincount(rows[:, slot], minlength=5) / 3000
         assert np.abs(shares - 0.2).max() < 0.03  # four standard errors
 
 
 def test_neighbours_of_one_epoch_are_no_neighbours_in_the_next():
-    found = Order(snapshot([1000]), SQUARE, 0, 1000)
-    pairs = [set(zip(e[:-1].tolist(), e[1:].tolist(), strict=True)) for e in (found.step(0).rows, found.step(1).rows)]
+    run_order = Order(snapshot([1000]), SQUARE, 0, 1000)
+    pairs = [set(zip(e[:-1].tolist(), e[1:].tolist(), strict=True)) for e in (run_order.step(0).rows, run_order.step(1).rows)]
     assert len(pairs[0] & pairs[1]) < 8
 
 
 def test_reads_stay_near_each_other_for_a_while(monkeypatch):
     monkeypatch.setattr(order, "WINDOW", 4)
-    found = Order(snapshot([1000] * 20), SQUARE, 0, 32)
-    rows = np.concatenate([step.rows for step in epoch(found, 0)])
+    run_order = Order(snapshot([1000] * 20), SQUARE, 0, 32)
+    rows = np.concatenate([step.rows for step in epoch(run_order, 0)])
     for first in range(0, len(rows) - 256, 256):  # a window: 4 blocks of 64 samples
         blocks = {(int(row) // 1000, int(row) % 1000 // order.BLOCK) for row in rows[first : first + 256]}
         assert len(blocks) <= 12  # of some 320: this stretch may lie across two windows, and the last block of a shard is a short one
 
 
 def test_shards_come_in_another_order_every_epoch():
-    found = Order(snapshot([64] * 600), SQUARE, 0, 64)
-    firsts = [found.step(number * found.steps_per_epoch).rows // 64 for number in range(2)]
+    run_order = Order(snapshot([64] * 600), SQUARE, 0, 64)
+    firsts = [run_order.step(number * run_order.steps_per_epoch).rows // 64 for number in range(2)]
     assert len(set(firsts[0]) & set(firsts[1])) < 50
 
 
@@ -117,9 +117,9 @@ def test_shards_come_in_another_order_every_epoch():
     ids=["the first epoch", "the second", "buckets", "weights"],
 )
 def test_the_order_is_recorded(arguments, recorded):
-    made, buckets, seed, batch, step = arguments
+    snap, buckets, seed, batch, step = arguments
     assert order.ORDER_VERSION == 2  # another order is another version
-    assert Order(made, buckets, seed, batch).step(step).rows.tolist() == recorded
+    assert Order(snap, buckets, seed, batch).step(step).rows.tolist() == recorded
 
 
 # ---- buckets ----------------------------------------------------------------------------------------------------------------------------
@@ -128,11 +128,11 @@ def test_the_order_is_recorded(arguments, recorded):
 @given(resolution=st.integers(4, 24), step=st.sampled_from([8, 16, 64]), aspect=st.floats(1, 6))
 def test_buckets_have_the_area_and_the_sides_they_should(resolution, step, aspect):
     resolution *= step
-    found = order.sizes(resolution, step, aspect)
-    assert (resolution, resolution) in found
-    assert set(found) == {(h, w) for w, h in found}
-    assert len(set(found)) == len(found)
-    for width, height in found:
+    result = order.sizes(resolution, step, aspect)
+    assert (resolution, resolution) in result
+    assert set(result) == {(h, w) for w, h in result}
+    assert len(set(result)) == len(result)
+    for width, height in result:
         assert width % step == height % step == 0
         assert max(width / height, height / width) <= aspect
         assert abs(width * height / resolution**2 - 1) <= 0.5 * step / min(width, height)
@@ -156,18 +156,18 @@ def test_the_nearest_bucket_by_the_logarithm_of_the_form(width, height):
 
 def test_a_bucket_too_small_for_a_step_goes_to_its_neighbour():
     sides = [(64, 64)] * 20 + [(96, 48)] * 2 + [(48, 96)] * 9  # two panoramas
-    found = Order(snapshot([31 * 4], sides), BUCKETS, 0, 16)
-    counts = {size: samples for size, samples, _, _ in found.histogram()}
+    run_order = Order(snapshot([31 * 4], sides), BUCKETS, 0, 16)
+    counts = {size: samples for size, samples, _, _ in run_order.histogram()}
     assert counts == {(64, 64): 88, (48, 80): 36}
-    assert found.size_of(20) == (64, 64)
-    assert found.dropped == 88 % 16 + 36 % 16
+    assert run_order.size_of(20) == (64, 64)
+    assert run_order.dropped == 88 % 16 + 36 % 16
 
 
 def test_encoded_samples_stay_in_their_bucket_and_are_left_out_where_it_is_too_small():
     sides = [(64, 64)] * 20 + [(96, 48)] * 2
-    found = Order(snapshot([22], sides), BUCKETS, 0, 16, cropped=True)
-    assert [size for size, _, _, _ in found.histogram()] == [(64, 64), (80, 48)]
-    assert (found.steps_per_epoch, found.dropped) == (1, 6)
+    run_order = Order(snapshot([22], sides), BUCKETS, 0, 16, cropped=True)
+    assert [size for size, _, _, _ in run_order.histogram()] == [(64, 64), (80, 48)]
+    assert (run_order.steps_per_epoch, run_order.dropped) == (1, 6)
     with pytest.raises(DataError, match="No bucket of the 22 encoded samples fills a batch of 64"):
         Order(snapshot([22], sides), BUCKETS, 0, 64, cropped=True)
 
@@ -181,24 +181,24 @@ def test_what_is_cropped_away():
 # ---- substitutes ------------------------------------------------------------------------------------------------------------------------
 
 
-@given(found=orders(), step=st.integers(0, 100), data=st.data())
-def test_a_substitute_is_of_the_same_bucket_and_always_the_same(found, step, data):
-    slot = data.draw(st.integers(0, found.batch - 1))
-    fresh = Order(found.snapshot, found.buckets, found.seed, found.batch)
+@given(run_order=orders(), step=st.integers(0, 100), data=st.data())
+def test_a_substitute_is_of_the_same_bucket_and_always_the_same(run_order, step, data):
+    slot = data.draw(st.integers(0, run_order.batch - 1))
+    fresh = Order(run_order.snapshot, run_order.buckets, run_order.seed, run_order.batch)
     for attempt in range(4):
-        row = found.substitute(step, slot, attempt)
-        assert found.size_of(row) == found.step(step).size
+        row = run_order.substitute(step, slot, attempt)
+        assert run_order.size_of(row) == run_order.step(step).size
         assert row == fresh.substitute(step, slot, attempt)
 
 
 def test_attempts_slots_and_steps_give_different_substitutes():
-    found = Order(snapshot([1000]), SQUARE, 0, 8)
-    rows = {found.substitute(step, slot, attempt) for step in range(5) for slot in range(8) for attempt in range(3)}
+    run_order = Order(snapshot([1000]), SQUARE, 0, 8)
+    rows = {run_order.substitute(step, slot, attempt) for step in range(5) for slot in range(8) for attempt in range(3)}
     assert len(rows) > 105  # of 120; some 7 fall together by chance
 
 
 @pytest.mark.parametrize("count", [256, 300, 70_000])
 def test_more_buckets_than_a_byte_can_count(count):
     many = [(1000 + i, 1000) for i in range(300)]
-    found = Order(snapshot([count], [(1000 + i, 1000) for i in range(0, 300, 3)]), many, 0, 1)
-    assert len(found.histogram()) == 100
+    run_order = Order(snapshot([count], [(1000 + i, 1000) for i in range(0, 300, 3)]), many, 0, 1)
+    assert len(run_order.histogram()) == 100

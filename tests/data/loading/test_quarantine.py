@@ -44,10 +44,10 @@ def test_so_many_and_no_more(sizes, bad, stops):
         return
     with pytest.raises(DataError) as caught:
         quarantine.add(faults)
-    said = str(caught.value)
-    assert f"{bad} of {sizes[0]} samples" in said
-    assert "times: torn" in said or bad == 2
-    assert "data.snapshot --without" in said
+    message = str(caught.value)
+    assert f"{bad} of {sizes[0]} samples" in message
+    assert "times: torn" in message or bad == 2
+    assert "data.snapshot --without" in message
 
 
 def test_a_bad_shard_is_named_and_bad_pictures_here_and_there_are_counted_together():

@@ -1,4 +1,4 @@
-"""Samples by their place in a snapshot: the bytes that were indexed or an error in their place, in order, however the servers behave."""
+"""Samples by row: the indexed bytes or an error, in order, however the servers behave."""
 
 import random
 import threading
@@ -27,9 +27,9 @@ def shard(web, write_shard) -> dict[str, bytes]:
 
 @pytest.fixture
 def snapshot(web, shard, pin):
-    made = pin(web.url + "/0.tar")
+    snap = pin(web.url + "/0.tar")
     web.requests.clear()
-    return made
+    return snap
 
 
 def as_written(shard: dict[str, bytes], row: int) -> dict[str, bytes]:
@@ -45,7 +45,7 @@ def jobs(rows=range(COUNT)):
 
 
 def at(snapshot, row: int) -> str:
-    """How the request for a sample begins."""
+    """The start of the Range header for a sample."""
     return f"bytes={snapshot.span(row, 'picture').offset}-"
 
 
@@ -53,10 +53,10 @@ def at(snapshot, row: int) -> str:
 @pytest.mark.parametrize("size", [0, 40_000])
 def test_samples_are_what_was_written_with_as_few_requests_as_can_be(web, write_shard, pin, mixed, size):
     shard = write_shard(web.folder / "0.tar", COUNT, size, mixed=mixed)
-    there, here = pin(web.url + "/0.tar"), pin(str(web.folder / "0.tar"))
-    assert there.id == here.id
+    served, local = pin(web.url + "/0.tar"), pin(str(web.folder / "0.tar"))
+    assert served.id == local.id
     web.requests.clear()
-    for snapshot in (there, here):
+    for snapshot in (served, local):
         reader = Reader(snapshot, impatient(), PARTS)
         assert [reader.sample(row) for row in range(COUNT)] == all_of(shard)
         assert reader.key(3) == "0003.png"
@@ -118,21 +118,21 @@ def test_order_is_kept_whatever_the_servers_do(snapshot, shard, web):
     slow = [None, Fault(delay=0.02), Fault(delay=0.05), Fault(delay=0.1)]
 
     def fault(_path: str, _number: int, wanted: str):
-        found = draw.choice(slow if wanted in seen else [*slow, 503, "reset", "short", "corrupt"])
+        samples = draw.choice(slow if wanted in seen else [*slow, 503, "reset", "short", "corrupt"])
         seen.add(wanted)
-        return found
+        return samples
 
     web.faults = fault
     rows = [draw.randrange(COUNT) for _ in range(200)]
-    found = list(Reader(snapshot, impatient(), PARTS).prefetch(jobs(rows)))
-    assert [job for job, _ in found] == rows
-    assert [sample for _, sample in found] == [as_written(shard, row) for row in rows]
+    samples = list(Reader(snapshot, impatient(), PARTS).prefetch(jobs(rows)))
+    assert [job for job, _ in samples] == rows
+    assert [sample for _, sample in samples] == [as_written(shard, row) for row in rows]
 
 
 @pytest.mark.parametrize("threads", [1, 3, 8])
 def test_no_more_requests_are_under_way_than_was_said(snapshot, shard, web, threads):
     web.latency, web.most = 0.05, 0
-    assert [found for _, found in Reader(snapshot, impatient(threads=threads), PARTS).prefetch(jobs())] == all_of(shard)
+    assert [samples for _, samples in Reader(snapshot, impatient(threads=threads), PARTS).prefetch(jobs())] == all_of(shard)
     assert threads / 2 <= web.most <= threads
 
 
@@ -151,8 +151,8 @@ def test_no_more_bytes_wait_than_was_said(web, write_shard, pin):
 @pytest.mark.parametrize("prefetch_mb", [0, 1])
 def test_a_sample_larger_than_all_that_may_wait_is_read(web, write_shard, pin, prefetch_mb):
     shard = write_shard(web.folder / "0.tar", 3, 2_000_000)
-    found = [sample for _, sample in Reader(pin(web.url + "/0.tar"), impatient(prefetch_mb=prefetch_mb), PARTS).prefetch(jobs(range(3)))]
-    assert found == [as_written(shard, row) for row in range(3)]
+    samples = [sample for _, sample in Reader(pin(web.url + "/0.tar"), impatient(prefetch_mb=prefetch_mb), PARTS).prefetch(jobs(range(3)))]
+    assert samples == [as_written(shard, row) for row in range(3)]
 
 
 def test_who_takes_no_more_waits_for_nothing_and_asks_for_nothing(snapshot, web):
@@ -171,10 +171,10 @@ def test_who_takes_no_more_waits_for_nothing_and_asks_for_nothing(snapshot, web)
 def test_an_error_comes_in_its_place_and_at_once(snapshot, shard, web):
     behind = tuple(at(snapshot, row) for row in range(6, COUNT))
     web.faults = lambda path, number, wanted: 404 if wanted.startswith(at(snapshot, 5)) else "stall" if wanted.startswith(behind) else None
-    ahead, found, before = Reader(snapshot, impatient(idle_timeout=4, retries=0), PARTS).prefetch(jobs()), [], time.monotonic()
+    ahead, samples, before = Reader(snapshot, impatient(idle_timeout=4, retries=0), PARTS).prefetch(jobs()), [], time.monotonic()
     with pytest.raises(DataError, match="404"):
-        found.extend(sample for _, sample in ahead)  # one by one
-    assert found == all_of(shard)[:5]
+        samples.extend(sample for _, sample in ahead)  # one by one
+    assert samples == all_of(shard)[:5]
     assert time.monotonic() - before < 2
 
 
@@ -189,11 +189,11 @@ def test_a_forked_process_reads_ahead(snapshot, shard, web):
     next(mine)
 
     def work() -> None:
-        assert [found for _, found in Reader(snapshot, config, PARTS).prefetch(jobs())] == all_of(shard)
+        assert [result for _, result in Reader(snapshot, config, PARTS).prefetch(jobs())] == all_of(shard)
 
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(lambda _: in_child(work), range(2))) == [0, 0]
-    assert [found for _, found in mine] == all_of(shard)[1:]
+    assert [result for _, result in mine] == all_of(shard)[1:]
     assert threading.active_count() < before + 60
 
 

@@ -30,18 +30,18 @@ def slots_of(rank: int, world: int, batch: int, micro: int) -> list[range]:
 Seen = dict[tuple[int, int], tuple[int, str, bytes]]  # (step, slot) -> (sample, caption, pixels)
 
 
-def seen(source: Stream, first: int, last: int, slots: list[range]) -> Seen:
-    found: Seen = {}
-    asked = [(step, some) for step in range(first, last) for some in slots]
-    for (step, some), batch in zip(asked, source.steps(first, last, slots), strict=True):
-        for i, slot in enumerate(some):
-            found[step, slot] = batch.rows[i], batch.captions[i], batch.pixels[i].numpy().tobytes()
-    return found
+def collect_slots(source: Stream, first: int, last: int, slots: list[range]) -> Seen:
+    result: Seen = {}
+    units = [(step, slot_range) for step in range(first, last) for slot_range in slots]
+    for (step, slot_range), batch in zip(units, source.steps(first, last, slots), strict=True):
+        for i, slot in enumerate(slot_range):
+            result[step, slot] = batch.rows[i], batch.captions[i], batch.pixels[i].numpy().tobytes()
+    return result
 
 
 @st.composite
 def weights(draw) -> tuple[list[int], float]:
-    """How often each of four shards is taken, not all of them never; and the longest form that is let in."""
+    """(repeats of four shards, not all 0; the largest aspect ratio)."""
     return draw(st.lists(st.integers(0, 3), min_size=4, max_size=4).filter(any)), draw(st.sampled_from([0.0, 1.5, 2.0]))
 
 
@@ -58,7 +58,7 @@ def weighted(pins: Snapshot, times: list[int], longest: float) -> Snapshot:
 @settings(max_examples=60)
 def test_any_ranks_workers_micro_batches_and_kills_see_the_same(many, broken, pinned, seed, share, world, workers, micro, kill, steps):
     batch, pins = share * world, weighted(many[5 if broken else 2], *pinned)
-    alone = seen(stream(pins, batch=batch, seed=seed), 0, steps, [range(batch)])
+    alone = collect_slots(stream(pins, batch=batch, seed=seed), 0, steps, [range(batch)])
     split: Seen = {}
     for rank in range(world):
         slots = slots_of(rank, world, batch, micro)
@@ -67,17 +67,17 @@ def test_any_ranks_workers_micro_batches_and_kills_see_the_same(many, broken, pi
         for _ in range(min(kill, steps) * len(slots)):
             next(before)
         before.close()  # killed here; whoever comes next begins with nothing but the number of the step
-        split |= seen(source, 0, min(kill, steps), slots)
-        split |= seen(stream(pins, batch=batch, seed=seed, workers=workers), min(kill, steps), steps, slots)
+        split |= collect_slots(source, 0, min(kill, steps), slots)
+        split |= collect_slots(stream(pins, batch=batch, seed=seed, workers=workers), min(kill, steps), steps, slots)
     assert split == alone
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 @pytest.mark.parametrize("number", [2, 5], ids=["good pictures", "some broken"])
 def test_any_workers_see_the_same(many, number, workers):
-    alone = seen(stream(many[number], batch=6), 0, 9, [range(6)])
-    assert seen(stream(many[number], batch=6, workers=workers), 0, 9, [range(0, 4), range(4, 6)]) == alone
-    assert seen(stream(many[number], batch=6, workers=workers), 4, 9, [range(6)]) == {key: one for key, one in alone.items() if key[0] >= 4}
+    alone = collect_slots(stream(many[number], batch=6), 0, 9, [range(6)])
+    assert collect_slots(stream(many[number], batch=6, workers=workers), 0, 9, [range(0, 4), range(4, 6)]) == alone
+    assert collect_slots(stream(many[number], batch=6, workers=workers), 4, 9, [range(6)]) == {key: one for key, one in alone.items() if key[0] >= 4}
 
 
 def test_what_is_seen_is_the_sample_in_its_bucket(many):
@@ -92,12 +92,12 @@ def test_what_is_seen_is_the_sample_in_its_bucket(many):
 # ---- what is drawn ------------------------------------------------------------------------------------------------------------------------
 
 
-def every(source: Stream, steps: int) -> list[Batch]:
+def all_batches(source: Stream, steps: int) -> list[Batch]:
     return list(source.steps(0, steps, [range(source.order.batch)]))
 
 
 def test_every_other_picture_is_mirrored(many):
-    plain, mirrored = (every(stream(many[2], batch=4, augment=a), 40) for a in (Augment(), Augment(flip=True)))
+    plain, mirrored = (all_batches(stream(many[2], batch=4, augment=a), 40) for a in (Augment(), Augment(flip=True)))
     same = flipped = 0
     for one, other in zip(plain, mirrored, strict=True):
         for a, b in zip(one.pixels.numpy(), other.pixels.numpy(), strict=True):
@@ -108,15 +108,15 @@ def test_every_other_picture_is_mirrored(many):
 
 
 def test_crops_are_drawn_along_the_side_that_is_too_long(many):
-    plain, drawn = (every(stream(many[2], batch=4, augment=a), 40) for a in (Augment(), Augment("random")))
+    plain, drawn = (all_batches(stream(many[2], batch=4, augment=a), 40) for a in (Augment(), Augment("random")))
     changed = [(a != b).any() for one, other in zip(plain, drawn, strict=True) for a, b in zip(one.pixels.numpy(), other.pixels.numpy(), strict=True)]
     assert 0.3 < np.mean(changed) < 0.9  # squares in the square bucket have nothing to draw
 
 
 def test_one_of_several_captions_is_chosen_by_slot(many):
-    captions = [caption for batch in every(stream(many[2], batch=4), 80) for caption in batch.captions]
-    words = [caption.split()[2] for caption in captions if len(caption.split()) == 3]
-    assert all(10 < words.count(word) < 50 for word in ("seen", "told", "shown"))
+    captions = [caption for batch in all_batches(stream(many[2], batch=4), 80) for caption in batch.captions]
+    variants = [caption.split()[2] for caption in captions if len(caption.split()) == 3]
+    assert all(10 < variants.count(word) < 50 for word in ("seen", "told", "shown"))
     assert any(len(caption.split()) == 2 for caption in captions)
 
 
@@ -131,8 +131,8 @@ def test_fixed_is_what_draws_nothing(many, tmp_path):
 
 
 def test_all_captions_each_once(many):
-    count, found = stream(many[2], batch=2).captions()
-    captions = list(found)
+    count, result = stream(many[2], batch=2).captions()
+    captions = list(result)
     assert count == 4 * PER_SHARD
     assert len(captions) == len(set(captions)) == 4 * PER_SHARD + 2 * PER_SHARD  # eleven samples of 44 have two more
     assert {"picture 1", "picture 0 told"} < set(captions)

@@ -11,9 +11,9 @@ VALUES = {"mean": torch.arange(6.0).reshape(2, 3), "std": torch.ones(2, 3, dtype
 def test_what_goes_in_comes_out():
     member = encoded.member(VALUES, MADE)
     assert encoded.fingerprint(member) == MADE
-    found = encoded.tensors(member, "latents")
-    assert found.keys() == VALUES.keys()
-    assert all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in VALUES.items())
+    tensors = encoded.tensors(member, "latents")
+    assert tensors.keys() == VALUES.keys()
+    assert all(torch.equal(tensors[name], value) and tensors[name].dtype == value.dtype for name, value in VALUES.items())
     assert encoded.member(VALUES, MADE) == member
 
 

@@ -1,4 +1,4 @@
-"""What a picture's header and a caption say, and which ones are refused."""
+"""Picture headers and captions: what is parsed, and which are refused."""
 
 import json
 import warnings
@@ -100,7 +100,7 @@ def test_a_picture_s_own_suffix():
 
 
 @pytest.mark.parametrize(
-    ("content", "suffix", "said"),
+    ("content", "suffix", "expected"),
     [
         (b" a cat \r\n", "txt", ["a cat"]),
         ("naïve, 日本, 🙂\nsecond line".encode(), "txt", ["naïve, 日本, 🙂\nsecond line"]),
@@ -117,8 +117,8 @@ def test_a_picture_s_own_suffix():
     ],
     ids=repr,
 )
-def test_what_a_caption_says(content, suffix, said):
-    assert pictures.captions(content, suffix) == said
+def test_what_a_caption_says(content, suffix, expected):
+    assert pictures.captions(content, suffix) == expected
 
 
 NOTHING = [
@@ -145,6 +145,6 @@ NOTHING = [
 ]
 
 
-@pytest.mark.parametrize(("content", "suffix", "words"), NOTHING, ids=lambda value: repr(value)[:20])
-def test_a_caption_that_says_nothing(content, suffix, words):
-    assert words in trouble(lambda: pictures.captions(content, suffix))
+@pytest.mark.parametrize(("content", "suffix", "expected"), NOTHING, ids=lambda value: repr(value)[:20])
+def test_a_caption_that_says_nothing(content, suffix, expected):
+    assert expected in trouble(lambda: pictures.captions(content, suffix))

@@ -1,4 +1,4 @@
-"""Pictures' pixels: what a picture of any kind, size and orientation becomes, and which ones are refused."""
+"""Decoded pixels of pictures of any kind, size and orientation, and which ones are refused."""
 
 import re
 import struct
@@ -32,14 +32,14 @@ def stripes(*colours: tuple[int, int, int], side: int = 8) -> Image.Image:
     return Image.fromarray(np.concatenate([np.full((side, side, 3), colour, np.uint8) for colour in colours], axis=1))
 
 
-def is_all(found: np.ndarray, colour: tuple[int, int, int]) -> bool:
-    return bool(np.abs(found.astype(int) - np.array(colour)).max() < 7)
+def is_all(actual: np.ndarray, colour: tuple[int, int, int]) -> bool:
+    return bool(np.abs(actual.astype(int) - np.array(colour)).max() < 7)
 
 
 def test_pixels_are_what_the_picture_has():
-    found = pixels(encoded(Image.new("RGB", (8, 8), (0, 51, 255))), 4)
-    assert (found.shape, found.dtype) == ((4, 4, 3), np.uint8)
-    assert found[1, 2].tolist() == [0, 51, 255]
+    actual = pixels(encoded(Image.new("RGB", (8, 8), (0, 51, 255))), 4)
+    assert (actual.shape, actual.dtype) == ((4, 4, 3), np.uint8)
+    assert actual[1, 2].tolist() == [0, 51, 255]
     assert (pixels(encoded(noise(side := 32, side, side)), side) == np.asarray(noise(side, side, side))).all()
 
 
@@ -58,29 +58,29 @@ def test_another_part_than_the_middle(where, colour):
 
 @pytest.mark.parametrize(("width", "height"), [(24, 8), (12, 4), (48, 16), (21, 7)])
 def test_a_picture_of_the_wanted_form_is_scaled_and_not_cropped(width, height):
-    found = pixels(encoded(stripes(RED, GREEN, BLUE)), width, height)
-    assert found.shape == (height, width, 3)
+    actual = pixels(encoded(stripes(RED, GREEN, BLUE)), width, height)
+    assert actual.shape == (height, width, 3)
     for third, colour in enumerate((RED, GREEN, BLUE)):
-        assert is_all(found[:, third * width // 3 + width // 8 : (third + 1) * width // 3 - width // 8], colour)
+        assert is_all(actual[:, third * width // 3 + width // 8 : (third + 1) * width // 3 - width // 8], colour)
 
 
 @pytest.mark.parametrize(("width", "height"), [(16, 8), (8, 16), (5, 3), (3, 5), (1, 1)])
 def test_any_form_is_cut_from_any_form(width, height):
     for image in (noise(0, 33, 17), noise(0, 17, 33), noise(0, 1, 40), noise(0, 2, 2)):
-        found = pixels(encoded(image), width, height)
-        assert found.shape == (height, width, 3)
+        actual = pixels(encoded(image), width, height)
+        assert actual.shape == (height, width, 3)
         scale = min(image.width / width, image.height / height)
         box = ((image.width - scale * width) / 2, (image.height - scale * height) / 2)
         expected = image.resize((width, height), Image.Resampling.LANCZOS, box=(*box, box[0] + scale * width, box[1] + scale * height))
-        assert (found == np.asarray(expected)).all()
+        assert (actual == np.asarray(expected)).all()
 
 
 @pytest.mark.parametrize("side", [4, 8, 24])
 def test_pictures_are_scaled_to_the_side(side):
-    found = pixels(encoded(stripes(RED, GREEN, side=16).crop((0, 0, 32, 16)).resize((32, 32))), side)
-    assert found.shape == (side, side, 3)
-    assert is_all(found[:, : side // 4], RED)
-    assert is_all(found[:, -(side // 4) :], GREEN)
+    actual = pixels(encoded(stripes(RED, GREEN, side=16).crop((0, 0, 32, 16)).resize((32, 32))), side)
+    assert actual.shape == (side, side, 3)
+    assert is_all(actual[:, : side // 4], RED)
+    assert is_all(actual[:, -(side // 4) :], GREEN)
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
@@ -90,9 +90,9 @@ def test_the_camera_s_orientation_is_applied(orientation, turn, form):
     exif = Image.Exif()
     exif[0x0112] = orientation
     kept = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(form, {})
-    found = pixels(encoded(image, form, exif=exif, **kept), 32).astype(int)
-    assert np.abs(found - pixels(encoded(image.rotate(turn)), 32)).mean() < 7
-    assert orientation == 1 or np.abs(found - pixels(encoded(image), 32)).mean() > 40
+    actual = pixels(encoded(image, form, exif=exif, **kept), 32).astype(int)
+    assert np.abs(actual - pixels(encoded(image.rotate(turn)), 32)).mean() < 7
+    assert orientation == 1 or np.abs(actual - pixels(encoded(image), 32)).mean() > 40
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -112,15 +112,15 @@ def test_every_kind_of_pixels_becomes_rgb(mode):
     else:
         image = Image.new("RGB", (8, 8), (128, 128, 128) if mode != "1" else (255, 255, 255)).convert(mode)
     for form in ("JPEG",) if mode == "CMYK" else ("PNG", "WEBP") if mode in ("RGB", "RGBA") else ("PNG",):
-        found = pixels(encoded(image, form))
-        assert found.shape == (8, 8, 3)
-        assert abs(found.mean() - (255 if mode == "1" else 128)) < 4
+        actual = pixels(encoded(image, form))
+        assert actual.shape == (8, 8, 3)
+        assert abs(actual.mean() - (255 if mode == "1" else 128)) < 4
 
 
 def test_sixteen_bits_are_scaled_and_not_clipped():
     ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
-    found = np.asarray(pictures.upright(encoded(Image.fromarray(ramp))))[:, :, 0]
-    assert np.abs(found - ramp / 257).max() <= 1
+    actual = np.asarray(pictures.upright(encoded(Image.fromarray(ramp))))[:, :, 0]
+    assert np.abs(actual - ramp / 257).max() <= 1
 
 
 def test_transparent_pixels_keep_their_colour():
@@ -132,9 +132,9 @@ def test_transparent_pixels_keep_their_colour():
 def test_a_large_jpeg_is_decoded_at_a_fraction_of_at_least_twice_the_target(target, size):
     image = Image.linear_gradient("L").resize((1024, 768)).convert("RGB")
     content = encoded(image, "JPEG", quality=100)
-    found = pictures.upright(content, target)
-    assert found.size == size
-    fine, coarse = (np.asarray(pictures.crop_resize(one, (64, 48))).astype(int) for one in (image, found))
+    actual = pictures.upright(content, target)
+    assert actual.size == size
+    fine, coarse = (np.asarray(pictures.crop_resize(one, (64, 48))).astype(int) for one in (image, actual))
     assert np.abs(fine - coarse).max() < 6
     assert pictures.upright(encoded(image), target).size == image.size
 
@@ -143,7 +143,7 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_at_least_twice_the_target(targ
 
 
 def header_only(width: int, height: int) -> bytes:
-    """A PNG that claims to be large and holds nothing."""
+    """A PNG whose header states a large size and that has no pixels."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))

@@ -1,4 +1,4 @@
-"""Shards: every damage is found where it is, and never makes a smaller set in silence."""
+"""Shards: every damage is detected at its offset and never silently drops samples."""
 
 import zlib
 from pathlib import Path
@@ -18,13 +18,13 @@ from tests.shards import (
     FORMS,
     SILENT,
     header,
+    header_offset,
     indexed,
     jpeg,
     member,
     pairs,
     parts,
     pax,
-    place_of,
     refusal,
     rejected,
     rows,
@@ -33,8 +33,8 @@ from tests.shards import (
 )  # fmt: skip
 
 
-def plain_webdataset(place) -> list[dict]:
-    return list(webdataset.WebDataset(str(place), shardshuffle=False, empty_check=False))
+def plain_webdataset(path) -> list[dict]:
+    return list(webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False))
 
 
 # ---- rejected shards -----------------------------------------------------------------------------------------------------------------
@@ -42,16 +42,16 @@ def plain_webdataset(place) -> list[dict]:
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_shard_is_rejected_or_read_up_to_the_damage(tmp_path, damage):
-    place, (content, offset, words) = tmp_path / "a.tar", damage(tar(pairs()))
-    said = refusal(lambda: scanned(place, content))
-    assert said.startswith(f"{place} is rejected at byte {offset}: ")
-    assert words in said
-    assert "Copy or write the shard again, or index it with --allow-partial" in said
-    found = scanned(place, allow_partial=True)
-    whole = [i for i in range(6) if place_of(tar(pairs()), f"{i:04d}.txt") + 512 + 9 <= offset]
-    assert parts(place, found, "caption") == [b"picture %d" % i for i in whole]
-    assert found.head["partial"]["offset"] == offset
-    assert [row["picture_crc"] for row in rows(scanned(place, allow_partial=True, empty_captions=True))] == [zlib.crc32(jpeg(i)) for i in whole]
+    path, (content, offset, expected) = tmp_path / "a.tar", damage(tar(pairs()))
+    message = refusal(lambda: scanned(path, content))
+    assert message.startswith(f"{path} is rejected at byte {offset}: ")
+    assert expected in message
+    assert "Copy or write the shard again, or index it with --allow-partial" in message
+    entry = scanned(path, allow_partial=True)
+    whole = [i for i in range(6) if header_offset(tar(pairs()), f"{i:04d}.txt") + 512 + 9 <= offset]
+    assert parts(path, entry, "caption") == [b"picture %d" % i for i in whole]
+    assert entry.head["partial"]["offset"] == offset
+    assert [row["picture_crc"] for row in rows(scanned(path, allow_partial=True, empty_captions=True))] == [zlib.crc32(jpeg(i)) for i in whole]
 
 
 @pytest.mark.parametrize("damage", SILENT.values(), ids=SILENT)
@@ -65,8 +65,8 @@ def test_plain_webdataset_would_lose_samples_without_a_word(tmp_path, damage):
 def test_the_same_name_twice(tmp_path, apart):
     content = tar([*pairs(1), *pairs(3)[2 : 2 + apart], ("0000.jpg", jpeg(7)), ("0000.txt", b"x")])
     second = content.rindex(b"0000.jpg")
-    said = refusal(lambda: scanned(tmp_path / "a.tar", content))
-    assert f"is rejected at byte {second}: '0000.jpg' is there twice" in said
+    message = refusal(lambda: scanned(tmp_path / "a.tar", content))
+    assert f"is rejected at byte {second}: '0000.jpg' is there twice" in message
 
 
 def test_a_missing_shard(tmp_path):
@@ -76,39 +76,39 @@ def test_a_missing_shard(tmp_path):
 
 
 def test_a_valid_empty_tar_holds_no_samples(tmp_path):
-    found = scanned(tmp_path / "a.tar", tar([]))
-    assert len(found) == 0
-    assert {len(column) for column in found.columns.values()} == {0}
+    entry = scanned(tmp_path / "a.tar", tar([]))
+    assert len(entry) == 0
+    assert {len(column) for column in entry.columns.values()} == {0}
 
 
 def test_more_members_than_anyone_needs(tmp_path, monkeypatch):
     monkeypatch.setattr(scan, "MAX_MEMBERS", 5)
     content = tar(pairs(3))
-    said = refusal(lambda: scanned(tmp_path / "a.tar", content))
-    assert f"at byte {place_of(content, '0002.txt')}: more than 5 members; write smaller shards" in said
+    message = refusal(lambda: scanned(tmp_path / "a.tar", content))
+    assert f"at byte {header_offset(content, '0002.txt')}: more than 5 members; write smaller shards" in message
 
 
 def test_a_sparse_member_and_a_link_reject_the_shard(tmp_path):
     good = b"".join(member(name.encode(), content) for name, content in pairs(1))
-    for bad, words in ((header(b"b", kind=b"S"), "sparse"), (pax(GNU_sparse_major="1"), "sparse"), (header(b"b.jpg", kind=b"2"), "symbolic link")):
-        said = refusal(lambda: scanned(tmp_path / "a.tar", good + bad + END))  # noqa: B023
-        assert f"at byte {len(good)}: " in said
-        assert words in said
+    for bad, expected in ((header(b"b", kind=b"S"), "sparse"), (pax(GNU_sparse_major="1"), "sparse"), (header(b"b.jpg", kind=b"2"), "symbolic link")):
+        message = refusal(lambda: scanned(tmp_path / "a.tar", good + bad + END))  # noqa: B023
+        assert f"at byte {len(good)}: " in message
+        assert expected in message
 
 
 # ---- any damage at all ---------------------------------------------------------------------------------------------------------------
 
 
-def attempt(place: Path, content: bytes) -> Sidecar | None:
+def attempt(path: Path, content: bytes) -> Sidecar | None:
     """None for a shard that is rejected."""
     try:
-        return scanned(place, content)
+        return scanned(path, content)
     except DataError as error:
-        return None if f"{place} is rejected at byte" in str(error) else pytest.fail(str(error))
+        return None if f"{path} is rejected at byte" in str(error) else pytest.fail(str(error))
 
 
 def same_or_named(good: Sidecar, damaged: Sidecar | None) -> bool:
-    """Whether the shard or samples are rejected, and all others are there as they were, or with another CRC."""
+    """Whether the shard or some samples are rejected, and all others are unchanged or have another CRC."""
     if damaged is None:
         return True
     old, new = ({row["key"]: {name: n for name, n in row.items() if "offset" not in name} for row in rows(one)} for one in (good, damaged))
@@ -120,12 +120,12 @@ def same_or_named(good: Sidecar, damaged: Sidecar | None) -> bool:
 @settings(max_examples=120)
 @given(data=st.data())
 def test_no_flipped_byte_makes_a_smaller_or_another_set_in_silence(tmp_path_factory, form, data):
-    place = tmp_path_factory.getbasetemp() / "flipped.tar"
+    path = tmp_path_factory.getbasetemp() / "flipped.tar"
     content = tar([(f"{'n' * 110}{name}", content) for name, content in pairs(2)] if form != "ustar" else pairs(2), FORMS[form])
-    good = scanned(place, content)
+    good = scanned(path, content)
     near = [st.integers(max(0, row["picture_offset"] - 2048), row["picture_offset"] - 1) for row in rows(good)]
     at = data.draw(st.one_of(st.integers(0, len(content) - 1), *near))
-    damaged = attempt(place, content[:at] + bytes([content[at] ^ data.draw(st.integers(1, 255))]) + content[at + 1 :])
+    damaged = attempt(path, content[:at] + bytes([content[at] ^ data.draw(st.integers(1, 255))]) + content[at + 1 :])
     assert same_or_named(good, damaged)
     if damaged is not None:
         assert damaged.head["sha256"] != good.head["sha256"]
@@ -136,22 +136,22 @@ def test_no_flipped_byte_makes_a_smaller_or_another_set_in_silence(tmp_path_fact
 @settings(max_examples=60)
 @given(start=st.integers(0, 30), length=st.integers(1, 30))
 def test_no_zeroed_or_overwritten_blocks_make_a_smaller_or_another_set_in_silence(tmp_path_factory, start, length):
-    place = tmp_path_factory.getbasetemp() / "blocks.tar"
+    path = tmp_path_factory.getbasetemp() / "blocks.tar"
     content = tar(pairs(3))
-    good = scanned(place, content)
+    good = scanned(path, content)
     old = content[512 * start : 512 * (start + length)]
     for new in (bytes(len(old)), content[: len(old)], np.random.default_rng(start).bytes(len(old))):
-        assert same_or_named(good, attempt(place, content[: 512 * start] + new + content[512 * start + len(old) :]))
+        assert same_or_named(good, attempt(path, content[: 512 * start] + new + content[512 * start + len(old) :]))
 
 
 def test_a_flipped_byte_of_a_picture_is_in_the_crc_and_seen_by_nobody_else(tmp_path):
-    good = scanned(place := tmp_path / "a.tar", content := tar(pairs(2)))
+    good = scanned(path := tmp_path / "a.tar", content := tar(pairs(2)))
     at = rows(good)[0]["picture_offset"] + 700
-    damaged = scanned(place, content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    damaged = scanned(path, content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
     assert damaged.head["rejected"] == []
     assert rows(damaged)[0]["picture_crc"] != rows(good)[0]["picture_crc"]
     assert rows(damaged)[1] == rows(good)[1]
-    assert len(plain_webdataset(place)) == 2
+    assert len(plain_webdataset(path)) == 2
 
 
 def test_an_index_is_the_same_for_the_same_shard(tmp_path):

@@ -21,12 +21,12 @@ from tests.shards import indexed, jpeg, pairs, refusal, tar
 TRANSPORT = Transport(ReadConfig())
 
 
-def shard(place: Path, *samples: tuple[str, int, int, str], extra: tuple[tuple[str, bytes], ...] = ()) -> str:
+def shard(path: Path, *samples: tuple[str, int, int, str], extra: tuple[tuple[str, bytes], ...] = ()) -> str:
     """An indexed tar of (key, width, height, caption)."""
-    place.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     members = [one for i, (key, w, h, text) in enumerate(samples) for one in ((f"{key}.jpg", jpeg(i, w, h)), (f"{key}.txt", text.encode()))]
-    assert indexed(place, tar([*members, *extra])).exit_code == 0
-    return str(place)
+    assert indexed(path, tar([*members, *extra])).exit_code == 0
+    return str(path)
 
 
 def numbered(folder: Path, count: int = 3) -> list[str]:
@@ -43,24 +43,24 @@ def built(shards: list[str], **options) -> Snapshot:
 
 def test_samples_are_numbered_in_the_order_of_the_shards(tmp_path):
     shards = numbered(tmp_path)
-    made = built(shards[::-1])
-    assert len(made) == 6
-    assert [Path(made.shard(row).url).name for row in range(6)] == ["2.tar"] * 3 + ["1.tar"] * 2 + ["0.tar"]
-    assert [(one.first, one.samples, one.repeat) for one in made.shards] == [(0, 3, 1), (3, 2, 1), (5, 1, 1)]
+    snap = built(shards[::-1])
+    assert len(snap) == 6
+    assert [Path(snap.shard(row).url).name for row in range(6)] == ["2.tar"] * 3 + ["1.tar"] * 2 + ["0.tar"]
+    assert [(one.first, one.samples, one.repeat) for one in snap.shards] == [(0, 3, 1), (3, 2, 1), (5, 1, 1)]
     for row, key in enumerate(("2-0", "2-1", "2-2", "1-0", "1-1", "0-0")):
-        span = made.span(row, "picture")
-        content = Path(made.shard(row).url).read_bytes()
+        span = snap.span(row, "picture")
+        content = Path(snap.shard(row).url).read_bytes()
         assert content[span.offset - 512 :].startswith(f"{key}.jpg".encode())
-        assert int(made.columns["key"][row]) == key_number(key)
+        assert int(snap.columns["key"][row]) == key_number(key)
         assert content[span.offset :][: span.bytes] == jpeg(int(key[-1]))
 
 
 def test_what_is_written_is_read_again(tmp_path):
-    made = built(numbered(tmp_path), filters=Filters(min_side=8), sources=["a"], folders={"b": "c"})
-    made.write(str(tmp_path / "a.snapshot"))
+    snap = built(numbered(tmp_path), filters=Filters(min_side=8), sources=["a"], folders={"b": "c"})
+    snap.write(str(tmp_path / "a.snapshot"))
     again = snapshot.read(str(tmp_path / "a.snapshot"))
-    assert (again.id, again.shards, len(again)) == (made.id, made.shards, len(made))
-    assert {name: column.tolist() for name, column in again.columns.items()} == {name: column.tolist() for name, column in made.columns.items()}
+    assert (again.id, again.shards, len(again)) == (snap.id, snap.shards, len(snap))
+    assert {name: column.tolist() for name, column in again.columns.items()} == {name: column.tolist() for name, column in snap.columns.items()}
     assert (again.head["sources"], again.head["folders"]) == (["a"], {"b": "c"})
     again.write(str(tmp_path / "b.snapshot"))
     assert (tmp_path / "b.snapshot").read_bytes() == (tmp_path / "a.snapshot").read_bytes()
@@ -69,10 +69,10 @@ def test_what_is_written_is_read_again(tmp_path):
 def test_an_id_is_of_what_the_samples_are_and_not_of_where_or_when(tmp_path):
     shards = numbered(tmp_path / "here")
     first = built(shards).id
-    moved = [str(shutil.copy(place, tmp_path)) for place in shards]
-    for place in moved:
-        os.utime(place, ns=(5, 5))
-        indexed(Path(place))
+    moved = [str(shutil.copy(path, tmp_path)) for path in shards]
+    for path in moved:
+        os.utime(path, ns=(5, 5))
+        indexed(Path(path))
     others = {
         "another place and time": built(moved).id,
         "another order": built(shards[::-1]).id,
@@ -93,10 +93,10 @@ def test_empty_shards_are_no_hindrance(tmp_path):
     empty = [shard(tmp_path / f"empty{i}.tar") for i in range(2)]
     fingerprint = json.dumps({"__metadata__": {"fingerprint": "{}"}}).encode()
     one = shard(tmp_path / "a.tar", ("a", 8, 8, "x"), extra=(("a.latents.safetensors", len(fingerprint).to_bytes(8, "little") + fingerprint),))
-    made = built([empty[0], one, empty[1]])
-    assert [(shard.url, shard.samples) for shard in made.shards] == [(one, 1)]
-    assert made.encodings == {"latents": {}}
-    assert made.span(0, "latents").bytes == len(fingerprint) + 8
+    snap = built([empty[0], one, empty[1]])
+    assert [(shard.url, shard.samples) for shard in snap.shards] == [(one, 1)]
+    assert snap.encodings == {"latents": {}}
+    assert snap.span(0, "latents").bytes == len(fingerprint) + 8
     assert len(built(empty)) == 0
 
 
@@ -120,18 +120,18 @@ SAMPLES = (("wide", 64, 16, "xx"), ("high", 16, 64, "xxxx"), ("small", 8, 8, "x"
     ],
 )
 def test_filters(tmp_path, filters, kept):
-    made = built([shard(tmp_path / "a.tar", *SAMPLES)], filters=filters)
-    assert [int(number) for number in made.columns["key"]] == [key_number(key) for key in kept.split()]
-    assert made.head["filters"] == filters.json()
+    snap = built([shard(tmp_path / "a.tar", *SAMPLES)], filters=filters)
+    assert [int(number) for number in snap.columns["key"]] == [key_number(key) for key in kept.split()]
+    assert snap.head["filters"] == filters.json()
 
 
 def test_quarantined_samples_are_left_out_of_their_own_shard_alone(tmp_path):
     one, other = shard(tmp_path / "a.tar", *SAMPLES), shard(tmp_path / "b.tar", *SAMPLES[::-1])
     sha256 = built([one]).shards[0].sha256
-    made = built([one, other], filters=Filters(without=frozenset({(sha256, key_number("high")), (sha256, key_number("no such"))})))
-    assert [shard.samples for shard in made.shards] == [3, 4]
-    assert key_number("high") not in made.columns["key"][:3].tolist()
-    json.dumps(made.head)
+    snap = built([one, other], filters=Filters(without=frozenset({(sha256, key_number("high")), (sha256, key_number("no such"))})))
+    assert [shard.samples for shard in snap.shards] == [3, 4]
+    assert key_number("high") not in snap.columns["key"][:3].tolist()
+    json.dumps(snap.head)
 
 
 @settings(max_examples=40)
@@ -173,38 +173,38 @@ def test_shards_of_other_encodings_do_not_mix(tmp_path):
         return (("a.latents.safetensors", len(head).to_bytes(8, "little") + head),)
 
     plain, one, other = (shard(tmp_path / f"{n}.tar", ("a", 8, 8, "x"), extra=extra) for n, extra in enumerate(((), stored("one"), stored("two"))))
-    said = refusal(lambda: built([one, other]))
-    assert f"{other} has other encodings than {one}. Encode both in the same way" in said
+    message = refusal(lambda: built([one, other]))
+    assert f"{other} has other encodings than {one}. Encode both in the same way" in message
     assert "other encodings" in refusal(lambda: built([plain, one]))
     old = built([plain]).shards[0].sha256
     assert len(built([plain, one], repeat=lambda sha256: int(sha256 != old))) == 1, "a shard that is not used may be as it likes"
 
 
 def test_a_shard_that_changed_is_refused_and_one_that_was_touched_is_not(tmp_path):
-    place = shard(tmp_path / "a.tar", *SAMPLES)
-    made, content = built([place]), Path(place).read_bytes()
-    assert snapshot.check(made, TRANSPORT) is made
-    os.utime(place, ns=(7, 7))
-    assert snapshot.check(made, TRANSPORT) is made
-    Path(place).write_bytes(content[:700] + bytes([content[700] ^ 1]) + content[701:])
-    assert "changed since it was indexed (its contents are others)" in refusal(lambda: snapshot.check(made, TRANSPORT), ChangedError)
-    Path(place).write_bytes(content + bytes(512))
-    said = refusal(lambda: snapshot.check(made, TRANSPORT), ChangedError)
-    assert f"it has {len(content) + 512} bytes, not {len(content)}" in said
-    Path(place).unlink()
-    assert f"{place} does not exist" in refusal(lambda: snapshot.check(made, TRANSPORT))
+    path = shard(tmp_path / "a.tar", *SAMPLES)
+    snap, content = built([path]), Path(path).read_bytes()
+    assert snapshot.check(snap, TRANSPORT) is snap
+    os.utime(path, ns=(7, 7))
+    assert snapshot.check(snap, TRANSPORT) is snap
+    Path(path).write_bytes(content[:700] + bytes([content[700] ^ 1]) + content[701:])
+    assert "changed since it was indexed (its contents are others)" in refusal(lambda: snapshot.check(snap, TRANSPORT), ChangedError)
+    Path(path).write_bytes(content + bytes(512))
+    message = refusal(lambda: snapshot.check(snap, TRANSPORT), ChangedError)
+    assert f"it has {len(content) + 512} bytes, not {len(content)}" in message
+    Path(path).unlink()
+    assert f"{path} does not exist" in refusal(lambda: snapshot.check(snap, TRANSPORT))
 
 
 def test_a_served_shard_that_changed_is_refused(tmp_path):
     local = Path(shard(tmp_path / "served" / "a.tar", *SAMPLES))
     with Server(tmp_path / "served") as server:
-        place = f"{server.url}/a.tar"
-        assert index.index(place, TRANSPORT, str(tmp_path / "to")).samples == 4
-        made = built([place], folder=str(tmp_path / "to"))
-        assert snapshot.check(made, TRANSPORT) is made
+        url = f"{server.url}/a.tar"
+        assert index.index(url, TRANSPORT, str(tmp_path / "to")).samples == 4
+        snap = built([url], folder=str(tmp_path / "to"))
+        assert snapshot.check(snap, TRANSPORT) is snap
         local.write_bytes(tar(pairs()))
-        assert f"{place} changed since it was indexed" in refusal(lambda: snapshot.check(made, TRANSPORT), ChangedError)
-        assert snapshot.check(made, TRANSPORT, remote=False) is made
+        assert f"{url} changed since it was indexed" in refusal(lambda: snapshot.check(snap, TRANSPORT), ChangedError)
+        assert snapshot.check(snap, TRANSPORT, remote=False) is snap
 
 
 @settings(max_examples=120)
@@ -219,15 +219,15 @@ def test_any_damage_to_a_snapshot_is_noticed(tmp_path_factory, data):
     cut = data.draw(st.booleans())
     file.write_bytes(content[:at] if cut else content[:at] + bytes([content[at] ^ data.draw(st.integers(1, 255))]) + content[at + 1 :])
     try:
-        found = snapshot.read(str(file))
+        result = snapshot.read(str(file))
     except DataError:
         return
     assert not cut
-    assert (found.id, found.shards) == (snapshot.read(str(good)).id, snapshot.read(str(good)).shards)  # JSON can be spelt in several ways
+    assert (result.id, result.shards) == (snapshot.read(str(good)).id, snapshot.read(str(good)).shards)  # JSON can be spelt in several ways
 
 
 @pytest.mark.parametrize(
-    ("head", "words"),
+    ("head", "expected"),
     [
         ({}, "is damaged (KeyError: 'shards')"),
         ({"shards": [{"place": "x"}]}, "is damaged (KeyError"),
@@ -235,15 +235,15 @@ def test_any_damage_to_a_snapshot_is_noticed(tmp_path_factory, data):
         ({"shards": [], "encodings": {}, "id": "x"}, "its id is not that of its contents"),
     ],
 )
-def test_a_forged_snapshot_is_refused(tmp_path, head, words):
+def test_a_forged_snapshot_is_refused(tmp_path, head, expected):
     (tmp_path / "a.snapshot").write_bytes(table.encode(snapshot.FORM, snapshot.VERSION, head, {"key": np.arange(3, dtype="<u8")}))
-    assert words in refusal(lambda: snapshot.read(str(tmp_path / "a.snapshot")))
+    assert expected in refusal(lambda: snapshot.read(str(tmp_path / "a.snapshot")))
 
 
 def test_other_files_are_no_snapshot(tmp_path):
-    place = shard(tmp_path / "a.tar", *SAMPLES)
-    for name, words in (("a.tar.index", "is no dev2pro snapshot. Correct the path"), ("a.tar", "is damaged or no"), ("none", "No such file")):
-        assert words in refusal(lambda: snapshot.read(str(tmp_path / name)))  # noqa: B023
-    made = built([place])
-    (tmp_path / "old").write_bytes(table.encode(snapshot.FORM, 0, made.head, made.columns))
+    path = shard(tmp_path / "a.tar", *SAMPLES)
+    for name, expected in (("a.tar.index", "is no dev2pro snapshot. Correct the path"), ("a.tar", "is damaged or no"), ("none", "No such file")):
+        assert expected in refusal(lambda: snapshot.read(str(tmp_path / name)))  # noqa: B023
+    snap = built([path])
+    (tmp_path / "old").write_bytes(table.encode(snapshot.FORM, 0, snap.head, snap.columns))
     assert "is a dev2pro snapshot of version 0; this dev2pro reads version 1" in refusal(lambda: snapshot.read(str(tmp_path / "old")))

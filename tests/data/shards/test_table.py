@@ -1,4 +1,4 @@
-"""Tables and the sidecars made of them: the same bytes for the same values, no code, and any damage is noticed."""
+"""Tables and sidecars: deterministic bytes, no code, and any damage is detected."""
 
 import json
 
@@ -20,33 +20,33 @@ HEAD = {"name": "ä", "list": [1, 2.5, None], "nested": {"b": 1, "a": "\udcff"}}
 COLUMN = {"long": np.arange(5, dtype="<u8") << 40, "byte": np.array([0, 1, 255, 3, 4], "u1"), "middle": np.arange(5, dtype="<u4")}
 
 
-def opened(content: bytes, place) -> list[tuple[dict, dict] | DataError]:
+def decode_both(content: bytes, path) -> list[tuple[dict, dict] | DataError]:
     """Both ways to read a file: from memory and mapped."""
-    place.write_bytes(content)
-    found: list[tuple[dict, dict] | DataError] = []
-    for way in (lambda: table.decode(content, FORM, VERSION, str(place)), lambda: table.open_mapped(str(place), FORM, VERSION)):
+    path.write_bytes(content)
+    result: list[tuple[dict, dict] | DataError] = []
+    for way in (lambda: table.decode(content, FORM, VERSION, str(path)), lambda: table.open_mapped(str(path), FORM, VERSION)):
         try:
-            found.append(way())
+            result.append(way())
         except DataError as error:
-            found.append(error)
-    assert all(str(error).startswith(str(place)) for error in found if isinstance(error, DataError))
-    return found
+            result.append(error)
+    assert all(str(error).startswith(str(path)) for error in result if isinstance(error, DataError))
+    return result
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def path(tmp_path_factory):
     return tmp_path_factory.mktemp("table") / "a.index"
 
 
-def test_what_goes_in_comes_out(place):
+def test_what_goes_in_comes_out(path):
     for columns in (COLUMN, {name: column[:0] for name, column in COLUMN.items()}, {}):
-        for head, found in opened(table.encode(FORM, VERSION, HEAD, columns), place):
+        for head, result in decode_both(table.encode(FORM, VERSION, HEAD, columns), path):
             assert head == {**HEAD, "form": FORM, "version": VERSION, "columns": table.columns_sum(columns)}
-            assert {name: (c.dtype, c.tolist()) for name, c in found.items()} == {name: (c.dtype, c.tolist()) for name, c in columns.items()}
+            assert {name: (c.dtype, c.tolist()) for name, c in result.items()} == {name: (c.dtype, c.tolist()) for name, c in columns.items()}
 
 
-def test_a_large_file_is_mapped_and_not_held(place):
-    _, (_, columns) = opened(table.encode(FORM, VERSION, HEAD, COLUMN), place)
+def test_a_large_file_is_mapped_and_not_held(path):
+    _, (_, columns) = decode_both(table.encode(FORM, VERSION, HEAD, COLUMN), path)
     assert all(isinstance(column, np.memmap) and not column.flags.writeable for column in columns.values())
 
 
@@ -61,34 +61,34 @@ def test_the_same_values_are_the_same_bytes():
     assert table.columns_sum({**COLUMN, "other": COLUMN["byte"]}) != table.columns_sum(COLUMN)
 
 
-def test_what_was_read_can_be_written_again(place):
+def test_what_was_read_can_be_written_again(path):
     content = table.encode(FORM, VERSION, HEAD, COLUMN)
-    for head, columns in opened(content, place):
+    for head, columns in decode_both(content, path):
         assert table.encode(FORM, VERSION, head, columns) == content
 
 
 @settings(max_examples=250)
 @given(data=st.data())
-def test_any_flipped_byte_is_noticed(place, data):
+def test_any_flipped_byte_is_noticed(path, data):
     content = table.encode(FORM, VERSION, HEAD, COLUMN)
     at = data.draw(st.integers(0, len(content) - 1))
     changed = content[:at] + bytes([content[at] ^ data.draw(st.integers(1, 255))]) + content[at + 1 :]
-    for found in opened(changed, place):
-        if not isinstance(found, DataError):  # JSON can be spelt in several ways
-            assert table.encode(FORM, VERSION, *found) == content
+    for result in decode_both(changed, path):
+        if not isinstance(result, DataError):  # JSON can be spelt in several ways
+            assert table.encode(FORM, VERSION, *result) == content
 
 
 @given(cut=st.integers(0, 10_000))
-def test_any_cut_is_noticed(place, cut):
+def test_any_cut_is_noticed(path, cut):
     content = table.encode(FORM, VERSION, HEAD, COLUMN)
-    assert all(isinstance(found, DataError) for found in opened(content[: cut % len(content)], place))
-    assert all(isinstance(found, DataError) for found in opened(content + b"x" * (cut + 1), place))
+    assert all(isinstance(result, DataError) for result in decode_both(content[: cut % len(content)], path))
+    assert all(isinstance(result, DataError) for result in decode_both(content + b"x" * (cut + 1), path))
 
 
-def test_a_changed_head_is_noticed_though_its_json_is_sound(place):
+def test_a_changed_head_is_noticed_though_its_json_is_sound(path):
     content = table.encode(FORM, VERSION, {**HEAD, "size": 1234}, COLUMN)
-    for found in opened(content.replace(b"1234", b"1235"), place):
-        assert "its contents are not those it was written with" in str(found)
+    for result in decode_both(content.replace(b"1234", b"1235"), path):
+        assert "its contents are not those it was written with" in str(result)
 
 
 def forged(head: object) -> bytes:
@@ -96,7 +96,7 @@ def forged(head: object) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "expected"),
     [
         (b"", "is damaged or no dev2pro test"),
         (b"\xff" * 100, "is damaged or no dev2pro test"),
@@ -111,57 +111,57 @@ def forged(head: object) -> bytes:
     ],
     ids=["empty", "rubbish", "a pickle", "no head", "another head", "deep", "a list", "nothing", "another form", "another version"],
 )
-def test_other_files_are_refused(place, content, words):
-    for found in opened(content, place):
-        assert words in str(found)
+def test_other_files_are_refused(path, content, expected):
+    for result in decode_both(content, path):
+        assert expected in str(result)
 
 
 def test_a_missing_file_and_a_folder(tmp_path):
-    for name, words in (("a\x1b[31mb", "No such file"), ("", "Is a directory")):
-        said = refusal(lambda: table.open_mapped(f"{tmp_path}/{name}", FORM, VERSION))  # noqa: B023
-        assert words in said
-        assert "Correct the path" in said
+    for name, expected in (("a\x1b[31mb", "No such file"), ("", "Is a directory")):
+        message = refusal(lambda: table.open_mapped(f"{tmp_path}/{name}", FORM, VERSION))  # noqa: B023
+        assert expected in message
+        assert "Correct the path" in message
 
 
 # ---- sidecars ------------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_sidecar_is_a_safetensors_file_without_code(tmp_path):
-    found = indexed(tmp_path / "a.tar", tar(pairs()))
+    outcome = indexed(tmp_path / "a.tar", tar(pairs()))
     with safe_open(tmp_path / "a.tar.index", "numpy") as file:
         assert {name: file.get_tensor(name).dtype for name in file.keys()} == {name: np.dtype(kind) for name, kind in COLUMNS.items()}  # noqa: SIM118
         head = json.loads(file.metadata()["head"])
-    assert found.samples == 6
+    assert outcome.samples == 6
     assert (head["size"], head["policy"]) == ((tmp_path / "a.tar").stat().st_size, {"empty_captions": False, "allow_partial": False})
 
 
 def test_a_damaged_sidecar_is_noticed_and_made_again(tmp_path):
-    place, transport = tmp_path / "a.tar", Transport(ReadConfig())
-    indexed(place, tar(pairs()))
+    path, transport = tmp_path / "a.tar", Transport(ReadConfig())
+    indexed(path, tar(pairs()))
     beside, good = tmp_path / "a.tar.index", (tmp_path / "a.tar.index").read_bytes()
-    other = table.encode(sidecar.FORM, sidecar.VERSION, scanned(place).head, COLUMN)
-    size = b'size\\": ' + str(place.stat().st_size).encode()
+    other = table.encode(sidecar.FORM, sidecar.VERSION, scanned(path).head, COLUMN)
+    size = b'size\\": ' + str(path.stat().st_size).encode()
     assert size in good
     for bad in (b"", good[:-1], good[:-1] + b"x", good.replace(size, size[:-1] + b"9"), other):
         beside.write_bytes(bad)
-        said = refusal(lambda: sidecar.read(str(place), transport))
-        assert said.startswith(f"{place} is not indexed ({beside} is damaged")
-        assert f"Index it with `python -m data.index {place}`" in said
-        assert not indexed(place).kept
+        message = refusal(lambda: sidecar.read(str(path), transport))
+        assert message.startswith(f"{path} is not indexed ({beside} is damaged")
+        assert f"Index it with `python -m data.index {path}`" in message
+        assert not indexed(path).reused
         assert beside.read_bytes() == good
-        assert len(sidecar.read(str(place), transport)) == 6
+        assert len(sidecar.read(str(path), transport)) == 6
 
 
 def test_a_shard_without_a_sidecar_says_how_to_make_one(tmp_path):
-    place = tmp_path / "it's here.tar"
-    said = refusal(lambda: sidecar.read(str(place), Transport(ReadConfig())))
-    assert f"{place} is not indexed ({place}.index does not exist" in said
-    assert f"""`python -m data.index '{tmp_path}/it'"'"'s here.tar'`""" in said
+    path = tmp_path / "it's here.tar"
+    message = refusal(lambda: sidecar.read(str(path), Transport(ReadConfig())))
+    assert f"{path} is not indexed ({path}.index does not exist" in message
+    assert f"""`python -m data.index '{tmp_path}/it'"'"'s here.tar'`""" in message
 
 
 def test_where_a_sidecar_lies():
     assert sidecar.path_of("/a/b.tar") == "/a/b.tar.index"
-    names = [sidecar.path_of(place, "/to") for place in ("/a/b.tar", "/c/b.tar", "https://h/a/b.tar", "/a/\udcffä;rm.tar", f"/a/{'x' * 300}.tar")]
+    names = [sidecar.path_of(path, "/to") for path in ("/a/b.tar", "/c/b.tar", "https://h/a/b.tar", "/a/\udcffä;rm.tar", f"/a/{'x' * 300}.tar")]
     assert len(set(names)) == 5
     for name in names:
         assert name.startswith("/to/")

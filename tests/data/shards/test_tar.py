@@ -10,18 +10,18 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.shards.tar import MAX_EXTENSION, DamagedTar, Member, _sum_is_right, walk
+from data.shards.tar import MAX_EXTENSION, DamagedTar, Member, _checksum_matches, walk
 from tests.shards import DAMAGES, END, FORMS, header, member, pairs, pax, tar
 
 
 def walked(content: bytes) -> list[Member]:
-    """What is found; offsets are asked for in growing order, and never past what a shard's window holds."""
-    asked = [0]
+    """The members. Checks that offsets increase and never exceed what the scan's reader holds."""
+    offsets = [0]
 
     def at(offset: int, length: int) -> bytes:
-        assert offset >= asked[-1]
+        assert offset >= offsets[-1]
         assert length >= 0
-        asked.append(offset)
+        offsets.append(offset)
         return content[offset : offset + length]
 
     return list(walk(at, len(content)))
@@ -56,12 +56,12 @@ MEMBERS = st.lists(st.tuples(NAMES, st.binary(max_size=1300), st.booleans()), ma
 @given(members=MEMBERS)
 def test_a_tar_is_read_as_python_s_tarfile_reads_it(form, members):
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=FORMS[form]) as made:
+    with tarfile.open(fileobj=buffer, mode="w", format=FORMS[form]) as archive:
         for name, content, is_folder in members:
             info = tarfile.TarInfo(name)
             info.type, info.size = (tarfile.DIRTYPE, 0) if is_folder else (tarfile.REGTYPE, len(content))
             with contextlib.suppress(ValueError) if form == "ustar" else contextlib.nullcontext():  # which has no room for every name
-                made.addfile(info, io.BytesIO(content))
+                archive.addfile(info, io.BytesIO(content))
     assert walked(buffer.getvalue()) == as_tarfile_has_it(buffer.getvalue())
 
 
@@ -82,8 +82,8 @@ def test_gnu_tar_s_own_archives_are_read(tmp_path, form):
         (tmp_path / "in" / name).write_text(name * 30)
     subprocess.run(["tar", f"--format={form}", "-cf", tmp_path / "a.tar", "-C", tmp_path / "in", "."], check=True)
     content = (tmp_path / "a.tar").read_bytes()
-    found = {one.name.removeprefix("./"): content[one.offset :][: one.size].decode() for one in walked(content)}
-    assert found == {name: name * 30 for name in names}
+    result = {one.name.removeprefix("./"): content[one.offset :][: one.size].decode() for one in walked(content)}
+    assert result == {name: name * 30 for name in names}
 
 
 @pytest.mark.parametrize("form", ["gnu", "pax"])
@@ -91,13 +91,13 @@ def test_gnu_tar_s_sparse_files_and_links_are_refused(tmp_path, form):
     with (tmp_path / "hole").open("wb") as file:
         file.truncate(1 << 28)
     os.link(tmp_path / "hole", tmp_path / "other")
-    for words, options in (("a sparse file (tar without --sparse", ["--sparse"]), ("'other' is a hard link (tar --hard-dereference", [])):
+    for expected, options in (("a sparse file (tar without --sparse", ["--sparse"]), ("'other' is a hard link (tar --hard-dereference", [])):
         if not options:
             (tmp_path / "hole").write_bytes(b"x")
         subprocess.run(["tar", f"--format={form}", *options, "-cf", tmp_path / "a.tar", "-C", tmp_path, "hole", "other"], check=True)
         content = (tmp_path / "a.tar").read_bytes()
         assert len(content) < 20_000
-        assert words in trouble(content)[1]
+        assert expected in trouble(content)[1]
 
 
 @pytest.mark.parametrize(
@@ -171,10 +171,10 @@ def test_an_empty_tar_is_a_tar():
 @pytest.mark.parametrize("form", ["ustar", "gnu"])
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damage_is_found_where_it_is(damage, form):
-    content, offset, words = damage(tar(pairs(), FORMS[form]))
-    found, reason = trouble(content)
-    assert found == offset
-    assert words in reason
+    content, offset, expected = damage(tar(pairs(), FORMS[form]))
+    result, reason = trouble(content)
+    assert result == offset
+    assert expected in reason
 
 
 A = member(b"a.jpg", b"x" * 600)  # 1536 bytes
@@ -213,9 +213,9 @@ HOSTILE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("content", "offset", "words"), HOSTILE.values(), ids=HOSTILE)
-def test_what_no_dataset_needs_is_refused(content, offset, words):
-    assert words in trouble(content + END)[1]
+@pytest.mark.parametrize(("content", "offset", "expected"), HOSTILE.values(), ids=HOSTILE)
+def test_what_no_dataset_needs_is_refused(content, offset, expected):
+    assert expected in trouble(content + END)[1]
     assert [trouble(before + content + END)[0] - len(before) for before in (b"", A, A + A)] == [offset] * 3
 
 
@@ -233,15 +233,15 @@ def test_a_pax_header_of_many_records_takes_no_time():
 def test_any_flipped_byte_of_a_header_is_seen(form, data):
     long = [("a folder/" + "n" * 80 + f"/{i}" + "x" * 30 + ".jpg", b"%d" % i * 700) for i in range(3)]
     good = tar(long, FORMS[form])
-    headers = [at for at in range(0, len(good), 512) if _sum_is_right(good[at : at + 512])]
+    headers = [at for at in range(0, len(good), 512) if _checksum_matches(good[at : at + 512])]
     at = data.draw(st.sampled_from(headers)) + data.draw(st.integers(0, 511))
     changed = good[:at] + bytes([good[at] ^ data.draw(st.integers(1, 255))]) + good[at + 1 :]
-    found = attempt(changed)
-    if isinstance(found, DamagedTar):
-        assert found.offset == at // 512 * 512
+    result = attempt(changed)
+    if isinstance(result, DamagedTar):
+        assert result.offset == at // 512 * 512
     else:  # the checksum's own field can be written in several ways
         assert 148 <= at % 512 < 156
-        assert found == walked(good)
+        assert result == walked(good)
 
 
 @given(data=st.data())
@@ -260,5 +260,5 @@ def test_any_cut_is_seen(data):
 def test_rubbish_ends_in_an_error_and_in_nothing_else(at, noise, seed):
     good = tar(pairs(2), list(FORMS.values())[seed % 3])
     for content in (good[:at] + noise + good[at + len(noise) :], noise, np.random.default_rng(seed).bytes(at) + good):
-        found = attempt(content)
-        assert not isinstance(found, DamagedTar) or 0 <= found.offset <= len(content)
+        result = attempt(content)
+        assert not isinstance(result, DamagedTar) or 0 <= result.offset <= len(content)

@@ -1,4 +1,4 @@
-"""The folder of bytes from afar: what it saves, what it never gives out, and that no trouble with it stops a read."""
+"""The disk cache: what it saves, what it never returns, and that its failures stop no read."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,7 @@ def shard(web, write_shard) -> dict[str, bytes]:
 
 @pytest.fixture
 def reader(web, shard, pin, tmp_path) -> Reader:
-    """With a cache; the requests of the web server are its own."""
+    """A reader with a cache; only it sends requests to the web server."""
     snapshot = pin(web.url + "/0.tar")
     web.requests.clear()
     return Reader(snapshot, impatient(cache=str(tmp_path / "cache"), cache_gb=1.0), PARTS)
@@ -47,20 +47,20 @@ def used(folder: Path) -> int:
 
 
 def test_what_was_fetched_is_there_without_a_request(tmp_path):
-    cache, asked = DiskCache(str(tmp_path / "new" / "cache"), 1e6), list[str]()
+    cache, fetched = DiskCache(str(tmp_path / "new" / "cache"), 1e6), list[str]()
 
     def fetch() -> bytes:
-        asked.append("x")
+        fetched.append("x")
         return b"0123456789"
 
     assert [cache.get("key", 10, fetch) for _ in range(3)] == [b"0123456789"] * 3
     assert DiskCache(str(tmp_path / "new" / "cache"), 1e6).get("key", 10, fetch) == b"0123456789"
     assert cache.get("other", 10, fetch) == b"0123456789"
-    assert len(asked) == 2
+    assert len(fetched) == 2
     cache.drop("key")
     cache.drop("never there")
     cache.get("key", 10, fetch)
-    assert len(asked) == 3
+    assert len(fetched) == 3
 
 
 def test_half_a_file_is_fetched_anew(tmp_path):
@@ -75,11 +75,11 @@ def test_what_was_used_longest_ago_goes_first(tmp_path):
     cache = DiskCache(str(tmp_path), 10_500)
     for number in range(10):
         cache.get(str(number), 1000, lambda: bytes(1000))
-        os.utime(cache._file(str(number)), (1000 + number, 1000 + number))
+        os.utime(cache._path(str(number)), (1000 + number, 1000 + number))
     for number in (0, 3):
         cache.get(str(number), 1000, lambda: pytest.fail("it is there"))
     cache.get("10", 1000, lambda: bytes(1000))
-    assert [name for name in map(str, range(11)) if cache._file(name).exists()] == ["0", "3", "4", "5", "6", "7", "8", "9", "10"]
+    assert [name for name in map(str, range(11)) if cache._path(name).exists()] == ["0", "3", "4", "5", "6", "7", "8", "9", "10"]
     for number in range(11, 80):
         cache.get(str(number), 1000, lambda: bytes(1000))
         assert used(tmp_path) <= 10_500
@@ -128,7 +128,7 @@ def test_neighbours_come_with_one_request(reader, shard, web, threads):
 
 def test_ahead_fetches_each_block_once(reader, shard, web):
     web.latency = 0.05
-    assert [found for _, found in reader.ahead((row, None) for row in range(150))] == [as_written(shard, row) for row in range(150)]
+    assert [samples for _, samples in reader.prefetch((row, None) for row in range(150))] == [as_written(shard, row) for row in range(150)]
     assert len(web.requests) == 3
 
 

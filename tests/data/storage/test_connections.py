@@ -1,4 +1,4 @@
-"""Whom a connection leads to, what it costs, and what of it is told."""
+"""Connections: refused peers, reuse, and what is logged."""
 
 import datetime
 import ipaddress
@@ -21,10 +21,10 @@ def always(fault):
     return lambda *_: fault
 
 
-def test_one_connection_serves_many_requests(web, asks):
-    stamp = asks.ask(web.url + "/a", 0, 1)[1]
+def test_one_connection_serves_many_requests(web, client):
+    info = client.get_range(web.url + "/a", 0, 1)[1]
     for start in range(50):
-        asks.ask(web.url + "/a", start, 5000, stamp)
+        client.get_range(web.url + "/a", start, 5000, info)
     assert (len(web.requests), web.connections) == (51, 1)
 
 
@@ -44,19 +44,19 @@ def test_what_answers_for_a_cloud_is_known_by_its_address(peer):
 
     connected = Connected()
     with pytest.raises(web_module._Forbidden):
-        web_module._looked_at(connected)
+        web_module._check_peer(connected)
     assert connected.closed
 
 
 NETWORK = """
 import sys
-from data.web import Web
+from data.storage.http import RangeClient
 from dev2pro.errors import DataError
 from tests.servers import Server
 for address in ("169.254.77.7", "::ffff:169.254.77.7", "127.0.0.1"):
     with Server(sys.argv[1], host=address.rpartition(":")[2]) as server:
         try:
-            Web(4, 5, 5).ask(server.url.replace("//169.254.77.7", f"//[{address}]") if ":" in address else server.url + "/a", 0, 1)
+            RangeClient(4, 5, 5).get_range(server.url.replace("//169.254.77.7", f"//[{address}]") if ":" in address else server.url + "/a", 0, 1)
             print("read")
         except DataError as error:
             print("refused" if "credentials" in str(error) else error)
@@ -65,7 +65,7 @@ for address in ("169.254.77.7", "::ffff:169.254.77.7", "127.0.0.1"):
 
 
 def test_a_link_local_host_is_asked_for_nothing_whatever_its_name(web):
-    """In a network of its own, where 169.254.77.7 is this machine."""
+    """In a network namespace in which 169.254.77.7 is this machine."""
     if not shutil.which("unshare") or subprocess.run(["unshare", "-rn", "true"], check=False).returncode:
         pytest.skip("no networks of one's own here")
     script = 'ip link set lo up && ip addr add 169.254.77.7/32 dev lo && exec "$@"'
@@ -83,8 +83,8 @@ def certificate(tmp_path_factory) -> Path:
 
     key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "tests")])
     now, names = datetime.datetime.now(datetime.UTC), x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    made = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + datetime.timedelta(days=1), [])
-    signed = made.add_extension(names, False).sign(key, hashes.SHA256())
+    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + datetime.timedelta(days=1), [])
+    signed = builder.add_extension(names, False).sign(key, hashes.SHA256())
     file = tmp_path_factory.mktemp("certificate") / "both.pem"
     form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     file.write_bytes(key.private_bytes(*form) + signed.public_bytes(serialization.Encoding.PEM))
@@ -112,16 +112,16 @@ def test_a_broken_https_connection_is_no_bad_certificate(web, certificate, kind)
         RangeClient(4, 0.5, 0.5).get_range(server.url + "/a", 0, 5000)
 
 
-def test_a_host_without_https_may_be_starting(web, asks):
+def test_a_host_without_https_may_be_starting(web, client):
     with pytest.raises(TransientError):
-        asks.ask(web.url.replace("http:", "https:") + "/a", 0, 10)
+        client.get_range(web.url.replace("http:", "https:") + "/a", 0, 10)
 
 
-def test_headers_that_cannot_be_read_bring_no_address_into_the_log(web, asks, caplog):
+def test_headers_that_cannot_be_read_bring_no_address_into_the_log(web, client, caplog):
     web.faults = always(Fault(headers={"Broken header": "x", "no colon\r\nETag": '"x"'}))
     with caplog.at_level(logging.DEBUG):
-        asks.ask(web.url + "/a", 0, 10)
+        client.get_range(web.url + "/a", 0, 10)
         web.faults = always("reset")
         with pytest.raises(TransientError):
-            asks.ask(web.url + "/a", 0, 10)
+            client.get_range(web.url + "/a", 0, 10)
     assert not [record for record in caplog.records if "/a" in record.getMessage()]

@@ -1,4 +1,4 @@
-"""Files of this machine: what is read of them while they come and go, and that what is written is whole at any moment."""
+"""Local files: reads while files change, and atomic writes."""
 
 import os
 import pathlib
@@ -22,15 +22,15 @@ def test_what_is_not_there_or_no_file_is_told_at_once(tmp_path):
     used, file = Transport(impatient()), tmp_path / "file"
     file.touch()
     os.mkfifo(tmp_path / "pipe")
-    for name, words in (
+    for name, expected in (
         ("none", "does not exist"),
         ("file/x", "does not exist"),
         ("", "is a folder"),
         ("pipe", "device or pipe"),
         ("x" * 300, "too long"),
     ):
-        for ask in (used.info, lambda place: used.read(place, 0, 1)):
-            with pytest.raises(DataError, match=words):
+        for ask in (used.info, lambda path: used.read(path, 0, 1)):
+            with pytest.raises(DataError, match=expected):
                 ask(str(tmp_path / name))
 
 
@@ -43,12 +43,12 @@ def test_a_file_that_may_not_be_read_is_told_at_once(tmp_path):
             tmp_path.chmod(0o755)
             os.chdir(tmp_path)
             os.seteuid(65534)
-        for place, ask in (
-            ("secret", lambda place: Transport(impatient()).read(place, 0, 1)),
-            ("new", lambda place: Transport(impatient()).write(place, b"")),
+        for path, ask in (
+            ("secret", lambda path: Transport(impatient()).read(path, 0, 1)),
+            ("new", lambda path: Transport(impatient()).write(path, b"")),
         ):
-            with pytest.raises(DataError, match=f"{place} may not be read or written"):
-                ask(place)
+            with pytest.raises(DataError, match=f"{path} may not be read or written"):
+                ask(path)
 
     tmp_path.chmod(0o555)
     assert in_child(work) == 0
@@ -64,10 +64,10 @@ def test_a_file_shorter_than_it_was_is_another_one(tmp_path):
 
 
 def test_a_file_that_took_the_place_of_another_is_read_anew(tmp_path):
-    place, used = str(tmp_path / "file"), Transport(impatient())
+    path, used = str(tmp_path / "file"), Transport(impatient())
     for content in (b"old", b"new", b"other"):
-        used.write(place, content)
-        assert used.read_all(place, 10) == content
+        used.write(path, content)
+        assert used.read_all(path, 10) == content
 
 
 def test_open_files_are_few_and_never_closed_under_a_reader(tmp_path):
@@ -90,10 +90,10 @@ def test_open_files_are_few_and_never_closed_under_a_reader(tmp_path):
 
 WRITER = """
 import sys
-from data.transport import write_local
+from data.storage.transport import write_atomic
 while True:
     for letter in (b"a", b"b"):
-        write_local(sys.argv[1], letter * 3_000_000)
+        write_atomic(sys.argv[1], letter * 3_000_000)
         print("x", flush=True)
 """
 
@@ -121,9 +121,9 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
 
 
 def test_threads_may_write_the_same_file(tmp_path):
-    place = str(tmp_path / "file")
+    path = str(tmp_path / "file")
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda number: write_atomic(place, bytes([number]) * 300_000), range(64)))
+        list(pool.map(lambda number: write_atomic(path, bytes([number]) * 300_000), range(64)))
     content = (tmp_path / "file").read_bytes()
     assert len(content) == 300_000
     assert len(set(content)) == 1

@@ -1,4 +1,4 @@
-"""Reads and writes that go on through whatever passes, and stop at once, with words, at whatever does not."""
+"""Reads and writes: retries for transient failures, an immediate and clear error for final ones."""
 
 import random
 import threading
@@ -25,8 +25,8 @@ def first(count: int, fault):
 )
 def test_what_passes_is_tried_again_until_it_is_right(web, fault):
     web.faults = first(1, fault)
-    found = Transport(impatient()).read(web.url + "/a", 100, 5000)
-    assert found == (web.folder / "a").read_bytes()[100:5100]
+    result = Transport(impatient()).read(web.url + "/a", 100, 5000)
+    assert result == (web.folder / "a").read_bytes()[100:5100]
     assert len(web.requests) == 2
 
 
@@ -34,7 +34,7 @@ def test_what_passes_is_tried_again_until_it_is_right(web, fault):
     ("fault", "reason"),
     [(503, "HTTP status 503"), ("reset", "broke"), ("stall", "silent"), ("short", "broke"), ("wrong range", "another range")],
 )
-@pytest.mark.parametrize("what", ["read", "stamp"])
+@pytest.mark.parametrize("what", ["read", "info"])
 def test_what_does_not_pass_ends_with_the_code_to_try_again(web, fault, reason, what):
     web.faults = lambda *_: fault
     used = Transport(impatient())
@@ -45,21 +45,21 @@ def test_what_does_not_pass_ends_with_the_code_to_try_again(web, fault, reason, 
 
 
 @pytest.mark.parametrize("fault", [404, 403, 410, 401, 301, "whole", "html"])
-@pytest.mark.parametrize("what", ["read", "stamp", "whole"])
+@pytest.mark.parametrize("what", ["read", "info", "read_all"])
 def test_what_cannot_pass_is_asked_for_once(web, fault, what):
     web.faults = lambda *_: fault
-    used, place = Transport(impatient(retries=5)), web.url + "/a"
-    with pytest.raises(DataError, match=f"^{place} "):
-        {"read": lambda: used.read(place, 0, 9), "stamp": lambda: used.info(place), "whole": lambda: used.read_all(place, 1 << 20)}[what]()
+    used, url = Transport(impatient(retries=5)), web.url + "/a"
+    with pytest.raises(DataError, match=f"^{url} "):
+        {"read": lambda: used.read(url, 0, 9), "info": lambda: used.info(url), "read_all": lambda: used.read_all(url, 1 << 20)}[what]()
     assert len(web.requests) == 1
 
 
 def test_a_changed_file_is_asked_for_once(web):
     used = Transport(impatient(retries=5))
-    stamp = used.info(web.url + "/a")
+    info = used.info(web.url + "/a")
     (web.folder / "a").write_bytes(b"another one")
     with pytest.raises(ChangedError, match="changed since it was indexed"):
-        used.read(web.url + "/a", 0, 9, stamp)
+        used.read(web.url + "/a", 0, 9, info)
     assert len(web.requests) == 2
 
 
@@ -93,14 +93,14 @@ def test_a_read_that_flows_is_not_asked_for_twice(web):
 
 def test_many_threads_share_few_connections(web):
     content, used = (web.folder / "a").read_bytes(), Transport(impatient(threads=4, idle_timeout=30, connect_timeout=10))
-    stamp = used.info(web.url + "/a")
+    info = used.info(web.url + "/a")
 
     def work(seed: int) -> None:
         draw = random.Random(seed)
         for _ in range(200):
             start = draw.randrange(90_000)
             length = draw.randrange(1, 10_000)
-            assert used.read(web.url + "/a", start, length, stamp) == content[start : start + length]
+            assert used.read(web.url + "/a", start, length, info) == content[start : start + length]
 
     with ThreadPoolExecutor(32) as pool:
         list(pool.map(work, range(32)))
@@ -112,27 +112,27 @@ def test_many_threads_share_few_connections(web):
 def test_a_small_file_is_read_whole_within_its_limit(web):
     used = Transport(impatient())
     assert used.read_all(web.url + "/a", 100_000) == used.read_all(str(web.folder / "a"), 100_000) == (web.folder / "a").read_bytes()
-    for place in (web.url + "/a", str(web.folder / "a")):
+    for url in (web.url + "/a", str(web.folder / "a")):
         with pytest.raises(DataError, match="100,000 bytes, more than the 99,999"):
-            used.read_all(place, 99_999)
+            used.read_all(url, 99_999)
 
 
 def test_a_forked_process_reads_with_a_transport_of_its_own(web):
-    used, place = Transport(impatient(idle_timeout=10)), web.url + "/a"
-    content, stamp = (web.folder / "a").read_bytes(), used.info(place)
-    used.read(place, 0, 10, stamp)
+    used, url = Transport(impatient(idle_timeout=10)), web.url + "/a"
+    content, info = (web.folder / "a").read_bytes(), used.info(url)
+    used.read(url, 0, 10, info)
 
     def work() -> None:
         own = Transport(impatient(idle_timeout=10))
         for start in range(50):
-            assert own.read(place, start, 1000, stamp) == content[start : start + 1000]
+            assert own.read(url, start, 1000, info) == content[start : start + 1000]
             assert own.read(str(web.folder / "a"), start, 1000) == content[start : start + 1000]
 
-    busy = threading.Thread(target=lambda: [used.read(place, start, 5000, stamp) for start in range(100)])
+    busy = threading.Thread(target=lambda: [used.read(url, start, 5000, info) for start in range(100)])
     busy.start()
     assert [in_child(work) for _ in range(3)] == [0, 0, 0]
     busy.join()
-    assert used.read(place, 5, 10, stamp) == content[5:15]
+    assert used.read(url, 5, 10, info) == content[5:15]
 
 
 def test_nothing_is_written_to_the_web(web):
@@ -142,15 +142,15 @@ def test_nothing_is_written_to_the_web(web):
 
 
 @pytest.mark.parametrize(
-    "place", ["pipe:touch {}", "a.tar::pipe:touch {}", "pipe:touch {};", "file:a;touch {}", "$(touch {})", "`touch {}`", "|touch {}"]
+    "url", ["pipe:touch {}", "a.tar::pipe:touch {}", "pipe:touch {};", "file:a;touch {}", "$(touch {})", "`touch {}`", "|touch {}"]
 )
-def test_no_part_of_a_place_is_run(tmp_path, monkeypatch, place):
+def test_no_part_of_a_place_is_run(tmp_path, monkeypatch, url):
     monkeypatch.setenv("GOPEN_REWRITE", "a.tar=pipe:touch")
     monkeypatch.chdir(tmp_path)
-    place, used = place.format("ran"), Transport(impatient())
+    url, used = url.format("ran"), Transport(impatient())
     for ask in (used.info, lambda one: used.read(one, 0, 1), lambda one: used.read_all(one, 9), lambda one: urls.expand(one, "data.train")):
         with pytest.raises(DataError):
-            ask(urls.normalize(place))
+            ask(urls.normalize(url))
     assert not list(tmp_path.iterdir())
 
 
@@ -161,19 +161,19 @@ def test_only_the_web_and_s3_are_addresses(scheme):
 
 
 @pytest.mark.parametrize(
-    "place", ["http://user:hush@host/a.tar", "s3://hush@bucket/a.tar", "https://host/a.tar?X-Amz-Signature=hush", "http://host/a#hush"]
+    "url", ["http://user:hush@host/a.tar", "s3://hush@bucket/a.tar", "https://host/a.tar?X-Amz-Signature=hush", "http://host/a#hush"]
 )
-def test_secrets_in_a_place_are_refused_and_not_repeated(place):
+def test_secrets_in_a_place_are_refused_and_not_repeated(url):
     with pytest.raises(DataError) as caught:
-        urls.normalize(place)
+        urls.normalize(url)
     assert "hush" not in str(caught.value)
 
 
 def test_a_stamp_is_known_by_its_numbers():
-    stamp = FileInfo(5, "etag", "now")
-    assert FileInfo(**stamp.json()) == stamp
-    assert stamp.difference(FileInfo(5, "etag", "later")) == ""
-    assert stamp.difference(FileInfo(6, "etag", "now")) == "it has 6 bytes, not 5"
-    assert stamp.difference(FileInfo(5, "other", "now"))
-    assert stamp.difference(FileInfo(5, "", "later"))
-    assert not stamp.difference(FileInfo(5))
+    info = FileInfo(5, "etag", "now")
+    assert FileInfo(**info.json()) == info
+    assert info.difference(FileInfo(5, "etag", "later")) == ""
+    assert info.difference(FileInfo(6, "etag", "now")) == "it has 6 bytes, not 5"
+    assert info.difference(FileInfo(5, "other", "now"))
+    assert info.difference(FileInfo(5, "", "later"))
+    assert not info.difference(FileInfo(5))

@@ -13,8 +13,8 @@ def touched(folder, *names: str) -> None:
         (folder / name).write_bytes(b"")
 
 
-def found(folder, pattern: str) -> list[str]:
-    return [os.path.relpath(place, folder) for place in urls.expand(f"{folder}/{pattern}", "data.train")]
+def expand_in(folder, pattern: str) -> list[str]:
+    return [os.path.relpath(url, folder) for url in urls.expand(f"{folder}/{pattern}", "data.train")]
 
 
 # ---- what a pattern names ------------------------------------------------------------------------------------------------------------
@@ -22,11 +22,11 @@ def found(folder, pattern: str) -> list[str]:
 
 def test_stars_and_braces_in_order(tmp_path):
     touched(tmp_path, *(f"train-{i:03d}.tar" for i in (2, 0, 1)), "heldout-000.tar", ".hidden.tar")
-    assert found(tmp_path, "train-*.tar") == ["train-000.tar", "train-001.tar", "train-002.tar"]
-    assert found(tmp_path, "train-{000..001}.tar") == ["train-000.tar", "train-001.tar"]
-    assert found(tmp_path, "train-{002,000}.tar") == ["train-002.tar", "train-000.tar"]
-    assert found(tmp_path, "{train,heldout}-*.tar") == ["train-000.tar", "train-001.tar", "train-002.tar", "heldout-000.tar"]
-    assert found(tmp_path, "train-00?.tar") == found(tmp_path, "train-*.tar")
+    assert expand_in(tmp_path, "train-*.tar") == ["train-000.tar", "train-001.tar", "train-002.tar"]
+    assert expand_in(tmp_path, "train-{000..001}.tar") == ["train-000.tar", "train-001.tar"]
+    assert expand_in(tmp_path, "train-{002,000}.tar") == ["train-002.tar", "train-000.tar"]
+    assert expand_in(tmp_path, "{train,heldout}-*.tar") == ["train-000.tar", "train-001.tar", "train-002.tar", "heldout-000.tar"]
+    assert expand_in(tmp_path, "train-00?.tar") == expand_in(tmp_path, "train-*.tar")
 
 
 @pytest.mark.parametrize("pattern", ["nothing.tar", "train-*.tar", "train-{0..3.tar", "train-{000..003}.tar", "{train,no}-*.tar", "a.tar::pipe:ls"])
@@ -34,12 +34,12 @@ def test_what_is_missing_is_an_error_and_never_left_out(tmp_path, pattern):
     touched(tmp_path, "train-000.tar", "train-001.tar", "train-003.tar", *(["no"] if "*" in pattern else []))
     if pattern == "train-*.tar":
         tmp_path = tmp_path / "empty"
-    said = refusal(lambda: found(tmp_path, pattern))
-    assert said.startswith("data.train: nothing matches ")
+    message = refusal(lambda: expand_in(tmp_path, pattern))
+    assert message.startswith("data.train: nothing matches ")
     missing = {"train-{000..003}.tar": "train-002.tar", "{train,no}-*.tar": "no-*.tar"}.get(pattern, pattern)
-    assert f"{tmp_path}/{missing}" in said
-    assert f"{tmp_path}/{pattern}" in said
-    assert said.endswith("Correct the path or address, or bring the file back.")
+    assert f"{tmp_path}/{missing}" in message
+    assert f"{tmp_path}/{pattern}" in message
+    assert message.endswith("Correct the path or address, or bring the file back.")
 
 
 @pytest.mark.parametrize(
@@ -48,14 +48,14 @@ def test_what_is_missing_is_an_error_and_never_left_out(tmp_path, pattern):
 )
 def test_a_file_of_that_very_name_goes_before_a_pattern(tmp_path, name):
     touched(tmp_path, name, "a.tar", "b.tar", "axb.tar")
-    assert found(tmp_path, name) == [name]
+    assert expand_in(tmp_path, name) == [name]
 
 
 def test_a_name_that_is_not_utf_8(tmp_path):
     (tmp_path / os.fsdecode(b"\xff.tar")).write_bytes(b"")
-    (place,) = urls.expand(f"{tmp_path}/*.tar", "x")
-    assert os.fsencode(place).endswith(b"/\xff.tar")
-    assert urls.redact_url(place).endswith("/\\udcff.tar")
+    (url,) = urls.expand(f"{tmp_path}/*.tar", "x")
+    assert os.fsencode(url).endswith(b"/\xff.tar")
+    assert urls.redact_url(url).endswith("/\\udcff.tar")
 
 
 def test_paths_are_kept_absolute(tmp_path, monkeypatch):
@@ -75,9 +75,9 @@ def test_stars_in_a_bucket():
     with moto() as bucket:
         for key in ("a/1.tar", "a/0.tar", "a/0.tar.index", "b/2.tar"):
             bucket.put(key, b"x")
-        assert urls.expand(bucket.place("a/*.tar"), "x") == [bucket.place("a/0.tar"), bucket.place("a/1.tar")]
-        assert urls.expand(bucket.place("{b,a}/?.tar"), "x") == [bucket.place(key) for key in ("b/2.tar", "a/0.tar", "a/1.tar")]
-        assert f"nothing matches {bucket.place('c/*.tar')}" in refusal(lambda: urls.expand(bucket.place("c/*.tar"), "x"))
+        assert urls.expand(bucket.url("a/*.tar"), "x") == [bucket.url("a/0.tar"), bucket.url("a/1.tar")]
+        assert urls.expand(bucket.url("{b,a}/?.tar"), "x") == [bucket.url(key) for key in ("b/2.tar", "a/0.tar", "a/1.tar")]
+        assert f"nothing matches {bucket.url('c/*.tar')}" in refusal(lambda: urls.expand(bucket.url("c/*.tar"), "x"))
         assert "s3://no-such-bucket/*.tar" in refusal(lambda: urls.expand("s3://no-such-bucket/*.tar", "x"))
 
 
@@ -89,21 +89,21 @@ def test_a_bucket_that_cannot_be_listed_says_what_to_set(monkeypatch):
         import s3fs
 
         s3fs.S3FileSystem.clear_instance_cache()
-        said = refusal(lambda: urls.expand(bucket.place("*.tar"), "x"))
-    assert f"{bucket.place('*.tar')} cannot be listed" in said
-    assert "AWS_ACCESS_KEY_ID" in said
+        message = refusal(lambda: urls.expand(bucket.url("*.tar"), "x"))
+    assert f"{bucket.url('*.tar')} cannot be listed" in message
+    assert "AWS_ACCESS_KEY_ID" in message
 
 
 def test_a_store_that_is_away_may_be_back_later():
     with environment(**s3_environment("http://127.0.0.1:1"), AWS_MAX_ATTEMPTS="1"):
-        said = refusal(lambda: urls.expand("s3://bucket/*.tar", "x"), TryAgainError)
-    assert said.startswith("s3://bucket/*.tar cannot be listed (EndpointConnectionError)")
+        message = refusal(lambda: urls.expand("s3://bucket/*.tar", "x"), TryAgainError)
+    assert message.startswith("s3://bucket/*.tar cannot be listed (EndpointConnectionError)")
 
 
 @pytest.mark.parametrize("pattern", ["{1..99999999999}", "{9999..0001}{1..9999}", "{a,b}{0..2000000..2}", "{1..%s}" % ("9" * 3999)])
 def test_braces_that_name_more_places_than_there_are(pattern):
-    said = refusal(lambda: urls.expand(f"https://host/{pattern}", "data.train"))
-    assert said == f"data.train: https://host/{pattern} names more than 1,000,000 places. Correct the numbers in its braces."
+    message = refusal(lambda: urls.expand(f"https://host/{pattern}", "data.train"))
+    assert message == f"data.train: https://host/{pattern} names more than 1,000,000 places. Correct the numbers in its braces."
 
 
 def test_braces_with_steps():
@@ -114,7 +114,7 @@ def test_braces_with_steps():
 
 
 @pytest.mark.parametrize(
-    ("place", "words"),
+    ("url", "expected"),
     [
         ("ftp://user:hunter2@host/a.tar", "ftp://host/a.tar cannot be read: of addresses only http://, https://, s3:// are"),
         ("gs://bucket/a.tar", "gs://bucket/a.tar cannot be read"),
@@ -127,10 +127,10 @@ def test_braces_with_steps():
         ("http://u:hunter2@\u2100/a.tar", "http://\u2100/a.tar is no address."),
     ],
 )
-def test_addresses_that_are_not_read(place, words):
-    said = refusal(lambda: urls.normalize(place))
-    assert said.startswith(words)
-    assert "hunter2" not in said
+def test_addresses_that_are_not_read(url, expected):
+    message = refusal(lambda: urls.normalize(url))
+    assert message.startswith(expected)
+    assert "hunter2" not in message
 
 
 def test_schemes_are_known_in_any_spelling():
@@ -141,7 +141,7 @@ def test_schemes_are_known_in_any_spelling():
 
 
 @pytest.mark.parametrize(
-    ("place", "shown"),
+    ("url", "shown"),
     [
         ("https://u:p@host/a.tar?token=x#y", "https://host/a.tar"),
         ("https://u@v:p@host", "https://host"),
@@ -151,5 +151,5 @@ def test_schemes_are_known_in_any_spelling():
         ("/ä 日本 🙂 [bold].tar", "/ä 日本 🙂 [bold].tar"),
     ],
 )
-def test_what_is_shown_holds_no_hunter2_and_nothing_a_terminal_obeys(place, shown):
-    assert urls.redact_url(place) == shown
+def test_what_is_shown_holds_no_hunter2_and_nothing_a_terminal_obeys(url, shown):
+    assert urls.redact_url(url) == shown

@@ -1,4 +1,4 @@
-"""What may go and what may not: chains, nests, runs under way, and any graph that hypothesis thinks of."""
+"""Which artifacts gc removes and which it keeps: chains, nests, unfinished runs, and random graphs from hypothesis."""
 
 import fcntl
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as some
+from hypothesis import strategies as st
 
 from dev2pro.artifacts import gc, record, run_folder, store
 from dev2pro.artifacts.record import Artifact
@@ -21,31 +21,31 @@ from tests.servers import environment, s3_environment
 from tests.stores import files, refusal
 
 
-def build(place: Path, parents: dict[str, str], content: str = "") -> Artifact:
-    """A small artifact; `content` tells it from others."""
-    place.mkdir(parents=True)
-    (place / "weights").write_text(content or place.name)
-    return record.write(str(place), "test", "thing", Config("x"), parents, step=1, metrics={})
+def build(folder: Path, parents: dict[str, str], content: str = "") -> Artifact:
+    """A small artifact; `content` distinguishes it from others."""
+    folder.mkdir(parents=True)
+    (folder / "weights").write_text(content or folder.name)
+    return record.write(str(folder), "test", "thing", Config("x"), parents, step=1, metrics={})
 
 
 @pytest.fixture
 def chain(tmp_path, monkeypatch) -> dict[str, Artifact]:
     """base <- recovered <- lora <- evaluation; another <- recovered; alone."""
     monkeypatch.chdir(tmp_path)
-    made: dict[str, Artifact] = {"base": build(Path("runs/base"), {})}
+    artifacts: dict[str, Artifact] = {"base": build(Path("runs/base"), {})}
     for name, above in (("recovered", "base"), ("lora", "recovered"), ("evaluation", "lora"), ("another", "recovered"), ("alone", "")):
-        made[name] = build(Path(f"runs/{name}"), {"from": f"runs/{above}"} if above else {})
-    return made
+        artifacts[name] = build(Path(f"runs/{name}"), {"from": f"runs/{above}"} if above else {})
+    return artifacts
 
 
-def names(some: list[Artifact]) -> set[str]:
-    return {Path(made.uri).name for made in some}
+def names(artifacts: list[Artifact]) -> set[str]:
+    return {Path(artifact.uri).name for artifact in artifacts}
 
 
 def test_what_is_kept_keeps_all_that_it_was_made_from(chain):
-    found = gc.plan_gc(["runs"], ["runs/lora"])
-    assert names(found.unneeded) == {"evaluation", "another", "alone"}
-    assert names(found.kept) == {"lora", "recovered", "base"}
+    plan = gc.plan_gc(["runs"], ["runs/lora"])
+    assert names(plan.unneeded) == {"evaluation", "another", "alone"}
+    assert names(plan.kept) == {"lora", "recovered", "base"}
     assert not gc.plan_gc(["runs"], ["runs"]).unneeded
     assert names(gc.plan_gc(["runs/alone", "runs/base"], ["runs/evaluation"]).unneeded) == {"alone"}
     assert names(gc.plan_gc(["runs"], ["runs/alone"]).unneeded) == set(chain) - {"alone"}
@@ -57,17 +57,17 @@ def test_parents_are_known_by_id_wherever_they_lie(chain, tmp_path):
     shutil.rmtree("runs/recovered")
     shutil.copytree("runs/lora", "copies/lora")
     shutil.move(f"store/{chain['recovered'].id}", "runs/elsewhere")
-    found = gc.plan_gc(["runs"], ["copies/lora"])
-    assert names(found.unneeded) == {"evaluation", "another", "alone"}
-    assert names(found.kept) == {"lora", "elsewhere", "moved"}
+    plan = gc.plan_gc(["runs"], ["copies/lora"])
+    assert names(plan.unneeded) == {"evaluation", "another", "alone"}
+    assert names(plan.kept) == {"lora", "elsewhere", "moved"}
 
 
-def test_a_parent_that_is_gone_is_told(chain):
+def test_a_parent_that_is_gone_is_reported(chain):
     shutil.rmtree("runs/recovered")
-    found = gc.plan_gc(["runs"], ["runs/lora"])
-    assert names(found.unneeded) == {"evaluation", "another", "alone", "base"}
-    assert "runs/recovered" in found.notes[0]
-    assert "is gone" in found.notes[0]
+    plan = gc.plan_gc(["runs"], ["runs/lora"])
+    assert names(plan.unneeded) == {"evaluation", "another", "alone", "base"}
+    assert "runs/recovered" in plan.notes[0]
+    assert "is gone" in plan.notes[0]
 
 
 def test_a_parent_whose_store_is_not_reached_stops_everything(chain, monkeypatch):
@@ -107,15 +107,15 @@ def test_a_nested_artifact_keeps_its_files_when_the_outer_one_goes(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     inner = build(Path("runs/outer/inner"), {})
     (Path("runs/outer") / "weights").write_text("outer")
-    begun = Config("runs/outer/begun")
-    run_folder.acquire(begun.out, "test", begun, {})
+    unfinished = Config("runs/outer/begun")
+    run_folder.acquire(unfinished.out, "test", unfinished, {})
     run_folder.release()
-    (Path(begun.out) / "weights").write_text("half")
+    (Path(unfinished.out) / "weights").write_text("half")
     outer = record.write("runs/outer", "test", "thing", Config("x"), {}, step=1, metrics={})
     assert {"inner/weights", "inner/artifact.json", "begun/weights"} < {one["path"] for one in outer.files}
     assert names(gc.plan_gc(["runs"], ["runs/outer"]).unneeded) == set(), "what lies in a kept one's folder is kept"
-    found = gc.plan_gc(["runs"], ["runs/outer/inner"])
-    assert names(found.unneeded) == {"outer"}
+    plan = gc.plan_gc(["runs"], ["runs/outer/inner"])
+    assert names(plan.unneeded) == {"outer"}
     before = files("runs/outer/inner"), files("runs/outer/begun")
     gc.remove(outer)
     assert (files("runs/outer/inner"), files("runs/outer/begun")) == before
@@ -129,10 +129,10 @@ def test_unfinished_runs_are_not_touched_and_keep_what_they_go_on_from(chain):
     run_folder.release()
     (Path("runs/begun") / "checkpoint-1").mkdir()
     before = files("runs/begun")
-    found = gc.plan_gc(["runs"], ["runs/alone"])
-    assert names(found.unneeded) == {"another", "evaluation"}
-    for made in found.unneeded:
-        gc.remove(made)
+    plan = gc.plan_gc(["runs"], ["runs/alone"])
+    assert names(plan.unneeded) == {"another", "evaluation"}
+    for artifact in plan.unneeded:
+        gc.remove(artifact)
     assert files("runs/begun") == before
     assert Path("runs/begun/checkpoint-1").is_dir()
 
@@ -164,39 +164,39 @@ def test_a_store_in_s3_is_tidied_as_well(chain, proxy):
     for name in ("base", "recovered", "lora", "alone"):
         chain[name] = record.read(store.pull(store.push(build(Path(f"x/{name}"), {}, name).uri, "s3://store/models")))
     child = build(Path("x/child"), {"from": f"s3://store/models/{chain['lora'].id}"})
-    found = gc.plan_gc(["s3://store/models"], [child.uri])
-    assert {made.id for made in found.unneeded} == {chain[name].id for name in ("base", "recovered", "alone")}
+    plan = gc.plan_gc(["s3://store/models"], [child.uri])
+    assert {artifact.id for artifact in plan.unneeded} == {chain[name].id for name in ("base", "recovered", "alone")}
     proxy.requests.clear()
-    gc.remove(found.unneeded[0])
+    gc.remove(plan.unneeded[0])
     removed = [path for method, path in proxy.requests if method == "DELETE"]
     assert removed[0].endswith("/artifact.json")
-    assert {made.id for made in gc.artifacts("s3://store/models")} == {chain["lora"].id, *(made.id for made in found.unneeded[1:])}
+    assert {artifact.id for artifact in gc.artifacts("s3://store/models")} == {chain["lora"].id, *(artifact.id for artifact in plan.unneeded[1:])}
     assert "nothing of that name" in refusal(ConfigError, lambda: gc.plan_gc(["s3://store/typo"], [child.uri]))
 
 
 @settings(max_examples=60)
 @given(
-    graph=some.lists(some.sets(some.integers(0, 9), max_size=3), min_size=1, max_size=10),
-    keep=some.sets(some.integers(0, 9), min_size=1),
-    data=some.data(),
+    graph=st.lists(st.sets(st.integers(0, 9), max_size=3), min_size=1, max_size=10),
+    keep=st.sets(st.integers(0, 9), min_size=1),
+    data=st.data(),
 )
 def test_no_ancestor_of_what_is_kept_ever_goes(graph, keep, data):
     """Artifacts have parents among the ones before them, and folders that may lie in each other's."""
-    kept = {number % len(graph) for number in keep}
+    kept, numbers = {number % len(graph) for number in keep}, set(range(len(graph)))
     before, folder = Path.cwd(), tempfile.mkdtemp()
     os.chdir(folder)
     try:
-        made, places = list[Artifact](), list[str]()
+        artifacts, paths = list[Artifact](), list[str]()
         for number, above in enumerate(graph):
-            inside = data.draw(some.sampled_from(["runs", *(place for place in places if place.count("/") < 3)]))
-            places.append(f"{inside}/{number}")
-            Path(places[-1]).mkdir(parents=True)
-            (Path(places[-1]) / "weights").write_text(str(number))
-            parents = {f"p{one % number}": places[one % number] for one in sorted(above) if number}
-            made.append(record.write(places[-1], "test", "thing", Config("x"), parents, step=1, metrics={}))
-        found = gc.plan_gc(["runs"], [places[number] for number in kept])
-        before_removal = {one.id: files(one.uri)["weights"] for one in made}
-        for one in found.unneeded:
+            inside = data.draw(st.sampled_from(["runs", *(path for path in paths if path.count("/") < 3)]))
+            paths.append(f"{inside}/{number}")
+            Path(paths[-1]).mkdir(parents=True)
+            (Path(paths[-1]) / "weights").write_text(str(number))
+            parents = {f"p{one % number}": paths[one % number] for one in sorted(above) if number}
+            artifacts.append(record.write(paths[-1], "test", "thing", Config("x"), parents, step=1, metrics={}))
+        plan = gc.plan_gc(["runs"], [paths[number] for number in kept])
+        before_removal = {one.id: files(one.uri)["weights"] for one in artifacts}
+        for one in plan.unneeded:
             gc.remove(one)
         needed, todo = set[int](), list(kept)
         while todo:
@@ -204,13 +204,14 @@ def test_no_ancestor_of_what_is_kept_ever_goes(graph, keep, data):
             needed.add(number)
             todo += [one % number for one in graph[number] if number]
         for number in needed:
-            assert record.read(places[number]).id == made[number].id
-            assert files(places[number])["weights"] == before_removal[made[number].id]
-        inside_kept = {n for n in range(len(graph)) if any(places[n].startswith(places[k] + "/") for k in range(len(graph)) if k in needed)}
-        gone = {n for n in range(len(graph)) if not (Path(places[n]) / "artifact.json").exists()}
-        assert gone <= set(range(len(graph))) - needed - inside_kept
-        if not inside_kept:
-            assert gone == set(range(len(graph))) - needed
+            assert record.read(paths[number]).id == artifacts[number].id
+            assert files(paths[number])["weights"] == before_removal[artifacts[number].id]
+        within = {n for n in numbers for k in needed if paths[n].startswith(f"{paths[k]}/")}
+        around = {n for n in numbers for k in needed if paths[k].startswith(f"{paths[n]}/")}  # a record names a path in its folder
+        gone = {n for n in numbers if not (Path(paths[n]) / "artifact.json").exists()}
+        assert gone <= numbers - needed - within
+        if not within | around:
+            assert gone == numbers - needed
     finally:
         os.chdir(before)
         shutil.rmtree(folder)
@@ -219,20 +220,20 @@ def test_no_ancestor_of_what_is_kept_ever_goes(graph, keep, data):
 def test_without_delete_nothing_is_deleted_and_with_it_what_was_listed(chain, tmp_path):
     root = Path(record.ROOT)
 
-    def run_gc(*words: str) -> str:
+    def run_gc(*args: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "dev2pro.artifacts", "gc", "runs", "--keep", "runs/lora", *words],
+            [sys.executable, "-m", "dev2pro.artifacts", "gc", "runs", "--keep", "runs/lora", *args],
             env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, check=True, timeout=120,
         )  # fmt: skip
         return done.stdout
 
     before = files("runs")
-    said = run_gc()
+    output = run_gc()
     assert files("runs") == before
-    assert "3 unneeded" in said
-    assert "3 kept, or needed by what is kept" in said
-    assert all(f"unneeded  {chain[name].id[:12]}  thing" in said for name in ("evaluation", "another", "alone"))
-    assert "Nothing was removed" in said
+    assert "3 unneeded" in output
+    assert "3 kept, or needed by what is kept" in output
+    assert all(f"unneeded  {chain[name].id[:12]}  thing" in output for name in ("evaluation", "another", "alone"))
+    assert "Nothing was removed" in output
     assert "3 removed" in run_gc("--delete")
     assert names(gc.artifacts("runs")) == {"lora", "recovered", "base"}
     assert sorted(os.listdir("runs")) == ["base", "lora", "recovered"]

@@ -1,4 +1,4 @@
-"""`python -m dev2pro.artifacts`, in this process where that tells the same, and as a command where it does not."""
+"""`python -m dev2pro.artifacts`, in this process where that is equivalent, else as a command."""
 
 import inspect
 import json
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture
 def lora(tmp_path, monkeypatch, parents) -> record.Artifact:
-    """On a recovered model on a base."""
+    """A LoRA trained on a recovered model of a base."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lora", "data.train=[a b]", "steps=3"])
     make(Config("recovered"), {"base": "model"})
@@ -33,12 +33,12 @@ def lora(tmp_path, monkeypatch, parents) -> record.Artifact:
 
 
 @pytest.fixture
-def said(monkeypatch, capfd) -> Callable[..., tuple[int, str, str]]:
-    """(exit code, stdout, stderr)."""
+def run_command(monkeypatch, capfd) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command: (exit code, stdout, stderr)."""
 
-    def run(*words: str) -> tuple[int, str, str]:
+    def run(*args: str) -> tuple[int, str, str]:
         handler = signal.getsignal(signal.SIGTERM)
-        monkeypatch.setattr(sys, "argv", ["artifact", *words])
+        monkeypatch.setattr(sys, "argv", ["artifact", *args])
         capfd.readouterr()
         with pytest.raises(SystemExit) as end:
             __main__.main()
@@ -48,8 +48,8 @@ def said(monkeypatch, capfd) -> Callable[..., tuple[int, str, str]]:
     return run
 
 
-def test_what_is_whole_is_verified_with_its_parents(lora, said):
-    code, out, err = said("verify", "lora")
+def test_what_is_whole_is_verified_with_its_parents(lora, run_command):
+    code, out, err = run_command("verify", "lora")
     assert (code, err) == (0, "")
     assert f"lora: whole, thing {lora.id[:12]}, 3 files, " in out
     assert "recovered: whole, thing " in out
@@ -57,12 +57,12 @@ def test_what_is_whole_is_verified_with_its_parents(lora, said):
     assert "lora: its judge, openai/clip, is by name, and was not looked at." in out
 
 
-def test_a_line_for_every_problem_and_exit_code_3(lora, said):
+def test_a_line_for_every_problem_and_exit_code_3(lora, run_command):
     (Path("lora") / "transformer/weights.bin").write_bytes(b"WEIGHTS")
     (Path("recovered") / "metrics.jsonl").unlink()
     (Path("model") / "new").touch()
     (Path("lora") / "notes.txt").touch()
-    code, out, _ = said("verify", "lora")
+    code, out, _ = run_command("verify", "lora")
     assert code == 3
     assert "lora/transformer/weights.bin: has other contents" in out
     assert "recovered/metrics.jsonl: is missing. Bring the old file back" in out
@@ -71,110 +71,110 @@ def test_a_line_for_every_problem_and_exit_code_3(lora, said):
     assert "whole" not in out
 
 
-def test_strangers_leftovers_and_parents_that_are_gone_are_no_problem(lora, said):
+def test_untracked_files_leftovers_and_parents_that_are_gone_are_no_problem(lora, run_command):
     shutil.rmtree("recovered")
     (Path("lora") / "notes.txt").touch()
     (Path("lora") / "checkpoint-1").mkdir()
-    code, out, _ = said("verify", "lora")
+    code, out, _ = run_command("verify", "lora")
     assert code == 0
     assert "its trained_on, recovered, is gone" in out
 
 
-def test_what_was_pruned_has_a_record_and_is_whole_only_as_an_ancestor(lora, said):
+def test_what_was_pruned_has_a_record_and_is_whole_only_as_an_ancestor(lora, run_command):
     weights = Path("recovered/transformer/model.safetensors")
     weights.write_bytes(b"weights" * 1000)
     above = record.write("recovered", "test", "thing", Config("recovered"), {"base": "model"}, step=3, metrics={})
     record.write("lora", "test", "thing", Config("lora"), {"trained_on": "recovered"}, step=3, metrics={})
     (Path("recovered") / "checkpoint-3").mkdir()
     (Path("recovered") / "checkpoint-3/weights.safetensors").write_bytes(b"state" * 1000)
-    assert said("prune", "recovered")[1] == "recovered: left as it is: it is in use\n"
+    assert run_command("prune", "recovered")[1] == "recovered: left as it is: it is in use\n"
     run_folder.release()
-    assert said("prune", "recovered") == (0, "recovered: 12 kB removed; its record stays\n", "")
+    assert run_command("prune", "recovered") == (0, "recovered: 12 kB removed; its record stays\n", "")
     assert sorted(str(file.relative_to("recovered")) for file in Path("recovered").rglob("*") if file.is_file()) == [
         "artifact.json", "config.json", "metrics.jsonl", "pruned.json", "transformer/weights.bin",
     ]  # fmt: skip
-    assert said("prune", "recovered")[1] == "recovered: 0 bytes removed; its record stays\n"
-    code, out, _ = said("verify", "lora")
+    assert run_command("prune", "recovered")[1] == "recovered: 0 bytes removed; its record stays\n"
+    code, out, _ = run_command("verify", "lora")
     assert code == 0
     assert f"recovered: whole but for 1 files that were removed to make room, thing {above.id[:12]}, 3 files, " in out
-    assert f"trained_on  thing {above.id[:12]}  pruned  recovered" in said("lineage", "lora")[1]
-    code, out, _ = said("verify", "recovered")
+    assert f"trained_on  thing {above.id[:12]}  pruned  recovered" in run_command("lineage", "lora")[1]
+    code, out, _ = run_command("verify", "recovered")
     assert code == 3
     assert f"{weights}: was removed to make room. Bring the old file back" in out
-    assert said("push", "recovered", "store")[0] == 3
-    (Path("recovered") / "transformer/weights.bin").unlink()  # of which the note does not speak
-    assert "weights.bin: is missing" in said("verify", "lora")[1]
-    weights.write_bytes(b"others")  # nor of others in their place
-    code, out, _ = said("verify", "lora")
+    assert run_command("push", "recovered", "store")[0] == 3
+    (Path("recovered") / "transformer/weights.bin").unlink()  # which pruned.json does not list
+    assert "weights.bin: is missing" in run_command("verify", "lora")[1]
+    weights.write_bytes(b"others")  # other contents in its place are not excused either
+    code, out, _ = run_command("verify", "lora")
     assert code == 3
     assert f"{weights}: has 6 bytes, not 7,000" in out
 
 
-def test_what_was_pruned_is_no_ancestor_only_where_it_is_asked_for(lora, said):
+def test_what_was_pruned_is_no_ancestor_only_where_it_is_asked_for(lora, run_command):
     record.write_json(Path("recovered/pruned.json"), {"files": ["transformer/weights.bin"]})
     (Path("recovered") / "transformer/weights.bin").unlink()
-    assert said("verify", "lora")[0] == 0
+    assert run_command("verify", "lora")[0] == 0
     for paths in (("lora", "recovered"), ("recovered", "lora")):
-        code, out, _ = said("verify", *paths)
+        code, out, _ = run_command("verify", *paths)
         assert code == 3
         assert "recovered/transformer/weights.bin: was removed to make room" in out
 
 
-def test_there_may_be_more_generations_than_python_nests_calls(said, tmp_path, monkeypatch):
+def test_there_may_be_more_generations_than_python_nests_calls(run_command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     limit = sys.getrecursionlimit()
-    made = {"id": "0" * 64, "uri": "base"}
+    parent = {"id": "0" * 64, "uri": "base"}
     for number in range(400):
         Path(str(number)).mkdir()
-        lineage = [{"role": "start", "uri": made["uri"], "id": made["id"]}]
+        lineage = [{"role": "start", "uri": parent["uri"], "id": parent["id"]}]
         id = record.compute_id("thing", "test", record.digest({}), lineage, [])
         path = record.Artifact("thing", "test", id, {}, record.digest({}), lineage, 1, {}, [])
         values = {key: value for key, value in vars(path).items() if key != "uri"}
         (Path(str(number)) / "artifact.json").write_text(json.dumps(values))
-        made = {"id": id, "uri": str(number)}
+        parent = {"id": id, "uri": str(number)}
     sys.setrecursionlimit(len(inspect.stack()) + 300)
-    code, out, _ = said("verify", made["uri"])
+    code, out, _ = run_command("verify", parent["uri"])
     assert code == 0
     assert out.count(": whole, thing") == 400
-    code, out, _ = said("lineage", made["uri"])
+    code, out, _ = run_command("lineage", parent["uri"])
     assert code == 0
     assert out.count("start  thing") == 399
     assert sys.getrecursionlimit() < limit  # else a nested file of others, read later, would end the process
     sys.setrecursionlimit(limit)
 
 
-def test_what_is_made_again_is_pruned_no_more(lora, said):
+def test_what_is_made_again_is_pruned_no_more(lora, run_command):
     record.write_json(Path("recovered/pruned.json"), {"files": ["transformer/weights.bin"]})
     record.invalidate("recovered")
     record.write("recovered", "test", "thing", Config("recovered"), {"base": "model"}, step=3, metrics={"loss": 0.5})
-    assert "trained_on  thing" in said("lineage", "lora")[1]
-    assert "pruned" not in said("lineage", "lora")[1]
+    assert "trained_on  thing" in run_command("lineage", "lora")[1]
+    assert "pruned" not in run_command("lineage", "lora")[1]
 
 
-def test_what_an_unfinished_run_was_given_is_not_pruned(lora, said, tmp_path):
+def test_what_an_unfinished_run_was_given_is_not_pruned(lora, run_command, tmp_path):
     (tmp_path / "recovered/model.safetensors").write_bytes(b"weights")
     record.write("recovered", "test", "thing", Config("recovered"), {"base": "model"}, step=3, metrics={})
     (tmp_path / "runs/begun").mkdir(parents=True)
     for given in ({"config": {"trained_on": "recovered"}, "parents": {}}, {"config": {}, "parents": {"start": record.read("recovered").id}}):
         record.write_json(tmp_path / "runs/begun/config.json", {"stage": "lora", **given})
-        assert said("prune", "recovered", "--runs", "runs")[1] == "recovered: left as it is: an unfinished run was given it\n"
+        assert run_command("prune", "recovered", "--runs", "runs")[1] == "recovered: left as it is: an unfinished run was given it\n"
     assert Path("recovered/model.safetensors").exists()
     shutil.rmtree("runs/begun")
     run_folder.release()
-    assert said("prune", "recovered", "--runs", "runs")[1] == "recovered: 7 bytes removed; its record stays\n"
+    assert run_command("prune", "recovered", "--runs", "runs")[1] == "recovered: 7 bytes removed; its record stays\n"
 
 
-def test_a_forged_record_does_not_verify(lora, said):
+def test_a_forged_record_does_not_verify(lora, run_command):
     path = Path("lora/artifact.json")
     path.write_text(path.read_text().replace('"kind": "thing"', '"kind": "lora"'))
-    code, out, _ = said("verify", "lora", "recovered")
+    code, out, _ = run_command("verify", "lora", "recovered")
     assert code == 3
     assert "lora/artifact.json: its contents give the id" in out
     assert "recovered: whole" in out
 
 
-def test_what_made_it_is_shown(lora, said):
-    code, out, _ = said("show", "lora")
+def test_what_made_it_is_shown(lora, run_command):
+    code, out, _ = run_command("show", "lora")
     assert code == 0
     for line in (
         "kind          thing", f"id            {lora.id}", f"git revision  {lora.git_revision}", "steps         3",
@@ -185,9 +185,9 @@ def test_what_made_it_is_shown(lora, said):
         assert line in out, line
 
 
-def test_the_biography_is_a_tree(lora, said):
+def test_the_lineage_is_a_tree(lora, run_command):
     (Path("model") / "new").touch()
-    code, out, _ = said("lineage", "lora")
+    code, out, _ = run_command("lineage", "lora")
     assert code == 0
     base, above = record.read("recovered").parents[0]["id"][:12], record.read("recovered").id[:12]
     assert out.splitlines() == [
@@ -199,66 +199,66 @@ def test_the_biography_is_a_tree(lora, said):
     ]
 
 
-def test_a_shared_parent_is_drawn_once_and_a_circle_has_an_end(lora, said):
+def test_a_shared_parent_is_drawn_once_and_a_circle_has_an_end(lora, run_command):
     make(Config("both"), {"one": "lora", "two": "recovered"})
-    _, out, _ = said("lineage", "both")
+    _, out, _ = run_command("lineage", "both")
     assert out.count("recovered  (see above)") == 1
-    path = Path("recovered/artifact.json")  # no honest record can do this: ids are hashes of ids
+    path = Path("recovered/artifact.json")  # only a forged record can do this: ids are hashes of ids
     path.write_text(path.read_text().replace('"uri": "model"', '"uri": "both"').replace(record.fingerprint("model"), record.read("both").id))
-    code, out, _ = said("lineage", "both")
+    code, out, _ = run_command("lineage", "both")
     assert code == 0
     assert "both  (see above)" in out
-    assert said("verify", "both")[0] == 3
+    assert run_command("verify", "both")[0] == 3
 
 
-def test_push_and_pull_say_only_the_place(lora, said, proxy):
+def test_push_and_pull_print_only_the_url_or_folder(lora, run_command, proxy):
     Path("recovered").rename("lora/../elsewhere")
-    code, out, _ = said("push", "lora", "s3://store/models")
+    code, out, _ = run_command("push", "lora", "s3://store/models")
     assert (code, out) == (0, f"s3://store/models/{lora.id}\n")
-    assert said("pull", out.strip()) == (0, f"{store.CACHE}/{lora.id}\n", "")
-    assert said("show", f"s3://store/models/{lora.id}")[0] == 0
-    assert said("lineage", f"s3://store/models/{lora.id}")[1].startswith(f"thing {lora.id[:12]}  s3://store/models/")
-    assert said("verify", f"s3://store/models/{lora.id}")[0] == 0
+    assert run_command("pull", out.strip()) == (0, f"{store.CACHE}/{lora.id}\n", "")
+    assert run_command("show", f"s3://store/models/{lora.id}")[0] == 0
+    assert run_command("lineage", f"s3://store/models/{lora.id}")[1].startswith(f"thing {lora.id[:12]}  s3://store/models/")
+    assert run_command("verify", f"s3://store/models/{lora.id}")[0] == 0
 
 
-def test_errors_are_one_paragraph_with_their_exit_code(lora, said, proxy, monkeypatch):
+def test_errors_are_one_paragraph_with_their_exit_code(lora, run_command, proxy, monkeypatch):
     monkeypatch.setattr("dev2pro.retry.LONGEST_PAUSE", 0.01)
     (Path("broken")).mkdir()
     Path("broken/artifact.json").write_text("[]")
-    for code, words in (
+    for code, args in (
         (2, ["show", "model"]), (2, ["push", "lora", "https://me:hush@host/x"]), (2, ["pull", "s3://store/x"]), (2, ["verify", "nowhere"]),
         (2, ["lineage", "broken"]), (2, ["push", "lora", "s3://no-such-bucket"]), (2, ["gc", "nowhere", "--keep", "lora"]),
     ):  # fmt: skip
-        got, out, err = said(*words)
-        assert (got, out) == (code, ""), (words, err)
+        exit_code, out, err = run_command(*args)
+        assert (exit_code, out) == (code, ""), (args, err)
         assert err.startswith("artifact: ")
         assert err.count("\n") == 1
         assert not any(secret in err for secret in (SECRET, "hush", "Traceback", "AKIA"))
     proxy.rule = lambda *_: 500
-    assert said("push", "lora", "s3://store")[0] == 75
+    assert run_command("push", "lora", "s3://store")[0] == 75
     (Path("lora") / "config.json").unlink()
-    assert said("push", "lora", "store")[0] == 3
+    assert run_command("push", "lora", "store")[0] == 3
 
 
 @pytest.mark.parametrize("word", [[], ["verify"], ["show"], ["lineage"], ["push"], ["pull"], ["gc"]])
-def test_help_is_there(said, word):
-    code, out, _ = said(*word, "--help")
+def test_help_is_there(run_command, word):
+    code, out, _ = run_command(*word, "--help")
     assert code == 0
     assert f"python -m dev2pro.artifacts {' '.join(word)}" in out
 
 
-def test_names_from_elsewhere_do_not_steer_the_terminal(lora, said):
+def test_names_from_elsewhere_do_not_steer_the_terminal(lora, run_command):
     path = Path("recovered/artifact.json")
     path.write_text(path.read_text().replace('"uri": "model"', '"uri": "\\u001b[2J[bold]x"'))
     for word in ("show", "lineage", "verify"):
-        _, out, err = said(word, "recovered")
+        _, out, err = run_command(word, "recovered")
         assert "\x1b" not in out + err
         assert "\\x1b[2J[bold]x" in out
 
 
-def started(*words: str, **how) -> subprocess.Popen:
+def started(*args: str, **how) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
-    return subprocess.Popen([sys.executable, "-m", "dev2pro.artifacts", *words], env=environment, stderr=subprocess.PIPE, text=True, **how)
+    return subprocess.Popen([sys.executable, "-m", "dev2pro.artifacts", *args], env=environment, stderr=subprocess.PIPE, text=True, **how)
 
 
 def test_it_answers_as_a_command_and_loads_no_torch(lora):

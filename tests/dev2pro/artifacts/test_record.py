@@ -12,13 +12,13 @@ from tests.records import Config, make
 
 def test_what_was_written_is_read(tmp_path, parents):
     config = Config(str(tmp_path / "out"))
-    made = make(config, parents, inference={"arm": "x"})
-    assert record.read(config.out) == made
-    assert (made.kind, made.stage, made.step, made.metrics, made.inference) == ("thing", "test", 3, {"loss": 0.5}, {"arm": "x"})
-    assert made.config == {"steps": 3, "names": ["a"], "optim": {"lr": 0.1}}
-    assert [f["path"] for f in made.files] == ["config.json", "metrics.jsonl", "transformer/weights.bin"]
-    assert {p["role"]: p["uri"] for p in made.parents} == parents
-    assert made.packages["torch"]
+    artifact = make(config, parents, inference={"arm": "x"})
+    assert record.read(config.out) == artifact
+    assert (artifact.kind, artifact.stage, artifact.step, artifact.metrics, artifact.inference) == ("thing", "test", 3, {"loss": 0.5}, {"arm": "x"})
+    assert artifact.config == {"steps": 3, "names": ["a"], "optim": {"lr": 0.1}}
+    assert [f["path"] for f in artifact.files] == ["config.json", "metrics.jsonl", "transformer/weights.bin"]
+    assert {p["role"]: p["uri"] for p in artifact.parents} == parents
+    assert artifact.packages["torch"]
     path = json.loads((tmp_path / "out" / "artifact.json").read_text())
     assert "uri" not in path
     assert {f["path"]: f["bytes"] for f in path["files"]}["transformer/weights.bin"] == len(b"weights")
@@ -43,9 +43,9 @@ def test_the_id_does_not_depend_on_what_was_shown_meanwhile(tmp_path, parents):
     for name in ("previews/000500.jpg", "sheets/000500.jpg"):
         (tmp_path / "out" / name).parent.mkdir()
         (tmp_path / "out" / name).write_bytes(b"picture")
-        made = record.write(config.out, "test", "thing", config, parents, step=3, metrics={})
-        assert name in [f["path"] for f in made.files]
-        ids.append(made.id)
+        artifact = record.write(config.out, "test", "thing", config, parents, step=3, metrics={})
+        assert name in [f["path"] for f in artifact.files]
+        ids.append(artifact.id)
     assert ids[0] == first.id
     assert ids[1] != first.id  # which is what somebody made
 
@@ -68,8 +68,8 @@ def test_fingerprints_see_names_and_contents_but_not_places(tmp_path, parents):
     (tmp_path / "elsewhere/transformer/config.json").rename(tmp_path / "elsewhere/transformer/other.json")
     assert record.fingerprint(str(tmp_path / "elsewhere")) != first
     assert record.fingerprint("openai/clip") == "openai/clip"
-    made = make(Config(str(tmp_path / "out")), parents)
-    assert record.fingerprint(made.uri) == made.id
+    artifact = make(Config(str(tmp_path / "out")), parents)
+    assert record.fingerprint(artifact.uri) == artifact.id
     assert record.fingerprint(str(tmp_path / "pictures/a.txt")) != record.fingerprint(str(tmp_path / "pictures"))
 
 
@@ -92,10 +92,10 @@ def test_a_record_that_cannot_be_written_is_no_record(tmp_path, parents):
 
 def test_a_record_is_replaced_whole_or_not_at_all(tmp_path, parents):
     config = Config(str(tmp_path / "out"))
-    made = make(config, parents)
+    artifact = make(config, parents)
     with pytest.raises(TypeError):
         record.write(config.out, "test", "thing", config, parents, step=4, metrics={"loss": object()})
-    assert record.read(config.out) == made
+    assert record.read(config.out) == artifact
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 1}', '{"schema": 1, "kind": "thing", "more": 1}', "\xff"])
@@ -106,15 +106,15 @@ def test_an_unreadable_record_is_an_error_that_names_it(tmp_path, text):
 
 
 def test_a_record_of_another_schema_is_refused(tmp_path, parents):
-    made = make(Config(str(tmp_path / "out")), parents)
+    artifact = make(Config(str(tmp_path / "out")), parents)
     path = tmp_path / "out" / "artifact.json"
-    path.write_text(path.read_text().replace(f'"schema": {made.schema}', '"schema": 99'))
+    path.write_text(path.read_text().replace(f'"schema": {artifact.schema}', '"schema": 99'))
     with pytest.raises(ConfigError, match="schema 99; this version reads schema 1"):
-        record.read(made.uri)
+        record.read(artifact.uri)
 
 
-def test_origin_is_none_for_what_no_stage_made(tmp_path, parents):
+def test_read_if_artifact_is_none_for_what_no_stage_made(tmp_path, parents):
     assert record.read_if_artifact(parents["base"]) is None
     assert record.read_if_artifact("openai/clip") is None
-    made = make(Config(str(tmp_path / "out")), parents)
-    assert record.read_if_artifact(made.uri) == made
+    artifact = make(Config(str(tmp_path / "out")), parents)
+    assert record.read_if_artifact(artifact.uri) == artifact

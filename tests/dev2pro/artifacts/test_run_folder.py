@@ -20,13 +20,13 @@ def refusal(config: Config, parents: dict[str, str]) -> str:
     return str(caught.value)
 
 
-# ---- begin -----------------------------------------------------------------------------------------------------------------
+# ---- acquire ---------------------------------------------------------------------------------------------------------------
 
 
 def test_what_was_made_is_found_finished(tmp_path, parents):
     config = Config(str(tmp_path / "out"))
-    made = make(config, parents, inference={"arm": "x"})
-    assert run_folder.acquire(config.out, "test", config, parents) == made
+    artifact = make(config, parents, inference={"arm": "x"})
+    assert run_folder.acquire(config.out, "test", config, parents) == artifact
 
 
 def test_a_half_done_run_goes_on_and_a_claim_that_made_nothing_is_taken_over(tmp_path, parents):
@@ -34,7 +34,7 @@ def test_a_half_done_run_goes_on_and_a_claim_that_made_nothing_is_taken_over(tmp
     assert run_folder.acquire(config.out, "test", config, parents) is None
     (tmp_path / "out" / "metrics.jsonl").write_text("{}\n")
     other = replace(config, steps=4)
-    assert run_folder.acquire(config.out, "test", other, parents) is None  # nothing was made yet
+    assert run_folder.acquire(config.out, "test", other, parents) is None  # no output yet
     (tmp_path / "out" / "weights.bin").write_bytes(b"half")
     assert run_folder.acquire(config.out, "test", other, parents) is None
     assert "steps is 4 there and 3 here" in refusal(config, parents)
@@ -52,9 +52,9 @@ def test_another_configuration_is_refused_by_name_and_values(tmp_path, parents):
 
 def test_many_differences_are_counted(tmp_path, parents):
     make(Config(str(tmp_path / "out")), parents)
-    said = refusal(Config(str(tmp_path / "out"), steps=1, names=[], optim=Optim(1.0)), {"base": parents["base"], "data": "other/data"})
-    assert said.count(" there and ") == 3
-    assert "and 2 more" in said
+    message = refusal(Config(str(tmp_path / "out"), steps=1, names=[], optim=Optim(1.0)), {"base": parents["base"], "data": "other/data"})
+    assert message.count(" there and ") == 3
+    assert "and 2 more" in message
 
 
 def test_another_stage_is_refused(tmp_path, parents):
@@ -94,16 +94,16 @@ def test_what_a_killed_writer_left_does_not_spoil_the_next_record(tmp_path, pare
     config = Config(str(tmp_path / "out"))
     with pytest.raises(TypeError):  # as far as a process gets that is killed while it writes the record
         make(config, parents, metrics={"loss": object()})
-    made = make(config, parents)
-    assert run_folder.acquire(config.out, "test", config, parents) == made
+    artifact = make(config, parents)
+    assert run_folder.acquire(config.out, "test", config, parents) == artifact
 
 
 def test_more_steps_are_the_same_run_as_long_as_it_can_go_on(tmp_path, parents, capfd):
     config = Config(str(tmp_path / "out"))
-    made = make(config, parents)
+    artifact = make(config, parents)
     longer = replace(config, steps=7)
     assert "has finished 3 steps, and the checkpoint it would go on from was removed" in refusal(longer, parents)
-    assert run_folder.acquire(config.out, "test", config, parents) == made  # which the refusal left as it was
+    assert run_folder.acquire(config.out, "test", config, parents) == artifact  # which the refusal left as it was
     (tmp_path / "out" / "checkpoint-3").mkdir()
     assert run_folder.acquire(config.out, "test", longer, parents) is None
     assert "extending the finished run from 3 to 7 steps" in capfd.readouterr().out
@@ -114,8 +114,8 @@ def test_more_steps_are_the_same_run_as_long_as_it_can_go_on(tmp_path, parents, 
 def test_what_was_killed_before_it_made_anything_claims_nothing(tmp_path, parents):
     config = Config(str(tmp_path / "out"))
     run_folder.acquire(config.out, "test", config, parents)
-    for left in ("train.snapshot.12-34.partial", "metrics.partial", "metrics.jsonl", "heldout.snapshot"):
-        (tmp_path / "out" / left).touch()
+    for leftover in ("train.snapshot.12-34.partial", "metrics.partial", "metrics.jsonl", "heldout.snapshot"):
+        (tmp_path / "out" / leftover).touch()
     (tmp_path / "out/previews").mkdir()
     assert not run_folder.has_output(config.out)
     assert run_folder.acquire(config.out, "other", config, parents) is None
@@ -123,52 +123,52 @@ def test_what_was_killed_before_it_made_anything_claims_nothing(tmp_path, parent
     assert run_folder.has_output(config.out)
 
 
-# ---- stands: what a flow may skip ----------------------------------------------------------------------------------------------
+# ---- up_to_date: what a flow may skip------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def standing(tmp_path, parents, monkeypatch) -> record.Artifact:
+def finished_artifact(tmp_path, parents, monkeypatch) -> record.Artifact:
     monkeypatch.setattr(sys, "argv", ["stage", "hydra.run.dir=.", "hydra/job_logging=disabled", *COMMAND])
     return make(Config(str(tmp_path / "out")), parents)
 
 
-def test_the_same_command_stands(standing):
-    assert standing.command == COMMAND
-    assert run_folder.up_to_date(standing.uri, COMMAND) == standing
+def test_the_same_command_is_up_to_date(finished_artifact):
+    assert finished_artifact.command == COMMAND
+    assert run_folder.up_to_date(finished_artifact.uri, COMMAND) == finished_artifact
 
 
-def test_another_command_does_not_stand(standing):
-    assert run_folder.up_to_date(standing.uri, [*COMMAND, "seed=1"]) is None
-    assert run_folder.up_to_date(standing.uri, COMMAND[::-1]) is None
+def test_another_command_does_not_stand(finished_artifact):
+    assert run_folder.up_to_date(finished_artifact.uri, [*COMMAND, "seed=1"]) is None
+    assert run_folder.up_to_date(finished_artifact.uri, COMMAND[::-1]) is None
 
 
 @pytest.mark.parametrize("word", ["ledger=ledger.jsonl", "publish=s3://bucket/store"])
 def test_whether_more_than_an_artifact_is_done_only_the_stage_knows(word, tmp_path, parents, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["stage", *COMMAND, word])
-    made = make(Config(str(tmp_path / "out")), parents)
-    assert run_folder.up_to_date(made.uri, [*COMMAND, word]) is None
+    artifact = make(Config(str(tmp_path / "out")), parents)
+    assert run_folder.up_to_date(artifact.uri, [*COMMAND, word]) is None
 
 
-def test_nothing_stands_where_nothing_is_finished(tmp_path):
+def test_nothing_is_up_to_date_where_nothing_is_finished(tmp_path):
     assert run_folder.up_to_date(str(tmp_path / "nowhere"), COMMAND) is None
     (tmp_path / "empty").mkdir()
     assert run_folder.up_to_date(str(tmp_path / "empty"), COMMAND) is None
 
 
-def test_a_changed_or_vanished_parent_does_not_stand(standing, tmp_path, parents):
+def test_a_changed_or_vanished_parent_does_not_stand(finished_artifact, tmp_path, parents):
     (tmp_path / "model" / "transformer" / "config.json").write_text('{"changed": true}')
-    assert run_folder.up_to_date(standing.uri, COMMAND) is None
+    assert run_folder.up_to_date(finished_artifact.uri, COMMAND) is None
     shutil.rmtree(parents["base"])
-    assert run_folder.up_to_date(standing.uri, COMMAND) is None
+    assert run_folder.up_to_date(finished_artifact.uri, COMMAND) is None
 
 
-def test_a_damaged_file_does_not_stand(standing):
-    (Path(standing.uri) / "transformer" / "weights.bin").write_bytes(b"weighed")
-    assert run_folder.up_to_date(standing.uri, COMMAND) is None
+def test_a_damaged_file_does_not_stand(finished_artifact):
+    (Path(finished_artifact.uri) / "transformer" / "weights.bin").write_bytes(b"weighed")
+    assert run_folder.up_to_date(finished_artifact.uri, COMMAND) is None
 
 
-def test_a_changed_conf_does_not_stand(standing, tmp_path, monkeypatch):
+def test_a_changed_conf_does_not_stand(finished_artifact, tmp_path, monkeypatch):
     (tmp_path / "root" / "conf").mkdir(parents=True)
     (tmp_path / "root" / "conf" / "recover.yaml").write_text("steps: 1\n")
     monkeypatch.setattr(record, "ROOT", tmp_path / "root")
-    assert run_folder.up_to_date(standing.uri, COMMAND) is None
+    assert run_folder.up_to_date(finished_artifact.uri, COMMAND) is None

@@ -1,4 +1,4 @@
-"""Records that somebody else wrote: forged, hostile, or none at all."""
+"""Untrusted records: forged, hostile, or none at all."""
 
 from pathlib import Path
 
@@ -17,41 +17,41 @@ from tests.stores import files, forge, overwrite, refusal
         lambda r: r["files"].append({"path": "evil.py", "bytes": 0, "sha256": "0" * 64}),
     ],
 )  # fmt: skip
-def test_a_forged_record_is_refused(made, place, change):
-    address = store.push(made.uri, place)
+def test_a_forged_record_is_refused(artifact, store_url, change):
+    address = store.push(artifact.uri, store_url)
     forge(address, change)
     assert f"{address}/artifact.json: " in refusal(DataError, lambda: store.pull(address))
-    assert not Path(f"runs/cache/artifacts/{made.id}").exists()
-    assert store.push(made.uri, place) == address  # which mends it
-    assert files(store.pull(address)) == files(made.uri)
+    assert not Path(f"runs/cache/artifacts/{artifact.id}").exists()
+    assert store.push(artifact.uri, store_url) == address  # which repairs it
+    assert files(store.pull(address)) == files(artifact.uri)
 
 
-def test_a_whole_artifact_at_another_s_address_is_refused(made, tmp_path, place):
-    address = store.push(made.uri, place)
-    text = backends.open_backend(address).text("artifact.json")
+def test_a_whole_artifact_at_another_s_address_is_refused(artifact, tmp_path, store_url):
+    address = store.push(artifact.uri, store_url)
+    text = backends.open_backend(address).read_small("artifact.json")
     (tmp_path / "record").write_bytes(text)
-    other = f"{place}/{'0' * 64}"
+    other = f"{store_url}/{'0' * 64}"
     backends.open_backend(other).put(tmp_path / "record", {"path": "artifact.json", "bytes": len(text), "sha256": "0" * 64}, lambda _done: None)
-    assert f"it is that of {made.id[:12]}" in refusal(DataError, lambda: store.pull(other))
+    assert f"it is that of {artifact.id[:12]}" in refusal(DataError, lambda: store.pull(other))
 
 
 HOSTILE = ["../evil", "a/../../evil", "/tmp/evil", "", ".", "a//b", "a/", "./a", "artifact.json", "checkpoint-1/x", "x.lock", "a\x00b", "a\nb",
            "a\\b", "\ud800", "\x1b[2J", 7, None, ["a"], {"a": 1}]  # fmt: skip
 
 
-@pytest.mark.parametrize("place", ["folder"], indirect=True)  # what a record says is judged by the same lines wherever it comes from
+@pytest.mark.parametrize("store_url", ["folder"], indirect=True)  # the same code parses records of both backends
 @pytest.mark.parametrize("name", HOSTILE, ids=repr)
-def test_hostile_names_are_refused_wherever_a_record_is_read(made, place, name, tmp_path):
-    address = store.push(made.uri, place)
-    forge(address, lambda record: record["files"].append({"path": name, "bytes": 7, "sha256": made.files[-1]["sha256"]}))
+def test_hostile_names_are_refused_wherever_a_record_is_read(artifact, store_url, name, tmp_path):
+    address = store.push(artifact.uri, store_url)
+    forge(address, lambda record: record["files"].append({"path": name, "bytes": 7, "sha256": artifact.files[-1]["sha256"]}))
     assert "artifact.json is damaged" in refusal(DataError, lambda: store.pull(address))
     (tmp_path / "local").mkdir()
-    (tmp_path / "local/artifact.json").write_bytes(backends.open_backend(address).text("artifact.json"))
+    (tmp_path / "local/artifact.json").write_bytes(backends.open_backend(address).read_small("artifact.json"))
     assert "artifact.json is damaged" in refusal(ConfigError, lambda: record.read(str(tmp_path / "local")))
     assert not list(tmp_path.rglob("evil"))
 
 
-@pytest.mark.parametrize("place", ["folder"], indirect=True)
+@pytest.mark.parametrize("store_url", ["folder"], indirect=True)
 @pytest.mark.parametrize(
     "change",
     [
@@ -63,8 +63,8 @@ def test_hostile_names_are_refused_wherever_a_record_is_read(made, place, name, 
         lambda r: r.update(schema=2), lambda r: r.clear(),
     ],
 )  # fmt: skip
-def test_records_of_another_form_are_refused(made, place, change):
-    address = store.push(made.uri, place)
+def test_records_of_another_form_are_refused(artifact, store_url, change):
+    address = store.push(artifact.uri, store_url)
     forge(address, change)
     assert "artifact.json" in refusal(DataError, lambda: store.pull(address))
 
@@ -74,9 +74,9 @@ NO_RECORDS = {"empty": b"", "a list": b"[]", "cut": b"{", "bytes": b"\xff", "dee
 
 
 @pytest.mark.parametrize("text", NO_RECORDS.values(), ids=NO_RECORDS)
-def test_what_is_no_record_is_refused(made, place, text):
-    address = store.push(made.uri, place)
+def test_what_is_no_record_is_refused(artifact, store_url, text):
+    address = store.push(artifact.uri, store_url)
     overwrite(address, "artifact.json", text)
     assert f"{address}/artifact.json" in refusal(DataError, lambda: store.pull(address))
-    assert store.push(made.uri, place) == address
-    assert files(store.pull(address)) == files(made.uri)
+    assert store.push(artifact.uri, store_url) == address
+    assert files(store.pull(address)) == files(artifact.uri)

@@ -12,60 +12,60 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def seer(tiny_clip) -> Judge:
+def judge_model(tiny_clip) -> Judge:
     return Judge(str(tiny_clip), CPU)
 
 
-def test_embeddings_are_unit_vectors_one_for_each(seer):
-    images = seer.images(torch.rand(5, 3, 32, 32))
-    prompts = seer.prompts(["a handwritten one", "a handwritten two"])
+def test_embeddings_are_unit_vectors_one_for_each(judge_model):
+    images = judge_model.images(torch.rand(5, 3, 32, 32))
+    prompts = judge_model.prompts(["a handwritten one", "a handwritten two"])
     assert (images.shape, prompts.shape) == ((5, 64), (2, 64))
-    for found in (images, prompts):
-        torch.testing.assert_close(found.norm(dim=-1), torch.ones(len(found)))
-        assert found.dtype == torch.float32
+    for embeddings in (images, prompts):
+        torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(len(embeddings)))
+        assert embeddings.dtype == torch.float32
 
 
-def test_pictures_and_prompts_are_told_apart(seer):
+def test_pictures_and_prompts_are_told_apart(judge_model):
     pictures = torch.stack([torch.zeros(3, 32, 32), torch.ones(3, 32, 32), torch.rand(3, 32, 32)])
-    images, prompts = seer.images(pictures), seer.prompts(["a handwritten one", "a handwritten two", "one handwritten a"])
-    for found in (images, prompts):
-        assert (found @ found.T - torch.eye(3)).max() < 0.9999
+    images, prompts = judge_model.images(pictures), judge_model.prompts(["a handwritten one", "a handwritten two", "one handwritten a"])
+    for embeddings in (images, prompts):
+        assert (embeddings @ embeddings.T - torch.eye(3)).max() < 0.9999
 
 
-def test_a_picture_is_judged_the_same_in_any_batch(seer, monkeypatch):
+def test_a_picture_is_judged_the_same_in_any_batch(judge_model, monkeypatch):
     pictures = torch.rand(5, 3, 32, 32)
-    whole = seer.images(pictures)
+    whole = judge_model.images(pictures)
     monkeypatch.setattr(judge, "BATCH", 2)
-    torch.testing.assert_close(seer.images(pictures), whole)
-    torch.testing.assert_close(seer.images(pictures[3:4]), whole[3:4])
+    torch.testing.assert_close(judge_model.images(pictures), whole)
+    torch.testing.assert_close(judge_model.images(pictures[3:4]), whole[3:4])
 
 
-def test_a_prompt_is_judged_the_same_beside_any_other(seer):
-    beside = seer.prompts(["a one", "a handwritten two in white chalk on a blackboard lying on its side"])
-    torch.testing.assert_close(seer.prompts(["a one"]), beside[:1])
+def test_a_prompt_is_judged_the_same_beside_any_other(judge_model):
+    beside = judge_model.prompts(["a one", "a handwritten two in white chalk on a blackboard lying on its side"])
+    torch.testing.assert_close(judge_model.prompts(["a one"]), beside[:1])
 
 
-def test_pixels_are_taken_from_zero_to_one_as_the_model_s_processor_says(seer):
+def test_pixels_are_taken_from_zero_to_one_as_the_model_s_processor_says(judge_model):
     pixels = torch.rand(3, 3, 32, 32)
 
     def seen(ready: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            features = seer.clip.get_image_features(ready)
+            features = judge_model.clip.get_image_features(ready)
         return torch.nn.functional.normalize(getattr(features, "pooler_output", features), dim=-1)
 
-    error, other = ((seer.images(pixels) - seen(ready)).abs().max() for ready in ((pixels - 0.5) / 0.5, pixels))
+    error, other = ((judge_model.images(pixels) - seen(ready)).abs().max() for ready in ((pixels - 0.5) / 0.5, pixels))
     assert error < 0.005  # the processor rounds to 8 bits on the way
     assert other > 0.05
 
 
-def test_larger_pictures_are_scaled_to_the_model(seer):
+def test_larger_pictures_are_scaled_to_the_model(judge_model):
     small = torch.nn.functional.interpolate(torch.rand(1, 3, 4, 4), 32, mode="nearest")
     large = torch.nn.functional.interpolate(small, 64, mode="nearest")
-    assert (seer.images(small) @ seer.images(large).T).item() > 0.99
+    assert (judge_model.images(small) @ judge_model.images(large).T).item() > 0.99
 
 
-def test_long_prompts_are_cut(seer):
-    assert seer.prompts(["one " * 500]).shape == (1, 64)
+def test_long_prompts_are_cut(judge_model):
+    assert judge_model.prompts(["one " * 500]).shape == (1, 64)
 
 
 def test_a_folder_that_is_no_clip(tmp_path):

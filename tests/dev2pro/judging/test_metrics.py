@@ -98,25 +98,25 @@ def simulated(rng: np.random.Generator, prompts: int, repetitions: int) -> Tenso
 def test_intervals_cover_the_truth():
     rng = np.random.default_rng(0)
     bootstrap = Bootstrap(20, 16, 400, seed=0)
-    found = [bootstrap.interval(simulated(rng, 20, 16)) for _ in range(200)]
-    covered = np.mean([one["low"] <= 0 <= one["high"] for one in found])
+    intervals = [bootstrap.interval(simulated(rng, 20, 16)) for _ in range(200)]
+    covered = np.mean([interval["low"] <= 0 <= interval["high"] for interval in intervals])
     assert 0.88 < covered < 0.99
-    assert all(one["low"] <= one["mean"] <= one["high"] for one in found)
+    assert all(interval["low"] <= interval["mean"] <= interval["high"] for interval in intervals)
 
 
 def test_intervals_are_wide_where_only_few_prompts_vary():
     table = torch.randn(10, 1).expand(10, 50)  # 500 numbers, but ten independent ones
-    found = Bootstrap(10, 50, 1000, seed=0).interval(table)
+    interval = Bootstrap(10, 50, 1000, seed=0).interval(table)
     error = table[:, 0].std(correction=0).item() / math.sqrt(10)
-    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * error, rel=0.15)
-    assert found["mean"] == pytest.approx(table.mean().item())
+    assert interval["high"] - interval["low"] == pytest.approx(2 * 1.96 * error, rel=0.15)
+    assert interval["mean"] == pytest.approx(table.mean().item())
 
 
 def test_intervals_see_seeds_as_well():
     table = torch.randn(1, 30).expand(50, 30)
-    found = Bootstrap(50, 30, 1000, seed=0).interval(table)
+    interval = Bootstrap(50, 30, 1000, seed=0).interval(table)
     error = table[0].std(correction=0).item() / math.sqrt(30)
-    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * error, rel=0.15)
+    assert interval["high"] - interval["low"] == pytest.approx(2 * 1.96 * error, rel=0.15)
 
 
 def test_the_same_seed_gives_the_same_interval():
@@ -133,7 +133,7 @@ def test_equal_cells_differ_by_exactly_nothing():
 
 def test_a_constant_gain_is_certain_because_pictures_are_paired():
     bootstrap, table = Bootstrap(6, 5, 300, 0), 10 * torch.rand(6, 5, dtype=torch.float64)
-    found = bootstrap.interval((table + 0.25) - table)
-    assert found == pytest.approx({"mean": 0.25, "low": 0.25, "high": 0.25})
+    interval = bootstrap.interval((table + 0.25) - table)
+    assert interval == pytest.approx({"mean": 0.25, "low": 0.25, "high": 0.25})
     alone = bootstrap.interval(table)
     assert alone["high"] - alone["low"] > 1

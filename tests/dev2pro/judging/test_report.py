@@ -42,7 +42,7 @@ def fake_metrics(styles: list[str] = STYLES, *, teacher: bool = True, recovery: 
     rng = random.Random(7)
     arms = ARMS if teacher else ARMS[:3]
     cells = [cell(rng, style, "ideal", "teacher", True) for style in styles if teacher]
-    cells += [cell(rng, style, arm, place, teacher) for place in ("base", "recovered") for style in styles for arm in ["none", *arms]]
+    cells += [cell(rng, style, arm, inference, teacher) for inference in ("base", "recovered") for style in styles for arm in ["none", *arms]]
     mean = {(c["style"], c["arm"], metric): c[metric]["mean"] for c in cells if c["inference"] == "base" for metric in HALF if metric in c}
     gains = []
     for rival, metric in [(r, m) for r in ("base@1", "base@3.5") for m in HALF if (styles[0], r, m) in mean]:
@@ -52,10 +52,11 @@ def fake_metrics(styles: list[str] = STYLES, *, teacher: bool = True, recovery: 
         gains += [{"style": style, **what, **around(rng, d, HALF[metric])} for style, d in zip(styles, differences, strict=True)]
         gains.append({"style": None, **what, **around(rng, sum(differences) / len(styles), HALF[metric] / 2)})
     curve = [
-        {"step": step, "loss": 0.4 + 1.26 * left, "loss_by_time": [round((0.9 - 0.08 * i) * (0.4 + 1.26 * left * (1 + i / 4)), 6) for i in range(8)],
-         "loss_usual": 0.44 + 0.5 * left, "guidance_gap": 0.02 + 0.5 * left, **({"teacher_distance": 0.019 + 1.1 * left} if teacher else {})}
+        {"step": step, "loss": 0.4 + 1.26 * decay,
+         "loss_by_time": [round((0.9 - 0.08 * i) * (0.4 + 1.26 * decay * (1 + i / 4)), 6) for i in range(8)],
+         "loss_usual": 0.44 + 0.5 * decay, "guidance_gap": 0.02 + 0.5 * decay, **({"teacher_distance": 0.019 + 1.1 * decay} if teacher else {})}
         for step in range(0, 801, 50)
-        for left in [0.5 ** (step / 45) * rng.uniform(0.9, 1)]
+        for decay in [0.5 ** (step / 45) * rng.uniform(0.9, 1)]
     ]  # fmt: skip
     return {
         "settings": {"model": "data/miniature/pipeline", "judge": "data/miniature/judge", "prompts": PROMPTS, "meanings": 10,
@@ -71,7 +72,7 @@ def fake_metrics(styles: list[str] = STYLES, *, teacher: bool = True, recovery: 
 
 def fake_grids(styles: list[str] = STYLES, side: int = 32) -> list[report.Grid]:
     rng = random.Random(3)
-    labels = ["ideal on teacher", *(f"{arm} on {place}" for place in ("base", "recovered") for arm in ["none", *ARMS])]
+    labels = ["ideal on teacher", *(f"{arm} on {inference}" for inference in ("base", "recovered") for arm in ["none", *ARMS])]
     return [
         report.Grid(style, seed, PROMPTS, [(label, [digit(rng, i, style, label, side) for i in range(10)]) for label in labels])
         for style in styles
@@ -81,10 +82,10 @@ def fake_grids(styles: list[str] = STYLES, side: int = 32) -> list[report.Grid]:
 
 def digit(rng: random.Random, number: int, style: str, label: str, side: int) -> Image.Image:
     paper, ink = ("#ffffff", "#222222") if label.startswith("none") else INK.get(style, ("#ffffff", "#000000"))
-    shown = rng.randrange(10) if label.startswith("base") and rng.random() < 0.2 else number
+    drawn = rng.randrange(10) if label.startswith("base") and rng.random() < 0.2 else number
     picture = Image.new("RGB", (side, side), paper)
-    where = (side / 2 + rng.uniform(-2, 2), side / 2 + rng.uniform(-2, 2))
-    ImageDraw.Draw(picture).text(where, str(shown), ink, ImageFont.load_default(0.8 * side), "mm")
+    center = (side / 2 + rng.uniform(-2, 2), side / 2 + rng.uniform(-2, 2))
+    ImageDraw.Draw(picture).text(center, str(drawn), ink, ImageFont.load_default(0.8 * side), "mm")
     return picture.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC, fillcolor=paper)
 
 
@@ -149,11 +150,11 @@ def test_everything_measured_is_there(full):
     metrics, (_, page) = fake_metrics(), full
     for word in [metrics["verdict"], *metrics["styles"], *metrics["arms"], *PROMPTS, "no LoRA", "ideal", "98.3%", "data/miniature/pipeline"]:
         assert word in page.text
-    for found in metrics["cells"]:
-        fidelity = found["prompt_fidelity"]
+    for cell_metrics in metrics["cells"]:
+        fidelity = cell_metrics["prompt_fidelity"]
         assert f"{100 * fidelity['mean']:.1f} {100 * fidelity['low']:.1f} to {100 * fidelity['high']:.1f}" in page.text
-        assert f"{found['style_similarity']['mean']:.3f}" in page.text
-        assert f"{found['kid']['mean'] + 0.0:.4f}".replace("-", "−") in page.text
+        assert f"{cell_metrics['style_similarity']['mean']:.3f}" in page.text
+        assert f"{cell_metrics['kid']['mean'] + 0.0:.4f}".replace("-", "−") in page.text
     for gain in metrics["gains"]:
         scale, digits = (100, 1) if gain["metric"] == "prompt_fidelity" else (1, 3)
         assert f"{scale * gain['mean']:+.{digits}f} {scale * gain['low']:.{digits}f} to".replace("-", "−") in page.text
@@ -245,9 +246,9 @@ def test_without_a_teacher(tmp_path, recovery):
 
 def test_nothing_to_compare(tmp_path):
     metrics = fake_metrics(teacher=False, recovery=False)
-    kept = [c for c in metrics["cells"] if c["arm"] == "base@1" and c["style"] != "neon"]
-    kept[0]["style_similarity"] = {"mean": float("nan"), "low": float("nan"), "high": float("nan")}
-    _, page = written(tmp_path, {**metrics, "cells": kept, "gains": [], "arms": ["base@1"], "verdict": "Nothing to compare."}, [])
+    cells = [c for c in metrics["cells"] if c["arm"] == "base@1" and c["style"] != "neon"]
+    cells[0]["style_similarity"] = {"mean": float("nan"), "low": float("nan"), "high": float("nan")}
+    _, page = written(tmp_path, {**metrics, "cells": cells, "gains": [], "arms": ["base@1"], "verdict": "Nothing to compare."}, [])
     assert "Nothing to compare." in page.text
     assert "nan" not in page.text
 
@@ -263,7 +264,7 @@ def test_large_pictures_become_small(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "digits", "sign", "said"),
+    ("value", "digits", "sign", "expected"),
     [
         (0.0004, 3, False, "0.000"),
         (-0.0004, 3, True, "0.000"),
@@ -273,8 +274,8 @@ def test_large_pictures_become_small(tmp_path):
         (float("nan"), 1, False, "–"),
     ],
 )
-def test_numbers_for_people(value, digits, sign, said):
-    assert report.number(value, digits, sign) == said
+def test_numbers_for_people(value, digits, sign, expected):
+    assert report.number(value, digits, sign) == expected
 
 
 def test_the_best_is_marked_where_it_ties_and_references_do_not_compete():

@@ -54,44 +54,44 @@ def test_a_caption_says_the_same_whatever_is_beside_it(model, encoders):
 
 
 def test_a_repeated_caption_is_encoded_once(model, encoders, monkeypatch):
-    texts, asked = PromptEncoder(model, encoders, 1e9), []
+    prompt_encoder, requested = PromptEncoder(model, encoders, 1e9), []
     encode = encoders.encode_text
-    monkeypatch.setattr(encoders, "encode_text", lambda prompts: asked.extend(prompts) or encode(prompts))
-    texts.encode(["a two", "a one", "a two"])
-    texts.encode(["a one", "a three", ""])
-    assert asked == ["a two", "a one", "a three"]  # the empty one was there from the start
+    monkeypatch.setattr(encoders, "encode_text", lambda prompts: requested.extend(prompts) or encode(prompts))
+    prompt_encoder.encode(["a two", "a one", "a two"])
+    prompt_encoder.encode(["a one", "a three", ""])
+    assert requested == ["a two", "a one", "a three"]  # the empty one was encoded before
 
 
 def test_captions_are_kept_within_the_limit_and_come_back_the_same(model, encoders):
     limit = 3 * encoders.text_bytes()
-    texts = PromptEncoder(model, encoders, limit)
+    prompt_encoder = PromptEncoder(model, encoders, limit)
     captions = [f"a {name}" for name in ("one", "two", "three", "four", "five", "six")]
-    first = texts.encode(captions)
-    assert len(texts._kept) == 3
-    assert torch.equal(first[0], texts.encode(captions)[0])
+    first = prompt_encoder.encode(captions)
+    assert len(prompt_encoder._cache) == 3
+    assert torch.equal(first[0], prompt_encoder.encode(captions)[0])
     assert encoders.text_bytes() == first[0][0].nbytes + first[1][0].nbytes
 
 
-def test_captions_encoded_ahead_let_the_encoders_go(model, encoders):
-    texts = PromptEncoder(model, encoders, 1e9)
-    expected = texts.encode(["a one", "a two"])
-    texts.precompute(["a one", "a two"])
+def test_precomputed_captions_free_the_encoders(model, encoders):
+    prompt_encoder = PromptEncoder(model, encoders, 1e9)
+    expected = prompt_encoder.encode(["a one", "a two"])
+    prompt_encoder.precompute(["a one", "a two"])
     assert encoders.pipeline.text_encoder is None
     assert encoders.pipeline.text_encoder_2 is None
-    assert torch.equal(texts.encode(["a one", "a two"])[0], expected[0])
+    assert torch.equal(prompt_encoder.encode(["a one", "a two"])[0], expected[0])
     assert torch.equal(
-        texts.encode(["a nine"])[0], PromptEncoder(model, Encoders(model, DTYPE, CPU), 1e9).encode(["a nine"])[0]
+        prompt_encoder.encode(["a nine"])[0], PromptEncoder(model, Encoders(model, DTYPE, CPU), 1e9).encode(["a nine"])[0]
     )  # brought back for it
 
 
 def test_batches_are_joined(data):
     parts = [EncodedBatch(data.mean[some], data.std[some], data.prompt[some], data.pooled[some], data.grid) for some in (slice(0, 3), slice(3, None))]
     for name in ("mean", "std", "prompt", "pooled"):
-        assert torch.equal(getattr(encodings.joined(parts), name), getattr(data, name))
-    assert len(encodings.joined(parts)) == len(SLOTS)
+        assert torch.equal(getattr(encodings.concatenate(parts), name), getattr(data, name))
+    assert len(encodings.concatenate(parts)) == len(SLOTS)
 
 
-# ---- what is drawn ----------------------------------------------------------------------------------------------------------------------
+# ---- random draws -----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cut", [1, 4, 9])
@@ -148,9 +148,9 @@ def test_noise_posterior_and_time_are_drawn_apart(data):
 
 
 def test_caption_dropout(data):
-    said = noised(data, dropout=0.0).conditioning
-    assert torch.equal(said.prompt, data.prompt)
-    assert torch.equal(said.pooled, data.pooled)
+    conditioning = noised(data, dropout=0.0).conditioning
+    assert torch.equal(conditioning.prompt, data.prompt)
+    assert torch.equal(conditioning.pooled, data.pooled)
     assert not noised(data, dropout=1.0).conditioning.prompt.any()
     dropped = {
         share: torch.cat([noised(data, dropout=share, step=step).conditioning.prompt[:, 0, 0] == 0 for step in range(200)]) for share in (0.1, 0.3)
@@ -161,10 +161,10 @@ def test_caption_dropout(data):
     assert torch.equal(both.prompt[:, 0, 0] == 0, both.pooled[:, 0] == 0)  # both encoders or neither
 
 
-def test_what_is_said_knows_where_everything_is(data):
-    said = noised(replace(data, grid=(2, 8))).conditioning
-    assert said.text_ids.tolist() == [[0, 0, 0]] * 8
-    assert said.image_ids.tolist() == [[0, row, column] for row in range(2) for column in range(8)]
+def test_conditioning_has_position_ids(data):
+    conditioning = noised(replace(data, grid=(2, 8))).conditioning
+    assert conditioning.text_ids.tolist() == [[0, 0, 0]] * 8
+    assert conditioning.image_ids.tolist() == [[0, row, column] for row in range(2) for column in range(8)]
 
 
 @pytest.mark.parametrize(("size", "cure"), [((36, 32), "Choose 32"), ((32, 33), "Choose 32"), ((65, 64), "Choose 64"), ((6, 8), "Choose 8")])

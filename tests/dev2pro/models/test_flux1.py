@@ -30,7 +30,7 @@ def change(config: Path, **values: object) -> None:
 
 
 def refusal(check, path: Path | str) -> str:
-    """What a ConfigError says: one paragraph that names the place."""
+    """The message of a ConfigError: one paragraph that names the path."""
     with pytest.raises(ConfigError) as caught:
         check(str(path))
     assert str(path) in str(caught.value)
@@ -38,16 +38,16 @@ def refusal(check, path: Path | str) -> str:
     return str(caught.value)
 
 
-# ---- places that hold no model -----------------------------------------------------------------------------------------------------
+# ---- paths that hold no model ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("check", [flux1.check_transformer, flux1.check_pipeline, flux1.load_transformer])
 @pytest.mark.parametrize("path", ["/nowhere/FLUX.1-dev", "runs/demo/recover", "data/miniature/nothing", "FLUX.1-dev", "a/b/c"])
-def test_a_place_that_does_not_exist(check, path, tmp_path, monkeypatch):
+def test_a_path_that_does_not_exist(check, path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said = refusal(check, path)
-    assert "does not exist" in said
-    assert "hub id such as black-forest-labs/FLUX.1-dev" in said
+    message = refusal(check, path)
+    assert "does not exist" in message
+    assert "hub id such as black-forest-labs/FLUX.1-dev" in message
 
 
 def test_a_hub_id_without_a_network_can_be_tried_again():
@@ -70,16 +70,16 @@ def test_a_folder_without_a_pipeline(tmp_path):
 def test_a_stage_s_folder_counts_only_once_it_is_finished(model):
     (model / record.CONFIG).write_text("{}")
     for check in (flux1.check_transformer, flux1.check_pipeline):
-        said = refusal(check, model)
-        assert "no finished artifact" in said
-        assert "Run the stage that makes it" in said
+        message = refusal(check, model)
+        assert "no finished artifact" in message
+        assert "Run the stage that makes it" in message
 
 
 def test_a_stage_s_finished_folder_is_a_model(tiny, tmp_path):
     (tmp_path / "transformer").mkdir()
     shutil.copytree(tiny / "transformer", tmp_path / "transformer", dirs_exist_ok=True)
     assert flux1.check_transformer(str(tmp_path))["guidance_embeds"] is True
-    assert "model_index.json" in refusal(flux1.check_pipeline, tmp_path)  # but no whole pipeline
+    assert "model_index.json" in refusal(flux1.check_pipeline, tmp_path)  # but no complete pipeline
 
 
 # ---- folders that hold another model -------------------------------------------------------------------------------------------------
@@ -93,23 +93,23 @@ def test_a_pruned_model(tiny, tmp_path):
 
 def test_another_transformer(model):
     change(model / "transformer/config.json", _class_name="SD3Transformer2DModel")
-    said = refusal(flux1.check_transformer, model)
-    assert "SD3Transformer2DModel, not a FluxTransformer2DModel" in said
-    assert "FLUX.1-dev" in said
+    message = refusal(flux1.check_transformer, model)
+    assert "SD3Transformer2DModel, not a FluxTransformer2DModel" in message
+    assert "FLUX.1-dev" in message
 
 
 def test_another_pipeline(model):
     change(model / "model_index.json", _class_name="StableDiffusion3Pipeline")
-    said = refusal(flux1.check_pipeline, model)
-    assert "StableDiffusion3Pipeline, not a FluxPipeline" in said
-    assert "model.path" in said
+    message = refusal(flux1.check_pipeline, model)
+    assert "StableDiffusion3Pipeline, not a FluxPipeline" in message
+    assert "model.path" in message
 
 
 def test_a_transformer_without_a_guidance_input(model):
     change(model / "transformer/config.json", guidance_embeds=False)
-    said = refusal(flux1.check_transformer, model)
-    assert "no guidance input" in said
-    assert "FLUX.1-dev" in said
+    message = refusal(flux1.check_transformer, model)
+    assert "no guidance input" in message
+    assert "FLUX.1-dev" in message
 
 
 @pytest.mark.parametrize("damage", ["config gone", "config unreadable", "weights gone", "weights cut off", "a weight missing"])
@@ -122,9 +122,9 @@ def test_a_damaged_transformer(model, damage):
         "weights cut off": lambda: weights.write_bytes(weights.read_bytes()[:-1000]),
         "a weight missing": lambda: save_file({k: v for k, v in load_file(weights).items() if k != "proj_out.weight"}, weights),
     }[damage]()
-    said = refusal(flux1.load_transformer, model)
-    assert "cannot be read" in said
-    assert "Download or convert it again" in said
+    message = refusal(flux1.load_transformer, model)
+    assert "cannot be read" in message
+    assert "Download or convert it again" in message
 
 
 @pytest.mark.parametrize(
@@ -132,8 +132,8 @@ def test_a_damaged_transformer(model, damage):
 )
 def test_a_pipeline_with_a_part_missing(model, part):
     shutil.rmtree(model / part) if (model / part).is_dir() else (model / part).unlink()
-    said = refusal(lambda path: Encoders(ModelConfig(path=path, usual_guidance=3.5, max_sequence_length=8), torch.float32, CPU), model)
-    assert "cannot be read" in said
+    message = refusal(lambda path: Encoders(ModelConfig(path=path, usual_guidance=3.5, max_sequence_length=8), torch.float32, CPU), model)
+    assert "cannot be read" in message
 
 
 # ---- calling the parts ---------------------------------------------------------------------------------------------------------------
@@ -144,30 +144,30 @@ def conditioning(count: int) -> Conditioning:
 
 
 def test_a_prediction_has_the_shape_of_the_latents_and_knows_each_row(tiny):
-    transformer, said = flux1.load_transformer(str(tiny)).eval(), conditioning(3)
+    transformer, inputs = flux1.load_transformer(str(tiny)).eval(), conditioning(3)
     x, t, guidance = torch.randn(3, 16, 16), torch.tensor([0.1, 0.5, 1.0]), torch.tensor([1.0, 3.5, 6.0])
     with torch.no_grad():
-        whole = flux1.predict(transformer, x, t, said, guidance)
+        whole = flux1.predict(transformer, x, t, inputs, guidance)
         assert whole.shape == x.shape
         for row in range(3):
-            one = Conditioning(said.prompt[row, None], said.pooled[row, None], said.text_ids, said.image_ids)
+            one = Conditioning(inputs.prompt[row, None], inputs.pooled[row, None], inputs.text_ids, inputs.image_ids)
             alone = flux1.predict(transformer, x[row, None], t[row, None], one, guidance[row].item())
             torch.testing.assert_close(alone[0], whole[row], rtol=1e-4, atol=1e-5)
         for other in (
-            flux1.predict(transformer, x + 0.1, t, said, guidance),
-            flux1.predict(transformer, x, t / 2, said, guidance),
+            flux1.predict(transformer, x + 0.1, t, inputs, guidance),
+            flux1.predict(transformer, x, t / 2, inputs, guidance),
             flux1.predict(transformer, x, t, conditioning(3), guidance),
-            flux1.predict(transformer, x, t, said, 1.0)[1:],
+            flux1.predict(transformer, x, t, inputs, 1.0)[1:],
         ):
             assert (other - whole[-len(other) :]).abs().max() > 1e-3
 
 
 def test_a_prediction_in_the_precision_of_the_model(tiny):
-    transformer, said = flux1.load_transformer(str(tiny), torch.bfloat16).eval(), conditioning(2)
-    half = Conditioning(*(getattr(said, name).bfloat16() for name in ("prompt", "pooled", "text_ids", "image_ids")))
+    transformer, inputs = flux1.load_transformer(str(tiny), torch.bfloat16).eval(), conditioning(2)
+    half = Conditioning(*(getattr(inputs, name).bfloat16() for name in ("prompt", "pooled", "text_ids", "image_ids")))
     with torch.no_grad():
-        found = flux1.predict(transformer, torch.randn(2, 16, 16), torch.tensor([0.2, 0.7]), half, 3.5)
-    assert found.dtype == torch.bfloat16
+        velocity = flux1.predict(transformer, torch.randn(2, 16, 16), torch.tensor([0.2, 0.7]), half, 3.5)
+    assert velocity.dtype == torch.bfloat16
 
 
 def test_weights_are_read_in_the_precision_asked_for(tiny):
@@ -225,7 +225,7 @@ def test_positions_of_tokens_are_row_and_column():
 
 
 def test_scheduler_settings(tiny):
-    found = flux1.scheduler_settings(str(tiny))
-    assert {k: found[k] for k in ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")} == {
+    settings = flux1.scheduler_settings(str(tiny))
+    assert {k: settings[k] for k in ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")} == {
         "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096,
     }  # fmt: skip

@@ -38,7 +38,7 @@ def config(rank: int = 4, alpha: float = 4.0, targets: str = "attention") -> Ada
 
 
 def trained(transformer: FluxTransformer2DModel, adapter: AdapterConfig, seed: int = 0) -> FluxTransformer2DModel:
-    """With a LoRA that does something."""
+    """A transformer with a LoRA that has an effect."""
     lora.inject(transformer, adapter, seed)
     with torch.no_grad():
         for name, parameter in transformer.named_parameters():
@@ -51,23 +51,23 @@ def trained(transformer: FluxTransformer2DModel, adapter: AdapterConfig, seed: i
 def output(transformer: FluxTransformer2DModel) -> torch.Tensor:
     draw = torch.Generator().manual_seed(5)
     x, prompt, pooled = (torch.randn(2, *shape, generator=draw) for shape in ((16, 16), (8, 64), (64,)))
-    said = flux1.Conditioning(prompt, pooled, torch.zeros(8, 3), flux1.image_ids(4, 4, torch.device("cpu"), torch.float32))
-    return flux1.predict(transformer, x, torch.tensor([0.2, 0.9]), said, 3.5)
+    conditioning = flux1.Conditioning(prompt, pooled, torch.zeros(8, 3), flux1.image_ids(4, 4, torch.device("cpu"), torch.float32))
+    return flux1.predict(transformer, x, torch.tensor([0.2, 0.9]), conditioning, 3.5)
 
 
-def places(transformer: FluxTransformer2DModel) -> list[str]:
-    """The modules that carry a LoRA."""
+def adapted_modules(transformer: FluxTransformer2DModel) -> list[str]:
+    """The modules that have a LoRA."""
     return [name.removesuffix(".lora_A.default.weight") for name, _ in transformer.named_parameters() if name.endswith("lora_A.default.weight")]
 
 
-# ---- where it goes -------------------------------------------------------------------------------------------------------------
+# ---- target modules ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("preset", "parts"), PRESETS.items())
 def test_a_preset_reaches_every_block_of_the_tiny_model(transformer, preset, parts):
     lora.inject(transformer, config(targets=preset), 0)
     for kind, count in (("transformer_blocks", 2), ("single_transformer_blocks", 2)):
-        of_kind = [name for name in places(transformer) if name.startswith(f"{kind}.")]
+        of_kind = [name for name in adapted_modules(transformer) if name.startswith(f"{kind}.")]
         assert len(of_kind) == count * sum(part[kind] for part in parts)
 
 
@@ -109,19 +109,19 @@ def test_a_lora_on_flux_dev_has_the_usual_names_and_shapes(flux_dev):
 
 def test_a_regex_of_ones_own(transformer):
     lora.inject(transformer, config(targets=r"single_transformer_blocks\.1\.attn\.to_q|x_embedder"), 0)
-    assert places(transformer) == ["x_embedder", "single_transformer_blocks.1.attn.to_q"]
+    assert adapted_modules(transformer) == ["x_embedder", "single_transformer_blocks.1.attn.to_q"]
 
 
 @pytest.mark.parametrize(
-    ("adapter", "said"),
+    ("adapter", "message"),
     [
         (config(rank=0), r"adapter\.rank=0 .*Choose 1 or more"),
         (config(rank=-4), r"adapter\.rank=-4"),
         (config(targets="to_q("), r"adapter\.targets=to_q\( .*attention\+mlp.*regex"),
     ],
 )
-def test_what_cannot_be_an_adapter_is_refused_before_a_model_is_loaded(adapter, said):
-    with pytest.raises(ConfigError, match=said):
+def test_what_cannot_be_an_adapter_is_refused_before_a_model_is_loaded(adapter, message):
+    with pytest.raises(ConfigError, match=message):
         lora.check(adapter)
 
 
@@ -140,7 +140,7 @@ def test_a_new_lora_has_no_effect_and_is_all_that_learns(transformer):
     lora.inject(transformer, config(rank=3, targets="all"), 0)
     assert torch.equal(output(transformer), before)
     learning = {name for name, p in transformer.named_parameters() if p.requires_grad}
-    assert learning == {f"{place}.lora_{half}.default.weight" for place in places(transformer) for half in "AB"}
+    assert learning == {f"{module}.lora_{half}.default.weight" for module in adapted_modules(transformer) for half in "AB"}
 
 
 def test_a_lora_learns_in_float32_on_a_bfloat16_base(tiny):
@@ -173,7 +173,7 @@ def test_the_file_is_in_the_diffusers_layout_with_its_contract(transformer, tmp_
     lora.save(trained(transformer, adapter), adapter, str(tmp_path), CONTRACT)
     weights, contract = lora.read(str(tmp_path))
     assert contract == CONTRACT
-    assert set(weights) == {f"transformer.{place}.lora_{half}.weight" for place in places(transformer) for half in "AB"}
+    assert set(weights) == {f"transformer.{module}.lora_{half}.weight" for module in adapted_modules(transformer) for half in "AB"}
     assert all(value.dtype == torch.float32 for value in weights.values())
     assert all(weights[key].shape[0] == 2 for key in weights if "lora_A" in key)
     assert all(weights[key].shape[1] == 2 for key in weights if "lora_B" in key)
@@ -184,7 +184,7 @@ def test_the_file_is_in_the_diffusers_layout_with_its_contract(transformer, tmp_
 
 
 @pytest.mark.parametrize("alpha", [4.0, 10.0, 1.0])
-def test_what_was_trained_is_what_is_put_on(tiny, transformer, tmp_path, alpha):
+def test_what_was_trained_is_what_is_loaded(tiny, transformer, tmp_path, alpha):
     adapter = config(rank=4, alpha=alpha, targets="all")
     after_training = output(trained(transformer, adapter))
     lora.save(transformer, adapter, str(tmp_path), CONTRACT)
@@ -195,7 +195,7 @@ def test_what_was_trained_is_what_is_put_on(tiny, transformer, tmp_path, alpha):
     assert (output(fresh) - before).abs().max() > 0.01
     lora.unload_lora(fresh)
     assert torch.equal(output(fresh), before)
-    assert places(fresh) == []
+    assert adapted_modules(fresh) == []
 
 
 def test_a_lora_of_another_tool_has_no_contract(transformer, tmp_path):
@@ -209,9 +209,9 @@ def test_a_lora_of_another_tool_has_no_contract(transformer, tmp_path):
 def test_files_that_are_no_lora(tmp_path):
     (tmp_path / "damaged.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00not json")
     (tmp_path / "empty").mkdir()
-    for place, named in (("damaged.safetensors", "damaged"), ("missing.safetensors", "missing"), ("empty", lora.WEIGHTS)):
+    for path, named in (("damaged.safetensors", "damaged"), ("missing.safetensors", "missing"), ("empty", lora.WEIGHTS)):
         with pytest.raises(ConfigError, match=rf"{named}.* is no readable LoRA"):
-            lora.read(str(tmp_path / place))
+            lora.read(str(tmp_path / path))
 
 
 Q = "transformer_blocks.0.attn.to_q"
@@ -235,7 +235,7 @@ def test_a_lora_of_another_model_is_refused_and_leaves_nothing_behind(transforme
     assert torch.equal(output(transformer), before)
     adapter = config()
     lora.save(trained(FluxTransformer2DModel.from_config(transformer.config), adapter), adapter, str(tmp_path), CONTRACT)
-    lora.load_lora(transformer, str(tmp_path))  # the failure is not in its way
+    lora.load_lora(transformer, str(tmp_path))  # the failed load leaves nothing behind
     assert not torch.equal(output(transformer), before)
     lora.unload_lora(transformer)
     assert torch.equal(output(transformer), before)

@@ -23,21 +23,21 @@ class Scene:
         model = flux1.ModelConfig(path=folder, usual_guidance=3.5, max_sequence_length=LENGTH)
         self.encoders = flux1.Encoders(model, torch.float32, CPU)
         self.transformer = flux1.load_transformer(folder).eval()
-        self.texts = encodings.PromptEncoder(model, self.encoders, 1e9)
+        self.prompt_encoder = encodings.PromptEncoder(model, self.encoders, 1e9)
         shape = self.encoders.token_shape((SIDE, SIDE))
         self.mu = flow_matching.shift_mu(shape[0], flux1.scheduler_settings(folder))
         self.noise = torch.stack([sampling.initial_noise(0, 0, prompt, shape) for prompt in range(len(PROMPTS))])
 
     def ours(self, guidance: float, cfg_scale: float) -> torch.Tensor:
-        said, nothing = (flux1.build_conditioning(*self.texts.encode(prompts), (4, 4)) for prompts in (PROMPTS, ["", ""]))
-        return sampling.sample(self.transformer, self.noise, said, nothing, guidance=guidance, cfg_scale=cfg_scale, steps=STEPS, mu=self.mu)
+        given, null = (flux1.build_conditioning(*self.prompt_encoder.encode(prompts), (4, 4)) for prompts in (PROMPTS, ["", ""]))
+        return sampling.sample(self.transformer, self.noise, given, null, guidance=guidance, cfg_scale=cfg_scale, steps=STEPS, mu=self.mu)
 
     def theirs(self, output_type: str, guidance: float, cfg_scale: float) -> torch.Tensor:
-        found = self.stock(
+        output = self.stock(
             PROMPTS, negative_prompt=["", ""], height=SIDE, width=SIDE, num_inference_steps=STEPS, guidance_scale=guidance, true_cfg_scale=cfg_scale,
             latents=self.noise.clone(), max_sequence_length=LENGTH, output_type=output_type,
         )  # fmt: skip
-        return found.images
+        return output.images
 
     def agree(self, guidance: float, cfg_scale: float = 1.0) -> None:
         latents = self.ours(guidance, cfg_scale)
@@ -81,8 +81,8 @@ def test_guidance_and_true_cfg_are_two_things(scene):
 
 
 def test_cfg_scale_zero_is_the_empty_prompt(scene):
-    nothing = flux1.build_conditioning(*scene.texts.encode(["", ""]), (4, 4))
-    empty = sampling.sample(scene.transformer, scene.noise, nothing, nothing, guidance=1.0, cfg_scale=1.0, steps=STEPS, mu=scene.mu)
+    null = flux1.build_conditioning(*scene.prompt_encoder.encode(["", ""]), (4, 4))
+    empty = sampling.sample(scene.transformer, scene.noise, null, null, guidance=1.0, cfg_scale=1.0, steps=STEPS, mu=scene.mu)
     torch.testing.assert_close(scene.ours(1.0, 0.0), empty, **TOLERANCE)
 
 
@@ -107,14 +107,14 @@ def test_a_lora_of_ours_is_the_same_in_the_stock_pipeline(scene, tmp_path, alpha
     assert torch.equal(scene.ours(3.5, 1.0), before)
 
 
-def test_a_lora_can_be_put_on_again_and_more_or_less_of_it(scene, tmp_path):
-    folder, shown = adapter(scene, tmp_path, alpha=4.0), []
+def test_a_lora_can_be_loaded_again_and_at_another_strength(scene, tmp_path):
+    folder, samples = adapter(scene, tmp_path, alpha=4.0), []
     before = scene.ours(1.0, 1.0)
     for strength in (1.0, 0.0, 0.5, 1.0):
         lora.load_lora(scene.transformer, folder, strength)
-        shown.append(scene.ours(1.0, 1.0))
+        samples.append(scene.ours(1.0, 1.0))
         lora.unload_lora(scene.transformer)
-    full, none, half, again = shown
+    full, none, half, again = samples
     assert torch.equal(full, again)
     torch.testing.assert_close(none, before, **TOLERANCE)
     assert 0.1 < (half - before).norm() / (full - before).norm() < 0.9

@@ -1,4 +1,4 @@
-"""A run that is written down and read back goes on bit for bit; what is damaged is named and left out, and nothing is lost for want of room."""
+"""A restored run continues bit for bit; damaged checkpoints are reported and skipped, and a full disk loses none."""
 
 import json
 import threading
@@ -25,7 +25,7 @@ SHARD = "shard-00001-model-00001-of-00001.safetensors"
 
 
 class Run:
-    """Steps on inputs that depend on nothing but the number of the step."""
+    """Steps on inputs that depend only on the number of the step."""
 
     def __init__(
         self, tiny: Path, out: Path, *, ema: float = 0.9, adapter: bool = False, every: int = 1, keep: int = 2, dtype=torch.float32, **optim
@@ -35,28 +35,28 @@ class Run:
             lora.inject(model, AdapterConfig(rank=4, alpha=4, targets="attention"), 0)
         config = OptimConfig(**{"lr": 1e-3, "schedule": "cosine", "warmup": 2, **optim})
         self.training = Training(distributed.accelerator(HARDWARE), model, config, HARDWARE, steps=STEPS, batch=2, ema=ema)
-        self.kept = Checkpoints(str(out), self.training, CheckpointConfig(every=every, keep=keep), STEPS, DATA)
+        self.checkpoints = Checkpoints(str(out), self.training, CheckpointConfig(every=every, keep=keep), STEPS, DATA)
 
     def step(self, step: int) -> tuple[float, float]:
         draw = torch.Generator().manual_seed(step)
         x, prompt, pooled = (torch.randn(2, *shape, generator=draw).to(self.dtype) for shape in ((16, 16), (8, 64), (64,)))
-        said = flux1.build_conditioning(prompt, pooled, (4, 4))
+        conditioning = flux1.build_conditioning(prompt, pooled, (4, 4))
 
-        def loss_of(_: range) -> torch.Tensor:
-            return flux1.predict(self.training.model, x, torch.tensor([0.3, 0.7]), said, 1.0).square().mean()
+        def compute_loss(_: range) -> torch.Tensor:
+            return flux1.predict(self.training.model, x, torch.tensor([0.3, 0.7]), conditioning, 1.0).square().mean()
 
-        return self.training.step(step, lambda slots: slots, loss_of)
+        return self.training.step(step, lambda slots: slots, compute_loss)
 
     def steps(
         self, first: int, last: int, held_out: dict[int, float] | None = None, before: Callable[[int], Any] = lambda step: None
     ) -> list[tuple[float, float]]:
-        """With a checkpoint after each that is due; the curve's last point is at that step where `held_out` has it."""
+        """Runs steps with a checkpoint after each that is due; `held_out` has the steps with a point on the curve."""
         numbers = self.numbers = list[tuple[float, float]]()
-        with self.kept:
+        with self.checkpoints:
             for step in range(first, last):
                 before(step)
                 numbers.append(self.step(step))
-                self.kept.on_step_end(step + 1, [{"step": done, "loss": loss} for done, loss in (held_out or {}).items() if done <= step + 1])
+                self.checkpoints.on_step_end(step + 1, [{"step": done, "loss": loss} for done, loss in (held_out or {}).items() if done <= step + 1])
         return numbers
 
     def everything(self) -> dict[str, torch.Tensor]:
@@ -70,8 +70,8 @@ def names(out: Path) -> list[str]:
 
 
 def same(one: Run, other: Run) -> bool:
-    there, here = one.everything(), other.everything()
-    return there.keys() == here.keys() and all(torch.equal(there[name], here[name]) for name in there)
+    a, b = one.everything(), other.everything()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("options", [{}, {"ema": 0.0}, {"adapter": True}, {"schedule": "linear", "warmup": 0}], ids=str)
@@ -81,7 +81,7 @@ def test_a_restored_run_goes_on_bit_for_bit(tiny, tmp_path, options):
     first = Run(tiny, tmp_path, every=4, **options)
     assert first.steps(0, 4, {0: 1.5}) == numbers[:4]
     second = Run(tiny, tmp_path, every=4, **options)
-    assert second.kept.restore() == (4, [{"step": 0, "loss": 1.5}])
+    assert second.checkpoints.restore() == (4, [{"step": 0, "loss": 1.5}])
     assert second.training.lr == first.training.lr
     assert second.training.guard.recent == first.training.guard.recent
     assert second.steps(4, 7) == numbers[4:]
@@ -94,7 +94,7 @@ def test_moments_in_8_bits_and_their_rounding_go_on_bit_for_bit(tiny, tmp_path):
         whole = Run(tiny, tmp_path, every=3, name="adamw_8bit", dtype=torch.bfloat16)
         numbers = whole.steps(0, 5)
         again = Run(tiny, tmp_path, every=3, name="adamw_8bit", dtype=torch.bfloat16)
-        assert again.kept.restore()[0] == 3
+        assert again.checkpoints.restore()[0] == 3
         assert again.steps(3, 5) == numbers[3:]
     assert same(again, whole)
 
@@ -108,9 +108,9 @@ def test_saving_changes_nothing(tiny, tmp_path):
 def test_nothing_to_restore(tiny, tmp_path):
     run = Run(tiny, tmp_path)
     before = run.everything()
-    assert run.kept.restore() == (0, [])
+    assert run.checkpoints.restore() == (0, [])
     (tmp_path / "checkpoint-3.partial").mkdir()  # killed while writing
-    assert run.kept.restore() == (0, [])
+    assert run.checkpoints.restore() == (0, [])
     assert all(torch.equal(value, before[name]) for name, value in run.everything().items())
     assert not names(tmp_path)
 
@@ -150,11 +150,11 @@ def test_a_damaged_one_is_named_and_the_one_before_it_taken(tiny, tmp_path, name
     whole.steps(0, 3)
     DAMAGES[damage](tmp_path / "checkpoint-3" / name)
     run = Run(tiny, tmp_path)
-    assert run.kept.restore()[0] == 2
+    assert run.checkpoints.restore()[0] == 2
     assert f"{tmp_path}/checkpoint-3 is damaged" in capfd.readouterr().out
     run.steps(2, 3)
     assert same(run, whole)
-    assert run.kept.restore()[0] == 3  # the damaged one was written anew
+    assert run.checkpoints.restore()[0] == 3  # the damaged one was written anew
 
 
 def test_where_all_are_damaged_nothing_begins_anew_in_silence(tiny, tmp_path):
@@ -163,7 +163,7 @@ def test_where_all_are_damaged_nothing_begins_anew_in_silence(tiny, tmp_path):
     for folder in tmp_path.iterdir():
         flipped(folder / SHARD)
     with pytest.raises(ConfigError, match=r"Every checkpoint in .* is damaged.*remove them"):
-        run.kept.restore()
+        run.checkpoints.restore()
 
 
 def test_names_in_a_forged_one_lead_nowhere(tiny, tmp_path):
@@ -175,7 +175,7 @@ def test_names_in_a_forged_one_lead_nowhere(tiny, tmp_path):
     numbers.pop("digest")
     numbers["files"] = {"../secret": numbers["files"].popitem()[1]}
     file.write_text(json.dumps({**numbers, "digest": checkpoint_files.digest(numbers)}))
-    assert run.kept.restore()[0] == 1
+    assert run.checkpoints.restore()[0] == 1
 
 
 @pytest.mark.parametrize(("key", "other"), [("data", {**DATA, "order_version": 3}), ("draws", 0), ("version", 0)])
@@ -187,7 +187,7 @@ def test_other_data_and_other_laws_are_refused(tiny, tmp_path, key, other):
     numbers.pop("digest")
     file.write_text(json.dumps({**numbers, "digest": checkpoint_files.digest(numbers)}))
     with pytest.raises(ConfigError, match=r"checkpoint-1 is on other data, or of another version.*Choose another out="):
-        run.kept.restore()
+        run.checkpoints.restore()
 
 
 def test_the_state_is_a_few_numbers_of_json(tiny, tmp_path):
@@ -211,16 +211,16 @@ def test_training_goes_on_while_one_is_written(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "_save", slow)
     run = Run(tiny, tmp_path, every=2)
-    with run.kept:
+    with run.checkpoints:
         for step in range(3):
             run.step(step)
-            run.kept.on_step_end(step + 1, [])  # the one after step 2 is still being written after step 3
+            run.checkpoints.on_step_end(step + 1, [])  # the one after step 2 is still being written after step 3
         before = run.everything()
         assert not checkpoint_files.list_checkpoints(tmp_path)
         go_on.set()
     assert list(checkpoint_files.list_checkpoints(tmp_path)) == [2]
     other = Run(tiny, tmp_path)
-    assert other.kept.restore()[0] == 2
+    assert other.checkpoints.restore()[0] == 2
     other.step(2)
     assert all(torch.equal(value, before[name]) for name, value in other.everything().items())  # it holds step 2, whatever came after
 
@@ -244,37 +244,37 @@ def bytes_of(folder: Path) -> int:
 def test_without_room_the_older_ones_go_first_and_then_the_run_stops_with_the_last_one_whole(tiny, disk, tmp_path):
     Run(tiny, tmp_path).steps(0, 1)
     one = bytes_of(tmp_path / "checkpoint-1") / 2**20
-    place = disk(3.5 * one)
-    Run(tiny, place, keep=3).steps(0, 4, {1: 0.1})
-    assert names(place) == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
-    run = Run(tiny, place, keep=1)
+    folder = disk(3.5 * one)
+    Run(tiny, folder, keep=3).steps(0, 4, {1: 0.1})
+    assert names(folder) == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
+    run = Run(tiny, folder, keep=1)
     run.steps(4, 5)
-    assert names(place) == ["checkpoint-1", "checkpoint-5"]
-    (place / "filler").write_bytes(bytes(int(1.2 * one * 2**20)))
+    assert names(folder) == ["checkpoint-1", "checkpoint-5"]
+    (folder / "filler").write_bytes(bytes(int(1.2 * one * 2**20)))
     with pytest.raises(
-        SpaceError, match=rf"could not be written into {place}; the one before it is whole\. A checkpoint needs .* GB are free\. Make room"
+        SpaceError, match=rf"could not be written into {folder}; the one before it is whole\. A checkpoint needs .* GB are free\. Make room"
     ):
         run.steps(5, 7)
-    assert names(place) == ["checkpoint-1", "checkpoint-5", "filler"]
-    (place / "filler").unlink()
-    assert Run(tiny, place).kept.restore()[0] == 5
+    assert names(folder) == ["checkpoint-1", "checkpoint-5", "filler"]
+    (folder / "filler").unlink()
+    assert Run(tiny, folder).checkpoints.restore()[0] == 5
 
 
 def test_a_disk_that_fills_up_in_the_middle_of_writing(tiny, disk, tmp_path, monkeypatch):
     Run(tiny, tmp_path).steps(0, 1)
     one = bytes_of(tmp_path / "checkpoint-1") / 2**20
-    place = disk(1.5 * one)
+    folder = disk(1.5 * one)
     monkeypatch.setattr(checkpoint_files, "has_space", lambda out, need: True)  # it was there a moment ago
-    run = Run(tiny, place)
+    run = Run(tiny, folder)
     with pytest.raises(SpaceError, match="could not be written"):
         run.steps(0, 3)
-    assert names(place) == ["checkpoint-1"]
-    assert Run(tiny, place).kept.restore()[0] == 1
+    assert names(folder) == ["checkpoint-1"]
+    assert Run(tiny, folder).checkpoints.restore()[0] == 1
 
 
 def test_a_failed_write_stops_the_training_at_its_next_step_and_not_at_the_next_checkpoint(tiny, disk, tmp_path):
-    place = disk(0.1)
-    run = Run(tiny, place, every=3)
+    folder = disk(0.1)
+    run = Run(tiny, folder, every=3)
     with pytest.raises(SpaceError):
-        run.steps(0, STEPS, before=lambda step: run.kept._writing and run.kept._writing.exception())  # which waits for the thread
+        run.steps(0, STEPS, before=lambda step: run.checkpoints._writing and run.checkpoints._writing.exception())  # which waits for the thread
     assert len(run.numbers) == 4

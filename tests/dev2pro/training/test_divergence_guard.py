@@ -1,9 +1,9 @@
-"""What is not finite, leaps or collapses stops the training before it is trained on; what is usual does not."""
+"""Non-finite numbers, spikes and rising held-out losses stop the training before the optimizer step; usual losses do not."""
 
 import pytest
 
 from dev2pro.errors import DivergedError
-from dev2pro.training.divergence_guard import ENOUGH, SEEN, DivergenceGuard, GuardConfig
+from dev2pro.training.divergence_guard import MIN_LOSSES, WINDOW, DivergenceGuard, GuardConfig
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (float("inf"), 1.0), (1.0, float("nan")), (1.0, float("inf"))])
@@ -16,24 +16,24 @@ def test_numbers_that_are_not_finite(loss, norm):
 
 def test_a_leap_is_measured_against_the_usual_loss():
     guard = DivergenceGuard(GuardConfig(spike=3))
-    for step in range(ENOUGH):
+    for step in range(MIN_LOSSES):
         guard.check_step(step, 100.0 if step == 5 else 1.0, 1.0)  # too early to tell what is usual
-    guard.check_step(ENOUGH, 3.0, 1.0)
+    guard.check_step(MIN_LOSSES, 3.0, 1.0)
     with pytest.raises(DivergedError, match=r"The loss of step 21 leapt to 3\.1, more than guard\.spike=3 times the usual 1"):
-        guard.check_step(ENOUGH + 1, 3.1, 1.0)
-    assert len(guard.recent) == ENOUGH + 1
+        guard.check_step(MIN_LOSSES + 1, 3.1, 1.0)
+    assert len(guard.recent) == MIN_LOSSES + 1
 
 
 def test_only_so_many_losses_are_remembered():
     guard = DivergenceGuard(GuardConfig(spike=3))
-    for step in range(3 * SEEN):
+    for step in range(3 * WINDOW):
         guard.check_step(step, 1.02**step, 1.0)  # it grows thousandfold, but slowly
-    assert guard.recent == [1.02**step for step in range(2 * SEEN, 3 * SEEN)]
+    assert guard.recent == [1.02**step for step in range(2 * WINDOW, 3 * WINDOW)]
 
 
 def test_off_is_off():
     guard = DivergenceGuard(GuardConfig())
-    for step in range(2 * ENOUGH):
+    for step in range(2 * MIN_LOSSES):
         guard.check_step(step, 1e9 if step == 30 else 1e-9, 1.0)
     guard.held_out([{"step": 0, "loss": 1e-9}, {"step": 1, "loss": 1e9}])
 

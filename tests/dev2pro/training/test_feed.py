@@ -1,4 +1,4 @@
-"""The feed over the real stream and encoders: what is encoded ahead, what as it comes, and that both say the same."""
+"""The feed over the real stream and encoders: what is encoded in advance, what per batch, and that both are equal."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -31,23 +31,23 @@ def config(tiny_data, tmp_path) -> DataConfig:
 
 
 def prepared(model: ModelConfig, config: DataConfig, out: Path, gb: float = 1.0, batch: int = 4):
-    pinned = RunSnapshots(config, str(out), resuming=False)
+    snapshots = RunSnapshots(config, str(out), resuming=False)
     hardware = replace(HARDWARE, encodings_gb=gb)
-    return feed.prepare(model, pinned.stream(0, batch), pinned.reference(2), hardware, distributed.accelerator(hardware))
+    return feed.prepare(model, snapshots.stream(0, batch), snapshots.reference(2), hardware, distributed.accelerator(hardware))
 
 
-def test_what_fits_is_held_and_says_what_comes_live(model, config, tmp_path):
-    held, _, _ = prepared(model, config, tmp_path)
-    live, texts, _ = prepared(model, config, tmp_path, gb=1e-5)  # room for two captions
-    assert isinstance(held, CachedFeed)
-    assert isinstance(live, StreamingFeed)
-    assert texts._encoders is not None
+def test_a_cached_feed_gives_the_same_samples_as_a_streaming_one(model, config, tmp_path):
+    cached, _, _ = prepared(model, config, tmp_path)
+    streaming, prompt_encoder, _ = prepared(model, config, tmp_path, gb=1e-5)  # room for two captions
+    assert isinstance(cached, CachedFeed)
+    assert isinstance(streaming, StreamingFeed)
+    assert prompt_encoder._encoders is not None
     slots = [range(0, 3), range(3, 4)]
-    for one in (held, live):
-        one.begin(0, 4, slots)
+    for prepared_feed in (cached, streaming):
+        prepared_feed.begin(0, 4, slots)
     for step in range(4):
         for some in slots:
-            ahead, now = held.get_batch(step, some), live.get_batch(step, some)
+            ahead, now = cached.get_batch(step, some), streaming.get_batch(step, some)
             for name in ("mean", "std"):
                 torch.testing.assert_close(getattr(ahead, name), getattr(now, name), rtol=0, atol=1e-5)
             assert torch.equal(ahead.prompt, now.prompt)
@@ -56,31 +56,31 @@ def test_what_fits_is_held_and_says_what_comes_live(model, config, tmp_path):
 
 
 @pytest.mark.parametrize("drawn", [{"flip": True}, {"crop": "random"}])
-def test_what_is_drawn_comes_live_with_its_captions_ahead(model, config, tmp_path, drawn):
-    found, texts, _ = prepared(model, replace(config, **drawn), tmp_path)
-    assert isinstance(found, StreamingFeed)
-    assert texts._encoders is None  # the captions fit, so the text encoders are gone
-    assert found.encoders.pipeline.text_encoder_2 is None
-    assert found.encoders.pipeline.vae is not None
-    found.begin(2, 3, [range(4)])
-    assert found.get_batch(2, range(4)).mean.shape == (4, 16, 16)
+def test_random_samples_are_streamed_with_precomputed_captions(model, config, tmp_path, drawn):
+    prepared_feed, prompt_encoder, _ = prepared(model, replace(config, **drawn), tmp_path)
+    assert isinstance(prepared_feed, StreamingFeed)
+    assert prompt_encoder._encoders is None  # the captions fit, so the text encoders are gone
+    assert prepared_feed.encoders.pipeline.text_encoder_2 is None
+    assert prepared_feed.encoders.pipeline.vae is not None
+    prepared_feed.begin(2, 3, [range(4)])
+    assert prepared_feed.get_batch(2, range(4)).mean.shape == (4, 16, 16)
 
 
 def test_the_held_out_pictures_are_encoded_in_their_order(model, config, tmp_path, tiny_data):
-    _, texts, reference = prepared(model, config, tmp_path)
+    _, prompt_encoder, reference = prepared(model, config, tmp_path)
     assert len(reference) == 2
-    assert torch.equal(reference.prompt, texts.encode(["a handwritten four", "a handwritten five"])[0])
+    assert torch.equal(reference.prompt, prompt_encoder.encode(["a handwritten four", "a handwritten five"])[0])
 
 
 def test_a_sample_that_could_not_be_read_is_replaced_as_the_stream_would(model, config, tmp_path):
-    found, _, _ = prepared(model, config, tmp_path)
+    prepared_feed, _, _ = prepared(model, config, tmp_path)
     stream = RunSnapshots(config, str(tmp_path), resuming=False).stream(0, 4)
     gone = int(stream.order.step(0).rows[1])
-    broken = CachedFeed(stream, {row: one for row, one in found.known.items() if row != gone}, found.texts, 8)
+    broken = CachedFeed(stream, {row: one for row, one in prepared_feed.encodings.items() if row != gone}, prepared_feed.prompt_encoder, 8)
     row = next(row for row in (stream.order.substitute(0, 1, attempt) for attempt in range(100)) if row != gone)
-    assert torch.equal(broken.get_batch(0, range(1, 2)).mean[0], found.known[row][0])
+    assert torch.equal(broken.get_batch(0, range(1, 2)).mean[0], prepared_feed.encodings[row][0])
     with pytest.raises(DataError, match="neither its sample nor 100 substitutes"):
-        CachedFeed(stream, {}, found.texts, 8).get_batch(0, range(1))
+        CachedFeed(stream, {}, prepared_feed.prompt_encoder, 8).get_batch(0, range(1))
 
 
 def test_every_kind_of_size_must_fit_the_vae(model, config, tmp_path):
@@ -92,18 +92,18 @@ def test_every_kind_of_size_must_fit_the_vae(model, config, tmp_path):
 
 def test_pixels_are_channels_first_from_minus_one_to_one(config, tmp_path):
     (batch,) = RunSnapshots(config, str(tmp_path), resuming=False).reference(1)
-    found = feed.pixels(batch)
-    assert found.shape == (1, 3, 32, 32)
-    torch.testing.assert_close(found[0, :, 5, 7], batch.pixels[0, 5, 7].float() / 127.5 - 1)
+    pixels = feed.pixels(batch)
+    assert pixels.shape == (1, 3, 32, 32)
+    torch.testing.assert_close(pixels[0, :, 5, 7], batch.pixels[0, 5, 7].float() / 127.5 - 1)
 
 
 def test_fingerprints_tell_what_matters(model, tiny):
-    first, second = (feed.fingerprints(feed.Encoders(model, torch.float32, torch.device("cpu")), [(32, 32)], feed.MADE) for _ in range(2))
+    first, second = (feed.fingerprints(feed.Encoders(model, torch.float32, torch.device("cpu")), [(32, 32)], feed.STORABLE) for _ in range(2))
     assert first == second
     encoders = feed.Encoders(model, torch.float32, torch.device("cpu"))
     with torch.no_grad():
         next(encoders.pipeline.vae.parameters()).add_(1e-3)
-    third = feed.fingerprints(encoders, [(64, 64)], feed.MADE)
+    third = feed.fingerprints(encoders, [(64, 64)], feed.STORABLE)
     assert third["text"] == first["text"]
     assert {key for key in third["latents"] if third["latents"][key] != first["latents"][key]} == {"vae", "sizes"}
     feed.check_stored(first, second)

@@ -52,34 +52,35 @@ def test_times_are_the_quantiles_of_the_training_distribution(data):
 
 @torch.no_grad()
 def test_the_numbers_by_loop(data, transformer, teacher):
-    looking = probe(data)
-    looking.set_teacher(teacher)
+    heldout_probe = probe(data)
+    heldout_probe.set_teacher(teacher)
     losses, usual, gap, distance = [], 0.0, 0.0, 0.0
-    for t in looking.times:
+    for t in heldout_probe.times:
         of_time = 0.0
         for i in range(COUNT):
-            x0, noise = data.mean[i, None], looking.noise[i, None]  # the mean: no draw from the posterior
+            x0, noise = data.mean[i, None], heldout_probe.noise[i, None]  # the mean: no draw from the posterior
             x_t = (1 - t) * x0 + t * noise
-            said = flux1.build_conditioning(data.prompt[i, None], data.pooled[i, None], (4, 4))
-            v, w, ideal = (flux1.predict(model, x_t, t[None], said, g) for model, g in ((transformer, 1.0), (transformer, 3.5), (teacher, 1.0)))
+            conditioning = flux1.build_conditioning(data.prompt[i, None], data.pooled[i, None], (4, 4))
+            models = ((transformer, 1.0), (transformer, 3.5), (teacher, 1.0))
+            v, w, ideal = (flux1.predict(model, x_t, t[None], conditioning, g) for model, g in models)
             of_time += (v - (noise - x0)).square().mean().item() / COUNT
             usual += (w - (noise - x0)).square().mean().item() / COUNT / BINS
             gap += (v - w).square().mean().item() / COUNT / BINS
             distance += (v - ideal).square().mean().item() / COUNT / BINS
         losses.append(of_time)
     expected = {"loss": sum(losses) / BINS, "loss_by_time": losses, "loss_usual": usual, "guidance_gap": gap, "teacher_distance": distance}
-    assert close(looking.measure(transformer, 1.0, 3.5), expected)
-    assert min(gap, distance) > 1e-4  # so that none of this holds by being nothing
+    assert close(heldout_probe.measure(transformer, 1.0, 3.5), expected)
+    assert min(gap, distance) > 1e-4  # so that the comparisons are not trivial
     assert max(losses) - min(losses) > 1e-2
 
 
 def test_the_numbers_do_not_depend_on_the_batch(data, transformer, teacher):
-    found = []
+    metrics = []
     for batch in (1, 2, COUNT, 64):
-        looking = probe(data, batch=batch)
-        looking.set_teacher(teacher)
-        found.append(looking.measure(transformer, 1.0, 3.5))
-    assert all(close(found[0], other) for other in found[1:])
+        heldout_probe = probe(data, batch=batch)
+        heldout_probe.set_teacher(teacher)
+        metrics.append(heldout_probe.measure(transformer, 1.0, 3.5))
+    assert all(close(metrics[0], other) for other in metrics[1:])
 
 
 def test_looking_twice_sees_the_same(data, transformer):
@@ -90,17 +91,17 @@ def test_looking_twice_sees_the_same(data, transformer):
 
 
 def test_the_teacher_is_no_distance_from_itself(data, transformer, teacher):
-    looking = probe(data)
-    assert "teacher_distance" not in looking.measure(transformer, 1.0, 3.5)
-    looking.set_teacher(teacher)
-    assert looking.measure(teacher, 1.0, 3.5)["teacher_distance"] == 0
-    assert looking.measure(transformer, 1.0, 3.5)["teacher_distance"] > 0
+    heldout_probe = probe(data)
+    assert "teacher_distance" not in heldout_probe.measure(transformer, 1.0, 3.5)
+    heldout_probe.set_teacher(teacher)
+    assert heldout_probe.measure(teacher, 1.0, 3.5)["teacher_distance"] == 0
+    assert heldout_probe.measure(transformer, 1.0, 3.5)["teacher_distance"] > 0
 
 
 def test_equal_guidances_have_no_gap(data, transformer):
-    found = probe(data).measure(transformer, 3.5, 3.5)
-    assert found["guidance_gap"] == 0
-    assert found["loss"] == pytest.approx(found["loss_usual"])
+    metrics = probe(data).measure(transformer, 3.5, 3.5)
+    assert metrics["guidance_gap"] == 0
+    assert metrics["loss"] == pytest.approx(metrics["loss_usual"])
 
 
 def test_more_samples_than_there_are(data, transformer):

@@ -23,10 +23,10 @@ class Scene:
     def __init__(self, folder: str) -> None:
         self.model = flux1.ModelConfig(path=folder, usual_guidance=USUAL, max_sequence_length=8)
         self.encoders = flux1.Encoders(self.model, torch.float32, torch.device("cpu"))
-        self.texts = PromptEncoder(self.model, self.encoders, 1e9)
+        self.prompt_encoder = PromptEncoder(self.model, self.encoders, 1e9)
         self.scheduler = flux1.scheduler_settings(folder)
         mean = torch.zeros(len(CAPTIONS), *SHAPE)
-        self.data = EncodedBatch(mean, mean, *self.texts.encode(CAPTIONS), (4, 4), tuple(CAPTIONS))
+        self.data = EncodedBatch(mean, mean, *self.prompt_encoder.encode(CAPTIONS), (4, 4), tuple(CAPTIONS))
         self.transformer = flux1.load_transformer(folder).eval()
         torch.manual_seed(3)
         with torch.no_grad():
@@ -35,8 +35,8 @@ class Scene:
 
     def preview(self, out, config: PreviewConfig = CONFIG, *, batch: int = 64, seed: int = 0) -> Preview:
         hardware = HardwareConfig(device="cpu", micro_batch=batch)
-        place = distributed.accelerator(hardware)
-        return Preview(config, self.model, hardware, self.data, self.texts, self.scheduler, place, seed=seed, out=str(out))
+        accelerator = distributed.accelerator(hardware)
+        return Preview(config, self.model, hardware, self.data, self.prompt_encoder, self.scheduler, accelerator, seed=seed, out=str(out))
 
     def drawn(self, out, guidance: float = 1.0, step: int = 0, **more) -> bytes:
         self.preview(out, **more).draw(self.transformer, step, guidance)
@@ -55,16 +55,16 @@ def difference(one: bytes, other: bytes) -> float:
 
 @torch.no_grad()
 def test_it_shows_what_the_sampler_draws_for_captions_that_are_spread(scene, tmp_path):
-    asked = [CAPTIONS[row] for row in (0, 2, 4)]
-    said, nothing = (flux1.build_conditioning(*scene.texts.encode(some), (4, 4)) for some in (asked, [""] * 3))
+    captions = [CAPTIONS[row] for row in (0, 2, 4)]
+    conditioning, null_conditioning = (flux1.build_conditioning(*scene.prompt_encoder.encode(some), (4, 4)) for some in (captions, [""] * 3))
     noise = torch.stack([sampling.initial_noise(0, 0, i, SHAPE) for i in range(3)])
     mu = flow_matching.shift_mu(16, scene.scheduler)
     for step, guidance, cfg_scale, how in ((0, 1.0, 3.5, "guidance 1, true CFG 3.5"), (500, USUAL, 1.0, "guidance 3.5")):
-        latents = sampling.sample(scene.transformer, noise, said, nothing, guidance=guidance, cfg_scale=cfg_scale, steps=2, mu=mu)
+        latents = sampling.sample(scene.transformer, noise, conditioning, null_conditioning, guidance=guidance, cfg_scale=cfg_scale, steps=2, mu=mu)
         pixels = (scene.encoders.decode(latents, 32, 32) * 255).round().byte()
         pictures = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in pixels]
         assert max(ImageStat.Stat(pictures[0]).stddev) > 5  # it shows something
-        wanted = preview.sheet(f"step {step}, {how}", asked, pictures)
+        wanted = preview.sheet(f"step {step}, {how}", captions, pictures)
         assert difference(scene.drawn(tmp_path, guidance, step), wanted) < 0.1
     assert sorted(file.name for file in tmp_path.rglob("*")) == ["000000.jpg", "000500.jpg", "previews"]
 
@@ -109,11 +109,11 @@ def test_a_sheet_is_small_whatever_is_on_it(count, side):
     dice = random.Random(count)
     pictures = [Image.frombytes("RGB", (side, 3 * side // 4), dice.randbytes(side * (3 * side // 4) * 3)) for _ in range(count)]
     data = preview.sheet("step 500", ["many words of a long caption " * 20] * count, pictures)
-    found = Image.open(io.BytesIO(data))
-    assert found.format == "JPEG"
+    image = Image.open(io.BytesIO(data))
+    assert image.format == "JPEG"
     assert len(data) <= preview.BYTES
-    assert found.width >= min(count, 4) * 128
-    assert found.width <= 4 * (256 + 16) + 100
+    assert image.width >= min(count, 4) * 128
+    assert image.width <= 4 * (256 + 16) + 100
 
 
 def test_captions_go_with_their_prompts():
@@ -121,4 +121,4 @@ def test_captions_go_with_their_prompts():
         some = torch.zeros(len(captions), *SHAPE)
         return EncodedBatch(some, some, some, some, (4, 4), captions)
 
-    assert encodings.joined([batch("a", "b"), batch("c")]).captions == ("a", "b", "c")
+    assert encodings.concatenate([batch("a", "b"), batch("c")]).captions == ("a", "b", "c")

@@ -25,12 +25,12 @@ def data() -> EncodedBatch:
     return EncodedBatch(mean, torch.full_like(mean, 0.1), prompt, pooled, (4, 4))
 
 
-def some(data: EncodedBatch, slots: range) -> EncodedBatch:
+def select(data: EncodedBatch, slots: range) -> EncodedBatch:
     return EncodedBatch(data.mean[slots], data.std[slots], data.prompt[slots], data.pooled[slots], data.grid)
 
 
 class Run:
-    """A training of the tiny transformer on the same data every time."""
+    """Trains the tiny transformer on the same data every time."""
 
     def __init__(
         self, tiny, data: EncodedBatch, *, micro_batch: int = BATCH, ema: float = 0.0, steps: int = 10, checkpointing: bool = False, **optim
@@ -43,16 +43,16 @@ class Run:
         self.training.optimizer.optimizer.register_step_pre_hook(lambda *_: self.gradients.append(flat(self.training.model, "grad")))
 
     def step(self, step: int = 0, spoil: float = 1.0) -> tuple[float, float]:
-        def draw(slots: range) -> encodings.NoisedBatch:
+        def make_batch(slots: range) -> encodings.NoisedBatch:
             self.seen.append(list(slots))
-            return encodings.noise_batch(some(self.data, slots), (torch.zeros(8, 64), torch.zeros(64)), SCHEDULER, 0.1, 0, step, slots)
+            return encodings.noise_batch(select(self.data, slots), (torch.zeros(8, 64), torch.zeros(64)), SCHEDULER, 0.1, 0, step, slots)
 
-        def loss_of(batch: encodings.NoisedBatch) -> torch.Tensor:
+        def compute_loss(batch: encodings.NoisedBatch) -> torch.Tensor:
             return spoil * torch.nn.functional.mse_loss(
                 flux1.predict(self.training.model, batch.x_t, batch.t, batch.conditioning, 1.0), batch.velocity
             )
 
-        return self.training.step(step, draw, loss_of)
+        return self.training.step(step, make_batch, compute_loss)
 
     @property
     def weights(self) -> torch.Tensor:
@@ -213,23 +213,23 @@ def test_what_is_saved_is_the_average_in_the_precision_asked_for(tiny, data, tmp
     assert not list(tmp_path.glob("*.partial"))
 
 
-# ---- the clock ---------------------------------------------------------------------------------------------------------------------------
+# ---- the timer ---------------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_clock_s_share_is_a_share_and_measuring_is_not_training(tiny, data):
+def test_the_timer_s_share_is_a_share_and_measuring_is_not_training(tiny, data):
     run = Run(tiny, data)
     for step in range(2):
         run.step(step)
     with run.training.ema_weights():
         pass
-    found = run.training.clock.metrics()
-    assert 0 <= found["share_outside"] <= 1
-    assert found["steps_per_second"] > 0
-    assert found["peak_memory_mb"] > 10
+    metrics = run.training.clock.metrics()
+    assert 0 <= metrics["share_outside"] <= 1
+    assert metrics["steps_per_second"] > 0
+    assert metrics["peak_memory_mb"] > 10
     assert run.training.clock.pause > 0
 
 
-def test_a_clock_that_only_computes_has_nothing_outside(monkeypatch):
+def test_a_timer_that_only_computes_has_nothing_outside(monkeypatch):
     now = iter([0.0, 1.0, 4.0, 4.0, 9.0, 10.0]).__next__
     monkeypatch.setattr("time.perf_counter", now)
     clock = StepTimer()  # at 0
@@ -247,7 +247,7 @@ def test_a_clock_that_only_computes_has_nothing_outside(monkeypatch):
 
 
 class Rank:
-    """What own_slots asks of accelerate."""
+    """The attributes of an Accelerator that rank_slots uses."""
 
     def __init__(self, process_index: int, num_processes: int) -> None:
         self.process_index, self.num_processes = process_index, num_processes
@@ -263,15 +263,15 @@ def test_ranks_share_every_slot_once_and_in_order(ranks, micro_batch):
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"dtype": "float8"}, r"hardware\.dtype=float8 is unknown. Choose one of float32, bfloat16"),
         ({"device": "cuda:1"}, r"hardware\.device=cuda:1 is unknown.*CUDA_VISIBLE_DEVICES"),
         ({"device": "cpu", "shard": True}, r"hardware\.shard=true needs several processes.*torchrun"),
     ],
 )
-def test_hardware_that_this_machine_has_not(values, said):
-    with pytest.raises(ConfigError, match=said):
+def test_hardware_that_this_machine_has_not(values, message):
+    with pytest.raises(ConfigError, match=message):
         distributed.accelerator(HardwareConfig(**values))
 
 

@@ -1,4 +1,4 @@
-"""A run takes nothing from the server but its form: changed records are noticed, and no result is read that the server points to."""
+"""A run takes only form values from the server: changed code fields are detected, and no result that the server points to is read."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ PICKLED = """
 import pickle, subprocess, sys
 from prefect.client.schemas.objects import State, StateType
 if sys.argv[2] == "ours":
-    import flows.trust
+    import flows.processes.trust
 class Evil:
     def __reduce__(self):
         return subprocess.check_call, (["touch", sys.argv[1] + ".pwned"],)
@@ -45,35 +45,35 @@ for kind in (StateType.COMPLETED, StateType.FAILED):
 """
 
 
-def there(**changes: object) -> SimpleNamespace:
-    """What the server has of the deployment `evaluate`, as Prefect returns it for one that nobody has changed, but for these."""
-    return SimpleNamespace(**trust.own(evaluate) | {"pull_steps": [], "job_variables": {}} | changes)
+def registered(**changes: object) -> SimpleNamespace:
+    """The deployment `evaluate` as Prefect returns it, unchanged but for these fields."""
+    return SimpleNamespace(**trust.expected_fields(evaluate) | {"pull_steps": [], "job_variables": {}} | changes)
 
 
 def test_what_make_serve_registers_is_no_change():
-    assert not trust.changed(evaluate, there())
-    assert trust.own(evaluate)["entrypoint"] == "flows/single.py:evaluate"
+    assert not trust.changed_fields(evaluate, registered())
+    assert trust.expected_fields(evaluate)["entrypoint"] == "flows/single.py:evaluate"
 
 
 def test_every_entrypoint_is_a_file_and_a_flow_of_ours():
     for runner in (deployments.TRAINING, deployments.CHEAP):
-        for one in deployments.of(runner):
-            file, name = trust.own(one.flow)["entrypoint"].split(":")
+        for deployment in deployments.for_runner(runner):
+            file, name = trust.expected_fields(deployment.flow)["entrypoint"].split(":")
             assert f"def {name}(" in (ROOT / file).read_text()
 
 
 @pytest.mark.parametrize("field", CHANGES)
 def test_a_change_is_noticed(field):
-    assert set(CHANGES) == set(trust.own(evaluate))
-    assert trust.changed(evaluate, there(**{field: CHANGES[field]})) == [field]
+    assert set(CHANGES) == set(trust.expected_fields(evaluate))
+    assert trust.changed_fields(evaluate, registered(**{field: CHANGES[field]})) == [field]
 
 
 @pytest.mark.parametrize(("who", "runs"), [("prefect", True), ("ours", False)])
 def test_a_result_that_the_server_points_to_is_not_read(tmp_path, who, runs):
-    """Prefect itself runs what is in it, which shows that the attack is one."""
-    said = subprocess.run(
+    """Prefect itself runs the pickle, which shows that the attack works."""
+    result = subprocess.run(
         [sys.executable, "-c", PICKLED, tmp_path / "result", who], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
     )
-    assert (tmp_path / "result.pwned").exists() == runs, said.stdout + said.stderr
+    assert (tmp_path / "result.pwned").exists() == runs, result.stdout + result.stderr
     if not runs:
-        assert said.stdout.split() == ["Refused", "Refused"]
+        assert result.stdout.split() == ["Refused", "Refused"]

@@ -1,4 +1,4 @@
-"""Whoever has the whole API, with the password, gets no shell: runs of changed deployments refuse, and nothing of the change is run."""
+"""A user of the whole API, with the password, cannot run code: runs of changed deployments refuse, and nothing of the change is run."""
 
 import subprocess
 import sys
@@ -32,7 +32,7 @@ def shell(pwned: Path) -> list[dict]:
 
 def refused(serve, run: str, field: str) -> None:
     assert field in serve.until_state(run, "Failed")["message"]
-    until(lambda: "Nothing was done" in serve.told(run), what="the log")
+    until(lambda: "Nothing was done" in serve.run_log(run), what="the log")
 
 
 def test_nobody_comes_in_without_the_password_that_was_made(serve):
@@ -41,20 +41,20 @@ def test_nobody_comes_in_without_the_password_that_was_made(serve):
     assert httpx.post(f"{serve.address}/api/deployments/filter", json={}).status_code == 403  # CSRF
     assert httpx.post(f"{serve.address}/api/deployments/filter", json={}, headers=dict(serve.api.headers)).status_code == 401
     assert httpx.get(f"{serve.address}/api/admin/settings").status_code == 401
-    assert serve.user.split(":")[1] not in serve.said.read_text() + "".join(f.read_text() for f in (serve.folder / "runs/.serve").glob("*.log"))
+    assert serve.user.split(":")[1] not in serve.log_file.read_text() + "".join(f.read_text() for f in (serve.folder / "runs/.serve").glob("*.log"))
 
 
 def test_the_attack_of_62143d3_step_by_step(serve, pwned):
     """Replacing the deployment `evaluate` by one with a shell script among its pull steps, and starting it."""
-    there = serve.deployments()["evaluate"]
-    theirs = {"name": "evaluate", "flow_id": there["flow_id"], "entrypoint": there["entrypoint"], "path": ".", "pull_steps": shell(pwned)}
-    assert serve.api.post("deployments/", json=theirs).raise_for_status().json()["id"] == there["id"]
+    registered = serve.deployments()["evaluate"]
+    theirs = {"name": "evaluate", "flow_id": registered["flow_id"], "entrypoint": registered["entrypoint"], "path": ".", "pull_steps": shell(pwned)}
+    assert serve.api.post("deployments/", json=theirs).raise_for_status().json()["id"] == registered["id"]
     refused(serve, serve.run("evaluate", evaluate=FORM), "pull_steps")
     assert not pwned.exists()
 
 
 def test_changes_of_a_deployment_are_refused(serve, pwned, tmp_path):
-    there = serve.deployments()["distill"]["id"]
+    deployment_id = serve.deployments()["distill"]["id"]
     evil = tmp_path / "evil.py"
     evil.write_text(f"open({str(pwned)!r}, 'w')\nfrom prefect import flow\n@flow\ndef distill(distill=None): pass\n")
     for change in (
@@ -64,7 +64,8 @@ def test_changes_of_a_deployment_are_refused(serve, pwned, tmp_path):
         {"job_variables": {"env": {"PYTHONSTARTUP": str(evil)}}},
     ):
         serve.api.patch(
-            f"deployments/{there}", json={"pull_steps": [], "entrypoint": "flows/single.py:distill", "path": ".", "job_variables": {}, **change}
+            f"deployments/{deployment_id}",
+            json={"pull_steps": [], "entrypoint": "flows/single.py:distill", "path": ".", "job_variables": {}, **change},
         ).raise_for_status()
         refused(serve, serve.run("distill", distill=FORM), next(iter(change)))
     assert not pwned.exists()
@@ -91,19 +92,19 @@ def test_a_change_while_it_runs_is_not_run_when_it_is_cancelled(serve, pwned):
 def test_the_next_start_puts_it_right_and_says_so(serve, pwned):
     assert serve.stop() == 0
     serve.start()
-    said = serve.said.read_text()
+    log = serve.log_file.read_text()
     for name in ("evaluate", "distill", "recover"):
-        assert f"of the deployment {name} through the API; it is put right" in said
+        assert f"of the deployment {name} through the API; it is put right" in log
     until(lambda: all(not serve.deployments()[name]["pull_steps"] for name in ("evaluate", "distill", "recover")), what="putting it right")
     run = serve.run("recover", recover={"steps": 3, "batch": 4, "data": {"name": "chalk"}, "probe": {"every": 3, "samples": 2}, "out": "runs/right"})
     serve.until_state(run, "Completed", "Failed", seconds=400)
-    assert serve.state(run)["name"] == "Completed", serve.told(run)
+    assert serve.state(run)["name"] == "Completed", serve.run_log(run)
     assert not pwned.exists()
 
 
 def test_prefect_on_the_command_line_with_the_password_that_was_made(serve):
     given = {"PREFECT_API_URL": f"{serve.address}/api", "PREFECT_API_AUTH_STRING": serve.user, "PREFECT_HOME": str(serve.home)}
-    words = [
+    command = [
         sys.executable,
         "-m",
         "prefect",
@@ -113,6 +114,6 @@ def test_prefect_on_the_command_line_with_the_password_that_was_made(serve):
         "--param",
         'recover={"out": "runs/right", "steps": 0}',
     ]
-    said = subprocess.run(words, cwd=serve.home, env=serve.environment() | given, capture_output=True, text=True, timeout=200, check=False)
-    assert said.returncode == 1
-    assert "less than the minimum" in said.stdout + said.stderr  # it came in: the form refuses
+    result = subprocess.run(command, cwd=serve.home, env=serve.environment() | given, capture_output=True, text=True, timeout=200, check=False)
+    assert result.returncode == 1
+    assert "less than the minimum" in result.stdout + result.stderr  # it came in: the form refuses

@@ -102,8 +102,8 @@ def progress(page: Page, run: str) -> int:
     page.goto(f"/v2/runs/flow-run/{run}")
     page.get_by_role("tab", name="Artifacts").click()
     page.wait_for_timeout(1500)
-    said = re.search(r"step ([\d,]+) of", page.get_by_role("tabpanel").inner_text())
-    return int(said[1].replace(",", "")) if said else 0
+    match = re.search(r"step ([\d,]+) of", page.get_by_role("tabpanel").inner_text())
+    return int(match[1].replace(",", "")) if match else 0
 
 
 def pictures(page: Page) -> list[tuple[int, int]]:
@@ -130,8 +130,8 @@ def test_a_pipeline_from_the_form_to_the_verdict(page, serve):
     until(lambda: pictures(page), what="pictures")
     expect(page.get_by_text("report.html").first).to_be_visible()
     shot(page, "verdict")
-    said = {one["key"] for one in serve.artifacts(run) if one["key"]}
-    assert said >= {f"test-serve-pipeline-{stage}-curves" for stage in ("recover", "lora-chalk-base-1", "lora-chalk-recovered-1")}
+    keys = {artifact["key"] for artifact in serve.artifacts(run) if artifact["key"]}
+    assert keys >= {f"test-serve-pipeline-{stage}-curves" for stage in ("recover", "lora-chalk-base-1", "lora-chalk-recovered-1")}
 
 
 def test_watching_cancelling_and_going_on(page, serve):
@@ -153,7 +153,9 @@ def test_watching_cancelling_and_going_on(page, serve):
     first = until(lambda: progress(page, run), what="progress")
     until(lambda: progress(page, run) > first, what="progress that moves")
     shot(page, "run-artifacts")
-    until(lambda: {one["key"] for one in serve.artifacts(run)} >= {"test-serve-watched-curves", "test-serve-watched-pictures"}, what="curves")
+    until(
+        lambda: {artifact["key"] for artifact in serve.artifacts(run)} >= {"test-serve-watched-curves", "test-serve-watched-pictures"}, what="curves"
+    )
     for name in ("curves", "pictures"):
         open_artifact(page, run, f"test-serve-watched-{name}")
         assert until(lambda: pictures(page), what=name)
@@ -174,7 +176,7 @@ def test_watching_cancelling_and_going_on(page, serve):
     menu(page, run, "Copy to new run")
     expect(page.get_by_label("Steps (Optional)")).to_have_value("1500")
     again = submit(page, serve)
-    until(lambda: f"going on after step {saved} of 1500" in serve.told(again), what="going on")
+    until(lambda: f"going on after step {saved} of 1500" in serve.run_log(again), what="going on")
     serve.cancel(again)
     serve.until_state(again, "Cancelled")
 

@@ -1,4 +1,4 @@
-"""`.env.example` makes a closed server, which `make serve`, its runners and the UI still work with."""
+"""`.env.example` configures a closed server that `make serve`, its runners and the UI work with."""
 
 import json
 import os
@@ -22,13 +22,13 @@ from tests.flows.operator import until
 
 
 @pytest.fixture(scope="module")
-def told():
-    """What a webhook is told, which grows; and its address, a secret too."""
-    heard = list[dict]()
+def webhook():
+    """The growing list of messages to a webhook, and its secret address."""
+    messages = list[dict]()
 
     class Hook(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            heard.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            messages.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             self.send_response(200)
             self.end_headers()
 
@@ -37,13 +37,13 @@ def told():
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Hook) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield heard, f"http://127.0.0.1:{server.server_port}/s3cret/hook"
+        yield messages, f"http://127.0.0.1:{server.server_port}/s3cret/hook"
         server.shutdown()
 
 
 @pytest.fixture(scope="module")
-def serve(tmp_path_factory, told):
-    settings = {"DEV2PRO_WEBHOOK": told[1], "PREFECT_SERVER_SERVICES_DB_VACUUM_LOOP_SECONDS": "15"}
+def serve(tmp_path_factory, webhook):
+    settings = {"DEV2PRO_WEBHOOK": webhook[1], "PREFECT_SERVER_SERVICES_DB_VACUUM_LOOP_SECONDS": "15"}
     with cloned(tmp_path_factory.mktemp("closed"), **settings) as clone:
         yield clone
 
@@ -52,20 +52,22 @@ def test_every_setting_of_the_example_exists():
     from prefect.settings.legacy import _get_settings_fields
     from prefect.settings.models.root import Settings
 
-    known = _get_settings_fields(Settings)
+    fields = _get_settings_fields(Settings)
     names = re.findall(r"^#?([A-Z0-9_]+)=", (ROOT / ".env.example").read_text(), flags=re.MULTILINE)
     assert {"PREFECT_SERVER_API_AUTH_STRING", "PREFECT_SERVER_DATABASE_CONNECTION_URL", "DEV2PRO_ROOTS"} <= set(names)
-    code = "".join(file.read_text() for file in (ROOT / "flows").glob("*.py"))
-    unknown = [name for name in names if name not in known and f'"{name}"' not in code]
+    code = "".join(file.read_text() for file in (ROOT / "flows").rglob("*.py"))
+    unknown = [name for name in names if name not in fields and f'"{name}"' not in code]
     assert not unknown, f"neither prefect nor flows/ reads {unknown}"
 
 
 def test_the_example_s_password_is_refused(tmp_path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
     environment |= {k: v for k, v in dotenv_values(ROOT / ".env.example").items() if v} | {"PREFECT_HOME": str(tmp_path)}
-    said = subprocess.run([sys.executable, "-m", "flows.serve"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert said.returncode == 2
-    assert "which everybody knows. Choose another" in said.stderr
+    result = subprocess.run(
+        [sys.executable, "-m", "flows.serve"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 2
+    assert "which everybody knows. Choose another" in result.stderr
 
 
 @pytest.mark.operator
@@ -85,11 +87,11 @@ def test_it_listens_on_loopback_only(serve):
 
 
 @pytest.mark.operator
-def test_failures_are_told(serve, told):
+def test_failures_are_told(serve, webhook):
     run = serve.run("recover", recover={**RECOVER, "data": {"train": ["no/such/folder"]}, "out": "runs/failed"})
     serve.until_state(run, "Failed")
-    until(lambda: told[0], what="the webhook")
-    assert "prefect.flow-run.Failed" in told[0][0]["text"]
+    until(lambda: webhook[0], what="the webhook")
+    assert "prefect.flow-run.Failed" in webhook[0][0]["text"]
 
 
 @pytest.mark.operator
@@ -98,17 +100,17 @@ def test_runs_complete_and_no_secret_is_seen(serve):
     run = serve.run("recover", recover={**RECOVER, "out": "runs/closed"})
 
     def ended() -> bool:
-        for one in psutil.process_iter(["cmdline"]):
-            seen.update(one.info["cmdline"] or [])
-            if "out=runs/closed" in (one.info["cmdline"] or []):
+        for process in psutil.process_iter(["cmdline"]):
+            seen.update(process.info["cmdline"] or [])
+            if "out=runs/closed" in (process.info["cmdline"] or []):
                 with suppress(psutil.Error):
-                    environment.update(one.environ())
+                    environment.update(process.environ())
         return serve.state(run)["type"] in ("COMPLETED", "FAILED", "CRASHED")
 
     until(ended, 500, "the run's end")
-    assert serve.state(run)["type"] == "COMPLETED", serve.told(run)
+    assert serve.state(run)["type"] == "COMPLETED", serve.run_log(run)
     assert any("stages.recover" in word for word in seen)
-    texts = [serve.told(run), serve.said.read_text(), *(file.read_text() for file in (serve.folder / "runs/.serve").glob("*.log")), *seen]
+    texts = [serve.run_log(run), serve.log_file.read_text(), *(file.read_text() for file in (serve.folder / "runs/.serve").glob("*.log")), *seen]
     assert len(texts) > 4
     assert "DEV2PRO_EVENTS" in environment
     assert PASSWORD not in str(environment)  # of a stage
@@ -124,9 +126,9 @@ def test_runs_of_half_a_year_ago_are_removed(serve):
         for run, days in ((old, 181), (young, 179)):
             database.execute("UPDATE flow_run SET end_time = datetime('now', ?) WHERE id = ?", (f"-{days} days", run))
     until(lambda: serve.api.get(f"flow_runs/{old}").status_code == 404, what="removing the old run")
-    until(lambda: not serve.told(old) and not serve.artifacts(old), what="removing its logs and artifacts")
+    until(lambda: not serve.run_log(old) and not serve.artifacts(old), what="removing its logs and artifacts")
     assert serve.state(young)["name"] == "Completed"
-    assert serve.told(young)
+    assert serve.run_log(young)
     assert (serve.folder / "runs/old/artifact.json").exists()
 
 
@@ -152,11 +154,11 @@ def _greeted(connect, address: str, token: str) -> str | None:
 @pytest.mark.operator
 def test_prefect_s_own_commands_read_the_same_settings(serve):
     command = [str(Path(sys.executable).with_name("prefect")), "deployment", "ls"]
-    said = subprocess.run(command, cwd=serve.folder, env=serve.environment(), capture_output=True, text=True, timeout=200, check=False)
-    assert said.returncode == 0, said.stdout + said.stderr
-    assert "recover" in said.stdout
+    result = subprocess.run(command, cwd=serve.folder, env=serve.environment(), capture_output=True, text=True, timeout=200, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "recover" in result.stdout
 
 
 def test_prefect_is_not_imported_before_the_settings_are_read():
-    asked = "import sys, flows.serve.__main__; sys.exit('prefect' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", asked], cwd=ROOT, check=False).returncode == 0
+    code = "import sys, flows.serve.__main__; sys.exit('prefect' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

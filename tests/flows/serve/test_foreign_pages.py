@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from playwright.sync_api import sync_playwright
-from tests.flows.test_browser import CHROMIUM, QUIET
 
 from tests.flows.clone import cloned
+from tests.flows.serve.test_browser import CHROMIUM, QUIET
 
 pytestmark = [pytest.mark.operator, pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="apt-get install chromium")]
 
@@ -111,13 +111,13 @@ def test_a_foreign_page_changes_and_reads_nothing(serve, browser, elsewhere, whe
             "the server itself under another name": ("localhost", serve.port),
         }[where]
         page.goto(f"http://{name}:{port}/api/health" if port == serve.port else f"http://{name}:{port}/")
-    said = page.evaluate(ATTACK, [f"{serve.address}/api", deployment])
+    outcomes = page.evaluate(ATTACK, [f"{serve.address}/api", deployment])
     page.wait_for_timeout(500)
     page.close()
-    assert said == {name: UNANSWERED.get(name, "refused") for name in said}
-    assert len(said) == 19
-    asked = [answer for answer in answers if urlsplit(answer[2]).netloc == urlsplit(serve.address).netloc]
-    assert {status for status, *_ in asked} == ({403} if "another" in where and port == elsewhere else set())  # else none is even sent
+    assert outcomes == {name: UNANSWERED.get(name, "refused") for name in outcomes}
+    assert len(outcomes) == 19
+    responses = [answer for answer in answers if urlsplit(answer[2]).netloc == urlsplit(serve.address).netloc]
+    assert {status for status, *_ in responses} == ({403} if "another" in where and port == elsewhere else set())  # else none is even sent
     assert {path: serve.post(f"{path}/count") for path in counts} == counts
 
 

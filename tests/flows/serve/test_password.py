@@ -1,4 +1,4 @@
-"""The password of `make serve`: made once, readable by its owner alone, overridden by the environment, told to terminals and to no log."""
+"""The password of `make serve`: generated once, readable by its owner alone, overridden by the environment, shown in terminals and not in logs."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from flows.serve import password
 @pytest.fixture(autouse=True)
 def _nothing_is_set(monkeypatch, tmp_path):
     for name in (password.SERVER, password.CLIENT, password.NONE):
-        monkeypatch.setenv(name, "x")  # so that what settle() sets is undone
+        monkeypatch.setenv(name, "x")  # so that what configure() sets is undone
         monkeypatch.delenv(name)
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "home"))
 
@@ -23,27 +23,27 @@ def test_it_is_made_once_and_only_its_owner_can_read_it(monkeypatch, tmp_path):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     old = os.umask(0)  # whatever the shell's is
     try:
-        told = password.configure()
+        message = password.configure()
     finally:
         os.umask(old)
     file = tmp_path / "home" / password.FILE
-    made = file.read_text().strip()
-    assert made in told
-    assert len(made) > 30
+    credentials = file.read_text().strip()
+    assert credentials in message
+    assert len(credentials) > 30
     assert (file.stat().st_mode & 0o777, file.parent.stat().st_mode & 0o777) == (0o600, 0o700)
-    assert os.environ[password.SERVER] == os.environ[password.CLIENT] == made
+    assert os.environ[password.SERVER] == os.environ[password.CLIENT] == credentials
     for name in (password.SERVER, password.CLIENT):
         monkeypatch.delenv(name)
     again = password.configure()
-    assert os.environ[password.SERVER] == made
-    assert made not in again
+    assert os.environ[password.SERVER] == credentials
+    assert credentials not in again
     assert str(file) in again
 
 
 def test_it_is_told_to_no_log(monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
-    told = password.configure()
-    assert os.environ[password.SERVER] not in told
+    message = password.configure()
+    assert os.environ[password.SERVER] not in message
 
 
 def test_the_environment_comes_first(monkeypatch, tmp_path):
@@ -98,9 +98,9 @@ def test_a_file_that_is_no_secret_or_no_password_is_refused(tmp_path, content, m
     file.parent.mkdir()
     file.write_text(content)
     file.chmod(mode)
-    with pytest.raises(ConfigError, match=error) as told:
+    with pytest.raises(ConfigError, match=error) as caught:
         password.configure()
-    assert str(file) in str(told.value)
+    assert str(file) in str(caught.value)
 
 
 def test_make_serve_ends_with_the_reason(tmp_path):
@@ -110,8 +110,8 @@ def test_make_serve_ends_with_the_reason(tmp_path):
         ({"PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": "dev2pro.example.com"}, "is no address of a page"),
     ):
         given = environment | {"PREFECT_HOME": str(tmp_path), "PREFECT_API_URL": "http://127.0.0.1:1/api"} | settings
-        words = [sys.executable, "-m", "flows.serve"]
-        said = subprocess.run(words, cwd=ROOT, env=given, capture_output=True, text=True, timeout=120, check=False)
-        assert said.returncode == 2
-        assert error in said.stderr
-        assert said.stderr.count("\n") == 1
+        command = [sys.executable, "-m", "flows.serve"]
+        result = subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, timeout=120, check=False)
+        assert result.returncode == 2
+        assert error in result.stderr
+        assert result.stderr.count("\n") == 1

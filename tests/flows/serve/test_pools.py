@@ -1,4 +1,4 @@
-"""prefect.yaml and the templates of its work pools: they deploy, a worker runs them, and whoever starts a run decides nothing about its process."""
+"""prefect.yaml and the templates of its work pools: they deploy, a worker runs them, and a user who starts a run cannot influence its process."""
 
 import asyncio
 import json
@@ -31,21 +31,27 @@ def test_a_template_leaves_nothing_to_whoever_starts_a_run(kind):
 
     template = json.loads((ROOT / f"flows/serve/pools/{kind}.json").read_text())
     assert template["variables"] == {"type": "object", "properties": {}, "additionalProperties": False}  # the server refuses all others
-    made = asyncio.run(
+    configuration = asyncio.run(
         Everything.from_template_and_values(template, HOSTILE, client=object())
     )  # what a worker makes of those it is given all the same
-    assert "pwned" not in made.model_dump_json()
-    assert (made.command, made.env) == (None, {})
+    assert "pwned" not in configuration.model_dump_json()
+    assert (configuration.command, configuration.env) == (None, {})
 
 
 def test_every_flow_has_a_deployment_in_every_pool():
     from flows.processes import trust
     from flows.serve import deployments
 
-    flows = {trust.own(one.flow)["entrypoint"] for runner in (deployments.TRAINING, deployments.CHEAP) for one in deployments.of(runner)}
+    flows = {
+        trust.expected_fields(one.flow)["entrypoint"]
+        for runner in (deployments.TRAINING, deployments.CHEAP)
+        for one in deployments.for_runner(runner)
+    }
     wanted = {(kind, pool, flow) for pool, kind in POOLS.items() for flow in flows}
-    there = {(one["name"], one["work_pool"]["name"], one["entrypoint"]) for one in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]}
-    assert there == wanted
+    listed = {
+        (one["name"], one["work_pool"]["name"], one["entrypoint"]) for one in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    }
+    assert listed == wanted
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +62,14 @@ def serve(tmp_path_factory):
         yield clone
 
 
-def prefect(clone, *words: str) -> None:
+def prefect(clone, *args: str) -> None:
     """One of its commands, given in the project's folder."""
-    said = subprocess.run(command(*words), cwd=clone.folder, env=shell(clone), capture_output=True, text=True, timeout=300, check=False)
-    assert said.returncode == 0, said.stdout + said.stderr
+    result = subprocess.run(command(*args), cwd=clone.folder, env=shell(clone), capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
-def command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "prefect", *words]
+def command(*args: str) -> list[str]:
+    return [sys.executable, "-m", "prefect", *args]
 
 
 def shell(clone) -> dict[str, str]:
@@ -90,8 +96,8 @@ def worker(serve, deployed):
 
 def ends(serve, run: str) -> str:
     serve.until_state(run, "Completed", "Failed", "Crashed", seconds=500)
-    assert serve.state(run)["name"] == "Completed", serve.told(run)
-    return serve.told(run)
+    assert serve.state(run)["name"] == "Completed", serve.run_log(run)
+    return serve.run_log(run)
 
 
 @pytest.mark.operator
@@ -121,12 +127,12 @@ def test_a_worker_runs_it_and_smuggled_job_variables_do_nothing(serve, deployed,
         "working_dir": "/pwned",
     }
     form = {"recover": {**RECOVER, "out": "runs/pool"}}
-    where = {"flow_id": recover["flow_id"], "deployment_id": recover["id"], "work_pool_name": "dev2pro"}
-    made = serve.api.post("flow_runs/", json={**where, "parameters": form, "job_variables": hostile, "state": {"type": "SCHEDULED"}})
-    assert made.status_code == 201
-    assert made.json()["job_variables"] == hostile
-    told = ends(serve, made.json()["id"])
-    assert "recover: done" in told
+    deployment = {"flow_id": recover["flow_id"], "deployment_id": recover["id"], "work_pool_name": "dev2pro"}
+    response = serve.api.post("flow_runs/", json={**deployment, "parameters": form, "job_variables": hostile, "state": {"type": "SCHEDULED"}})
+    assert response.status_code == 201
+    assert response.json()["job_variables"] == hostile
+    log = ends(serve, response.json()["id"])
+    assert "recover: done" in log
     assert not list(serve.folder.rglob("pwned"))
 
 

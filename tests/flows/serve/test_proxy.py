@@ -11,11 +11,11 @@ from urllib.parse import urlparse
 import httpx
 import pytest
 from playwright.sync_api import sync_playwright
-from tests.flows.test_browser import CHROMIUM, QUIET, log_in
 
 from dev2pro.artifacts.record import ROOT
 from tests.flows.clone import PASSWORD, RECOVER, cloned
 from tests.flows.operator import free_port, until
+from tests.flows.serve.test_browser import CHROMIUM, QUIET, log_in
 
 pytestmark = [pytest.mark.operator, pytest.mark.skipif(not shutil.which("nginx", path="/usr/sbin:/usr/bin"), reason="apt-get install nginx-light")]
 LISTENING = "listen 443 ssl http2;"
@@ -57,7 +57,7 @@ def serve(tmp_path_factory):
 def proxy(serve, tmp_path_factory):
     """nginx twice: as the file says, and without the line that refuses. Addresses of both, and the certificate."""
     folder = tmp_path_factory.mktemp("nginx")
-    words = [
+    args = [
         "req",
         "-x509",
         "-newkey",
@@ -70,7 +70,7 @@ def proxy(serve, tmp_path_factory):
         "-addext",
         "subjectAltName=DNS:localhost,IP:127.0.0.1",
     ]
-    subprocess.run(["openssl", *words, "-keyout", folder / "key.pem", "-out", folder / "cert.pem"], check=True, capture_output=True)
+    subprocess.run(["openssl", *args, "-keyout", folder / "key.pem", "-out", folder / "cert.pem"], check=True, capture_output=True)
     text = (ROOT / "docs/nginx.conf").read_text()
     assert LISTENING in text
     assert REFUSING in text
@@ -86,8 +86,8 @@ def proxy(serve, tmp_path_factory):
         REFUSING, ""
     )
     (folder / "site.conf").write_text(text)
-    places = " ".join(f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
-    inside = f"access_log {folder}/access.log; {places} include /etc/nginx/mime.types; include {folder}/site.conf;"
+    temp_paths = " ".join(f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    inside = f"access_log {folder}/access.log; {temp_paths} include /etc/nginx/mime.types; include {folder}/site.conf;"
     (folder / "nginx.conf").write_text(f"pid {folder}/pid; error_log {folder}/error.log; daemon off; user root; events {{}} http {{ {inside} }}")
     child = subprocess.Popen([shutil.which("nginx", path="/usr/sbin:/usr/bin"), "-c", folder / "nginx.conf", "-e", folder / "error.log"])
     until(lambda: answers(f"https://localhost:{strict}/api/health", folder), what="nginx")
@@ -167,10 +167,10 @@ def test_prefect_s_own_commands_come_through_where_nothing_is_refused(serve, pro
         "PREFECT_API_URL": f"{proxy['whole']}/api", "PREFECT_API_AUTH_STRING": f"admin:{PASSWORD}", "PREFECT_API_SSL_CERT_FILE": proxy["certificate"],
         "PREFECT_HOME": str(tmp_path),
     }  # fmt: skip
-    words = [sys.executable, "-m", "prefect", "deployment", "ls"]
-    said = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    assert said.returncode == 0, said.stdout + said.stderr
-    assert "recover" in said.stdout
+    command = [sys.executable, "-m", "prefect", "deployment", "ls"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "recover" in result.stdout
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="apt-get install chromium")
@@ -186,12 +186,12 @@ def test_the_ui_works_through_it(serve, proxy):
         page.set_default_timeout(60_000)
         page.on("response", lambda answer: refused.add((answer.request.method, answer.url.split("/api/")[-1])) if answer.status == 403 else None)
         log_in(page, f"admin:{PASSWORD}")
-        for where, there in (
+        for path, text in (
             ("deployments", "distill"), (f"deployments/deployment/{deployment}", "Runs"), (f"deployments/deployment/{deployment}/run", "Submit"),
             (f"runs/flow-run/{run}", "Task Runs"), ("runs", "Flow Runs"), ("artifacts", "All Types"),
         ):  # fmt: skip
-            page.goto(f"{proxy['strict']}/v2/{where}")
-            page.get_by_text(there).first.wait_for()
+            page.goto(f"{proxy['strict']}/v2/{path}")
+            page.get_by_text(text).first.wait_for()
             page.wait_for_timeout(3000)
             assert "Something went wrong" not in page.inner_text("body")
         browser.close()
@@ -199,11 +199,11 @@ def test_the_ui_works_through_it(serve, proxy):
 
 
 def test_the_ui_asks_nobody_else(proxy, serve):
-    asked, blocked = set(), set()
+    requested, blocked = set(), set()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
         page = browser.new_page(ignore_https_errors=True)
-        page.on("request", lambda request: asked.add(urlparse(request.url).hostname))
+        page.on("request", lambda request: requested.add(urlparse(request.url).hostname))
         page.on("requestfailed", lambda request: blocked.add(urlparse(request.url).hostname) if "csp" in (request.failure or "").lower() else None)
         page.goto(f"{proxy['strict']}/v2/login")
         page.get_by_role("textbox").first.fill(f"admin:{PASSWORD}")
@@ -211,4 +211,4 @@ def test_the_ui_asks_nobody_else(proxy, serve):
         page.get_by_role("link", name="Deployments").click()
         page.get_by_role("link", name="recover", exact=True).first.wait_for()
         browser.close()
-    assert asked - blocked == {"localhost"}
+    assert requested - blocked == {"localhost"}

@@ -1,4 +1,4 @@
-"""`make serve`, with real processes that are cancelled and killed: training is saved or goes on, and the UI tells the truth."""
+"""`make serve`, with real processes that are cancelled and killed: training is saved or resumed, and the states in the UI are right."""
 
 import shutil
 import socket
@@ -27,7 +27,7 @@ def goes_on(serve, run: str, out: str) -> None:
     """The run trains on from where it was saved."""
     saved = checkpoints(out)[-1]
     until(lambda: steps(out) > saved + 3, what="going on")
-    until(lambda: f"going on after step {saved}" in serve.told(run), what="the log")
+    until(lambda: f"going on after step {saved}" in serve.run_log(run), what="the log")
     serve.cancel(run)
     serve.until_state(run, "Cancelled")
 
@@ -38,7 +38,7 @@ def test_a_cancelled_run_has_saved_and_running_it_again_goes_on(serve):
     serve.until_state(run, "Cancelled")
     assert not stages("cancelled")
     assert checkpoints("cancelled")
-    assert "asked to stop (SIGTERM)" in serve.told(run)
+    assert "asked to stop (SIGTERM)" in serve.run_log(run)
     again = serve.again(run)
     goes_on(serve, again, "cancelled")
 
@@ -63,7 +63,7 @@ def test_a_save_that_outlasts_prefect_s_patience_is_left_in_peace(serve):
     serve.until_state(run, "Cancelled")
     until(lambda: not flow.is_running(), what="the end of the flow's process")
     second = serve.again(run)
-    until(lambda: "Another process works in" in serve.told(second), what="keeping the second one out")
+    until(lambda: "Another process works in" in serve.run_log(second), what="keeping the second one out")
     assert not checkpoints("slow")
     stage.resume()
     until(lambda: not stage.is_running() or stage.status() == "zombie", what="the end of the stage")
@@ -85,7 +85,7 @@ def test_a_killed_flow_has_crashed_and_its_stage_has_saved(serve):
 def test_a_killed_runner_is_started_again_and_the_state_is_true(serve):
     run = serve.recover("runner")
     serve.part("training").kill()
-    until(lambda: "training ended with -9 and is started again" in serve.said.read_text(), what="noticing")
+    until(lambda: "training ended with -9 and is started again" in serve.log_file.read_text(), what="noticing")
     until(lambda: serve.state(run)["name"] == "Crashed" or steps("runner") > 1000, what="an end, or going on")
     if serve.state(run)["name"] != "Crashed":  # it goes on without its runner, and can be cancelled all the same
         serve.cancel(run)
@@ -112,7 +112,7 @@ def test_stopping_it_saves_and_starting_it_goes_on(serve):
     assert serve.stop() == 0
     until(lambda: not stages("stopped"), what="the end of the stage")
     assert checkpoints("stopped")
-    assert "runs that save and go on at the next start: 1" in serve.said.read_text()
+    assert "runs that save and go on at the next start: 1" in serve.log_file.read_text()
     serve.start()
     serve.cancel(waiting)
     goes_on(serve, run, "stopped")
@@ -166,7 +166,7 @@ def test_two_runs_never_work_in_one_folder(serve):
     first = serve.recover("twice")
     second = serve.again(first)
     serve.until_state(second, "Running")
-    until(lambda: "Another process works in" in serve.told(second), what="refusing")
+    until(lambda: "Another process works in" in serve.run_log(second), what="refusing")
     until(lambda: len(stages("twice")) == 1, what="the end of the one that was refused")
     before = steps("twice")
     until(lambda: steps("twice") > before + 3, what="training on")
@@ -186,8 +186,10 @@ def test_a_second_one_on_the_same_address_says_so(serve):
 def test_only_the_runs_go_on_when_it_is_killed(serve):
     run = serve.recover("killed")
     flow = engine("killed")
-    own = [flow, *flow.children(recursive=True)]
-    family = [one for one in psutil.Process(serve.process.pid).children(recursive=True) if one not in own and is_run(one)]  # its helper stays with it
+    run_processes = [flow, *flow.children(recursive=True)]
+    family = [
+        one for one in psutil.Process(serve.process.pid).children(recursive=True) if one not in run_processes and is_run(one)
+    ]  # its helper stays with it
     assert len(family) >= 3  # the server and the runners
     serve.process.kill()
     serve.process.wait()

@@ -1,4 +1,4 @@
-"""The server's SQLite: of two transactions that read first and then write, the second waits for its turn."""
+"""The server's SQLite: of two transactions that read first and then write, the second waits."""
 
 import asyncio
 
@@ -7,7 +7,7 @@ import sqlalchemy as sa
 from prefect.server.database.configurations import AioSqliteConfiguration
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from flows.serve.server import InTurn
+from flows.serve.server import ImmediateSqlite
 
 
 async def both_read_before_either_writes(config: AioSqliteConfiguration) -> int:
@@ -28,7 +28,7 @@ async def both_read_before_either_writes(config: AioSqliteConfiguration) -> int:
 
 
 def test_the_second_waits(tmp_path):
-    assert asyncio.run(both_read_before_either_writes(InTurn(f"sqlite+aiosqlite:///{tmp_path}/one.db"))) == 3
+    assert asyncio.run(both_read_before_either_writes(ImmediateSqlite(f"sqlite+aiosqlite:///{tmp_path}/one.db"))) == 3
 
 
 def test_prefect_s_own_would_refuse_it(tmp_path):

@@ -1,4 +1,4 @@
-"""What the UI is told of a stage: numbers read once, times that people can read, keys that Prefect takes."""
+"""What the UI shows of a stage: metrics read incrementally, readable durations, keys that Prefect accepts."""
 
 import io
 import json
@@ -30,26 +30,26 @@ def test_rows_are_read_as_they_come(tmp_path):
     assert rows.read() == [(1, 3.0)]
 
 
-def events(*steps: tuple[float, int]) -> deque:
+def steps_at(*steps: tuple[float, int]) -> deque:
     return deque((when, {"stage": "recover", "step": step, "of": 1000, "text": ""}) for when, step in steps)
 
 
 @pytest.mark.parametrize(
-    ("some", "said"),
+    ("events", "expected"),
     [
-        (events((5.0, 3)), "step 3 of 1,000"),
-        (events((0.0, 0), (10.0, 100)), "step 100 of 1,000, 10 a second, 1 min 30 s left"),
-        (events((0.0, 100), (1000.0, 150)), "step 150 of 1,000, 0.05 a second, 4 h 43 min left"),
-        (events((0.0, 999), (1.0, 1000)), "step 1,000 of 1,000, 1 a second, 0 s left"),
+        (steps_at((5.0, 3)), "step 3 of 1,000"),
+        (steps_at((0.0, 0), (10.0, 100)), "step 100 of 1,000, 10 a second, 1 min 30 s left"),
+        (steps_at((0.0, 100), (1000.0, 150)), "step 150 of 1,000, 0.05 a second, 4 h 43 min left"),
+        (steps_at((0.0, 999), (1.0, 1000)), "step 1,000 of 1,000, 1 a second, 0 s left"),
     ],
 )
-def test_how_far_how_fast_how_long(some, said):
-    assert progress.pace(some) == said
+def test_how_far_how_fast_how_long(events, expected):
+    assert progress.pace(events) == expected
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(0, "0 s"), (59.9, "59 s"), (3599, "59 min 59 s"), (3600, "1 h 0 min"), (200000, "2 d 7 h")])
-def test_durations(seconds, said):
-    assert progress.duration(seconds) == said
+@pytest.mark.parametrize(("seconds", "expected"), [(0, "0 s"), (59.9, "59 s"), (3599, "59 min 59 s"), (3600, "1 h 0 min"), (200000, "2 d 7 h")])
+def test_durations(seconds, expected):
+    assert progress.duration(seconds) == expected
 
 
 def test_keys_are_what_prefect_takes():
@@ -59,8 +59,8 @@ def test_keys_are_what_prefect_takes():
 
 def test_curves_are_a_small_picture():
     curve = [{"step": step, "loss": 1 / (1 + step), "loss_usual": 2.0, "guidance_gap": 0.1, "teacher_distance": None} for step in range(0, 1000, 100)]
-    for points, shown in ((curve, 2), ([], 1)):
-        picture = charts.drawn([(step, 1.0) for step in range(5000)], points)
+    for points, panels in ((curve, 2), ([], 1)):
+        picture = charts.draw([(step, 1.0) for step in range(5000)], points)
         image = Image.open(io.BytesIO(picture))
-        assert image.size == (800, 300), shown
+        assert image.size == (800, 300), panels
         assert len(picture) < 60_000

@@ -1,4 +1,4 @@
-"""What must not be read in the UI is not."""
+"""Secrets are redacted in texts for the UI."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def _environment(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("said", "shown"),
+    ("text", "redacted"),
     [
         ("key wJalrXUtnFEMI/K7MDENG!", "key ********!"),
         ("token=plain-token", "token=********"),
@@ -29,5 +29,5 @@ def _environment(monkeypatch):
         ("recover: 5/10  loss 0.5", "recover: 5/10  loss 0.5"),
     ],
 )
-def test_secrets_are_hidden_and_nothing_else(said, shown):
-    assert redact(said) == shown
+def test_secrets_are_hidden_and_nothing_else(text, redacted):
+    assert redact(text) == redacted

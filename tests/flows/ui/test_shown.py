@@ -1,4 +1,4 @@
-"""Names, verdicts, errors and a stage's words come from outside; in the UI's pages, in logs and in the webhook they are text and nothing else."""
+"""Names, verdicts, errors and a stage's output are untrusted; in the UI's pages, in logs and in the webhook they are only text."""
 
 import json
 import re
@@ -22,9 +22,9 @@ ESCAPES = "\x1b]0;owned\x07\x9b31m\u202e"
 
 
 def tokens(page: str) -> set[str]:
-    """What the page is made of."""
+    """Types of the markdown tokens of a page."""
     parsed = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).parse(page)
-    return {one.type for token in parsed for one in (token, *(token.children or []))}
+    return {node.type for token in parsed for node in (token, *(token.children or []))}
 
 
 def evaluation(folder, text: str) -> SimpleNamespace:
@@ -55,8 +55,8 @@ def test_a_summary_of_concepts_is_what_it_is_with_any_errors():
 
 def test_a_history_is_what_it_is_with_any_records(monkeypatch):
     def page(text: str) -> str:
-        one = lifecycle.Generation("main", 1, [], 1, 0.0, 1, 1, text, verdict=text, why=text, id=text)
-        monkeypatch.setattr(lifecycle, "load_all", lambda line: [one])
+        generation = lifecycle.Generation("main", 1, [], 1, 0.0, 1, 1, text, verdict=text, why=text, id=text)
+        monkeypatch.setattr(lifecycle, "load_all", lambda line: [generation])
         monkeypatch.setattr(aliases, "target", lambda line, alias: text)
         return history.page("main", [{"shard": text, "reason": text}])
 
@@ -71,15 +71,17 @@ def test_descriptions_are_what_they_are_with_any_stage(monkeypatch, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     (tmp_path / "previews").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "previews" / "000001.jpg")
-    shown, warned = list[str](), list[str]()
-    monkeypatch.setattr(progress.ProgressReporter, "_show", lambda self, what, name="": shown.append(what.description))
-    looks = progress.ProgressReporter(HOSTILE, tmp_path, warned.append)
-    looks.on_event({"stage": HOSTILE, "step": 1, "of": 2, "text": HOSTILE})
-    looks.end()
-    assert len(shown) == 4
+    descriptions, warned = list[str](), list[str]()
+    monkeypatch.setattr(progress.ProgressReporter, "_show", lambda self, what, name="": descriptions.append(what.description))
+    reporter = progress.ProgressReporter(HOSTILE, tmp_path, warned.append)
+    reporter.on_event({"stage": HOSTILE, "step": 1, "of": 2, "text": HOSTILE})
+    reporter.end()
+    assert len(descriptions) == 4
     assert not warned
-    assert {kind for one in shown for kind in tokens(one)} <= {"paragraph_open", "inline", "text", "text_special", "paragraph_close"}, shown
-    assert all(one.isprintable() for one in shown)
+    assert {kind for one in descriptions for kind in tokens(one)} <= {"paragraph_open", "inline", "text", "text_special", "paragraph_close"}, (
+        descriptions
+    )
+    assert all(one.isprintable() for one in descriptions)
 
 
 def test_a_server_s_error_is_safe_in_the_log(monkeypatch, tmp_path):
@@ -95,7 +97,7 @@ def test_a_server_s_error_is_safe_in_the_log(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("value", ["runs/x\n", "data/\x9b2J", "data/\u202ex", "data/x\u2028", "data/x\n", "main\n"])
 def test_a_form_takes_no_line_break_and_nothing_that_a_terminal_obeys(value):
-    for kind in (forms.RunFolder, forms.Place, forms.Name, forms.Line, forms.Base):
+    for kind in (forms.RunFolder, forms.Url, forms.Name, forms.Line, forms.Base):
         with pytest.raises(ValidationError):
             TypeAdapter(kind, config={"regex_engine": "python-re"}).validate_python(value)
 
@@ -106,25 +108,25 @@ def test_a_pattern_means_the_same_in_a_browser(pattern):
 
 
 @pytest.fixture
-def told():
+def run_code():
     """The log lines of a real process."""
 
     def of(code: str) -> list[str]:
-        said = list[str]()
-        launch._follow("stage", ["-c", code], Slots((), {}), None, said.append)
-        return said
+        lines = list[str]()
+        launch._run_process("stage", ["-c", code], Slots((), {}), None, lines.append)
+        return lines
 
     return of
 
 
-def test_a_stage_s_words_reach_the_log_without_what_a_terminal_obeys(told):
-    said = told(f"print({('caption ' + ESCAPES)!r}); print('ordinary: 手書き 🐈')")
-    assert said == ["caption \\x1b]0;owned\\x07\\x9b31m\\u202e", "ordinary: 手書き 🐈"]
+def test_a_stage_s_words_reach_the_log_without_what_a_terminal_obeys(run_code):
+    lines = run_code(f"print({('caption ' + ESCAPES)!r}); print('ordinary: 手書き 🐈')")
+    assert lines == ["caption \\x1b]0;owned\\x07\\x9b31m\\u202e", "ordinary: 手書き 🐈"]
 
 
-def test_the_last_words_in_an_error_are_safe_too(told):
+def test_the_last_words_in_an_error_are_safe_too(run_code):
     with pytest.raises(launch.StageFailed) as error:
-        told(f"print({ESCAPES!r}); raise SystemExit(3)")
+        run_code(f"print({ESCAPES!r}); raise SystemExit(3)")
     assert str(error.value).isprintable()
     assert error.value.exit_code == 3
 
@@ -140,15 +142,15 @@ def test_the_last_words_in_an_error_are_safe_too(told):
     ],
     ids=lambda line: line[:60],
 )  # fmt: skip
-def test_what_only_looks_like_an_event_is_words(told, line):
-    assert launch._event(line) is None
-    assert told(f"print({line!r}); print('after')")[-1] == "after"  # and whoever listens goes on
+def test_what_only_looks_like_an_event_is_words(run_code, line):
+    assert launch._parse_event(line) is None
+    assert run_code(f"print({line!r}); print('after')")[-1] == "after"  # and whoever listens goes on
 
 
 def test_events_are_known():
     step = {"stage": "lora", "step": 3, "of": 8, "text": "loss 1"}
     measured = {"stage": "lora", "measured": {"step": 3, "loss": 1.0}}
-    assert [launch._event("@@" + json.dumps(one)) for one in (step, measured)] == [step, measured]
+    assert [launch._parse_event("@@" + json.dumps(one)) for one in (step, measured)] == [step, measured]
 
 
 def test_the_webhook_is_told_json_whatever_went_wrong():

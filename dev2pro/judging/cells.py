@@ -1,0 +1,104 @@
+"""What an evaluation compares: prompts, LoRAs, the models they are applied to, and the cells that these make."""
+
+import glob
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dev2pro.artifacts import record, store
+from dev2pro.artifacts.record import Artifact
+from dev2pro.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Inference:
+    """A model to apply LoRAs to, and how it is sampled."""
+
+    name: str
+    path: str
+    guidance: float
+    cfg_scale: float
+
+
+def read_prompts(path: str) -> list[list[str]]:
+    """Prompts grouped by meaning, from a JSON list (of prompts, or of lists that say the same in other words) or a text file, one a line."""
+    try:
+        text = Path(path).read_text()
+        prompts = json.loads(text) if path.endswith(".json") else [line for line in text.splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"prompts={path} cannot be read ({error}). Give a JSON list of prompts, or a text file with one a line.") from error
+    groups = [group if isinstance(group, list) else [group] for group in (prompts if isinstance(prompts, list) else [])]
+    texts = [text for group in groups for text in group]
+    if len(groups) < 2 or not all(groups) or not all(isinstance(text, str) and text.strip() for text in texts) or len(set(texts)) < len(texts):
+        raise ConfigError(
+            f"prompts={path} must hold at least two prompts, all different and none empty: R-precision asks which of them a picture shows."
+        )
+    return groups
+
+
+def find_loras(patterns: Sequence[str], base: str) -> list[Artifact]:
+    """The finished LoRA artifacts of globs and store addresses. Raises ConfigError for none, for other artifacts, and for LoRAs of another base."""
+    folders = [f for one in patterns for f in ([store.resolve(one)] if "://" in one else sorted(glob.glob(one)))]
+    if not folders:
+        raise ConfigError(f"loras={patterns} matches no folder. Give the output folders of stages.lora, such as loras=[runs/demo/lora/*/*].")
+    loras = [record.read(f) for f in folders]
+    id = record.fingerprint(base)
+    for one in loras:
+        if one.kind != "lora":
+            raise ConfigError(f"{one.uri} is a {one.kind}, not a LoRA. Leave it out of loras=.")
+        if one.inference["apply_to"]["id"] != id:
+            raise ConfigError(
+                f"The LoRA {one.uri} is to be applied to {one.inference['apply_to']['path']}, not to {base}. Change model, or leave the LoRA out."
+            )
+    for style, arms in by_style(loras).items():
+        names = [one.inference["arm"] for one in arms]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ConfigError(
+                f"loras={patterns} holds arm {min(twice)} of style {style} more than once. Leave one out, or train it under another arm= name."
+            )
+    return loras
+
+
+def by_style(loras: Sequence[Artifact]) -> dict[str, list[Artifact]]:
+    """style -> LoRAs, in the order they were given."""
+    styles: dict[str, list[Artifact]] = {}
+    for one in loras:
+        styles.setdefault(one.config["data"]["name"], []).append(one)
+    return styles
+
+
+def list_inferences(base: str, guidance: float, cfg_scale: float, *, teacher: str | None, recovered: str | None) -> list[Inference]:
+    """The models to apply LoRAs to: the base at its usual guidance, the others at guidance 1.0 with true CFG.
+
+    The teacher comes first, because its pictures are the ideal the others are held against.
+    """
+    return [
+        *([Inference("teacher", teacher, 1.0, cfg_scale)] if teacher else []),
+        Inference("base", base, guidance, 1.0),
+        *([Inference("recovered", recovered, 1.0, cfg_scale)] if recovered else []),
+    ]
+
+
+def plan(inferences: Sequence[Inference], loras: Sequence[Artifact]) -> Iterator[tuple[str, str, str | None]]:
+    """(style, arm, LoRA) of every cell; on the teacher only its own LoRA, the ideal."""
+    for inference in inferences:
+        for style, arms in by_style(loras).items():
+            if inference.name == "teacher":
+                yield from ((style, "ideal", a.uri) for a in arms if a.inference["trained_on"]["id"] == record.fingerprint(inference.path))
+            else:
+                yield style, "none", None
+                yield from ((style, a.inference["arm"], a.uri) for a in arms)
+
+
+def kinds(loras: Sequence[Artifact], *, teacher: str | None, recovered: str | None) -> dict[str, str]:
+    """arm -> what it was trained on: recovered, teacher or base. A recovered model without a record is known by `recovered`."""
+    teacher_id, recovered_id = (record.fingerprint(path) if path else None for path in (teacher, recovered))
+    found = {}
+    for one in loras:
+        model = one.inference["trained_on"]
+        artifact = record.read_if_artifact(store.resolve(model["path"]))
+        by_us = artifact is not None and artifact.stage == "recover"
+        is_recovered = by_us or model["id"] == recovered_id
+        found[one.inference["arm"]] = "teacher" if model["id"] == teacher_id else "recovered" if is_recovered else "base"
+    return found
