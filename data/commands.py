@@ -20,10 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from data.storage import urls
 from dev2pro import signals
 from dev2pro.errors import INTERRUPTED, DataError, SpaceError, StageError, TryAgainError
 from dev2pro.escape import lines, printable
+from dev2pro.redact import redact_url
 
 LINE_EVERY = 15.0  # seconds, where the output is no terminal
 
@@ -59,7 +59,7 @@ def run(name: str, arguments: argparse.ArgumentParser, work: Callable[[argparse.
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         cure = "Make room" if full else "Mend that, or choose another place"
         print(
-            lines(f"{name}: {urls.redact_url(str(error.filename or 'a file'))}: {error.strerror or error}. {cure} and run the same command again."),
+            lines(f"{name}: {redact_url(str(error.filename or 'a file'))}: {error.strerror or error}. {cure} and run the same command again."),
             file=sys.stderr,
         )
         sys.exit(SpaceError.exit_code if full else DataError.exit_code)

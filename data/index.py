@@ -16,6 +16,7 @@ from data.shards.sidecar import Sidecar
 from data.storage import urls
 from data.storage.transport import ReadConfig, Transport, write_atomic
 from dev2pro.errors import ConfigError, DataError, StageError
+from dev2pro.redact import redact_url
 
 MAX_ROWS = 30  # lines of the table of rejections
 _transport: Transport
@@ -69,13 +70,13 @@ def _index(url: str, folder: str | None, policy: dict[str, bool]) -> Outcome:
 def work(options: argparse.Namespace) -> int:
     """Indexes in parallel. The exit code is 0, or that of the first shard that could not be indexed."""
     shards = list(dict.fromkeys(url for pattern in options.shards for url in urls.expand(pattern, "SHARDS")))
-    if folders := [urls.redact_url(url) for url in shards if os.path.isdir(url)]:
+    if folders := [redact_url(url) for url in shards if os.path.isdir(url)]:
         tars, packing = f"{folders[0]}/*.tar", f"python -m data.pack {folders[0]} OUT"
         raise ConfigError(f"{folders[0]} is a folder. Name the tars in it, as in '{tars}', or make some of its pictures: `{packing}`.")
     served = [url for url in shards if urls.is_remote(url) and not url.startswith("s3://")]
     if served and not options.to:
         raise ConfigError(
-            f"{urls.redact_url(served[0])}: nothing can be written beside it, for http is for reading. Give the indexes a folder: --to FOLDER."
+            f"{redact_url(served[0])}: nothing can be written beside it, for http is for reading. Give the indexes a folder: --to FOLDER."
         )
     policy = {"empty_captions": options.captions == "empty", "allow_partial": options.allow_partial}
     outcomes: dict[str, Outcome] = {}
@@ -93,14 +94,14 @@ def work(options: argparse.Namespace) -> int:
 
 def _report(outcomes: list[Outcome]) -> dict[str, Any]:
     """The summary as JSON values."""
-    rejected = [{"shard": urls.redact_url(outcome.url), **bad} for outcome in outcomes for bad in outcome.rejected]
-    unusable = [{"shard": urls.redact_url(outcome.url), "reason": outcome.error} for outcome in outcomes if outcome.exit_code]
+    rejected = [{"shard": redact_url(outcome.url), **bad} for outcome in outcomes for bad in outcome.rejected]
+    unusable = [{"shard": redact_url(outcome.url), "reason": outcome.error} for outcome in outcomes if outcome.exit_code]
     return {"shards": len(outcomes), "samples": sum(outcome.samples for outcome in outcomes), "rejected": rejected, "unusable": unusable}
 
 
 def _print_summary(outcomes: list[Outcome]) -> int:
     failed = [outcome for outcome in outcomes if outcome.exit_code]
-    rows = [(urls.redact_url(outcome.url), bad["offset"], bad["key"], bad["reason"]) for outcome in outcomes for bad in outcome.rejected]
+    rows = [(redact_url(outcome.url), bad["offset"], bad["key"], bad["reason"]) for outcome in outcomes for bad in outcome.rejected]
     commands.show("rejected samples", ("shard", "at byte", "key", "reason"), rows, MAX_ROWS)
     if ignored := sum((Counter(outcome.ignored) for outcome in outcomes), Counter[str]()):
         kinds = ", ".join(f"{count:,} {urls.printable(kind)}" for kind, count in ignored.most_common(MAX_ROWS))
@@ -108,7 +109,7 @@ def _print_summary(outcomes: list[Outcome]) -> int:
     for outcome in outcomes:
         if outcome.partial:
             why = urls.printable(f"{outcome.partial['offset']}: {outcome.partial['reason']}")
-            print(f"index: {urls.redact_url(outcome.url)} is used only up to its damage at byte {why}")
+            print(f"index: {redact_url(outcome.url)} is used only up to its damage at byte {why}")
     for outcome in failed:
         print(f"index: {outcome.error}", file=sys.stderr)
     fine = [outcome for outcome in outcomes if not outcome.exit_code]

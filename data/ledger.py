@@ -11,6 +11,7 @@ from filelock import FileLock
 from data.storage import urls
 from data.storage.transport import write_atomic
 from dev2pro.errors import DataError
+from dev2pro.redact import redact_url
 
 
 def record(path: str, run: str, snapshot: str, shards: list[str], epochs: float) -> None:
@@ -59,10 +60,10 @@ def _read(path: str, fits: Callable[[Any], bool]) -> list[dict[str, Any]]:
                     raise ValueError("not what a run writes")
                 rows.append(value)
     except OSError as error:
-        raise DataError(f"{urls.redact_url(path)} cannot be read: {error.strerror}. Correct the path.") from error
+        raise DataError(f"{redact_url(path)} cannot be read: {error.strerror}. Correct the path.") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         why = urls.printable(f"{type(error).__name__}: {error}")
         raise DataError(
-            f"{urls.redact_url(path)} is damaged in line {len(rows) + 1} ({why}). Correct the path, or take the line out, which forgets what it says."
+            f"{redact_url(path)} is damaged in line {len(rows) + 1} ({why}). Correct the path, or take the line out, which forgets what it says."
         ) from error
     return rows

@@ -18,6 +18,7 @@ from data.shards.pictures import BadContent
 from data.storage import urls
 from data.storage.transport import ReadConfig, Transport
 from dev2pro.errors import DataError
+from dev2pro.redact import redact_url
 
 SHARD_SAMPLES, SHARD_BYTES = 1000, 512 << 20  # a shard is full at either
 MAX_ROWS = 30  # lines of a list of refusals
@@ -58,7 +59,7 @@ def find_samples(folder: Path, table: Path | None = None) -> list[Captioned]:
     Raises DataError with the list of those that have none, or that share a name.
     """
     if not folder.is_dir():
-        raise DataError(f"{urls.redact_url(str(folder))} is no folder. Give one with pictures, each beside a .txt with what it shows.")
+        raise DataError(f"{redact_url(str(folder))} is no folder. Give one with pictures, each beside a .txt with what it shows.")
     images = {name: folder / name for name, _, _ in list_files(folder) if _is_picture(name)}
     table = table or next((folder / name for name in ("metadata.jsonl", "metadata.csv", "metadata.parquet") if (folder / name).is_file()), None)
     captions = _read_table(table) if table else None
@@ -75,8 +76,7 @@ def find_samples(folder: Path, table: Path | None = None) -> list[Captioned]:
         raise refusal(folder, problems)
     if not samples:
         raise DataError(
-            f"{urls.redact_url(str(folder))} holds no pictures ({', '.join(pictures.SUFFIXES)}). "
-            "Put some there, each beside a .txt with what it shows."
+            f"{redact_url(str(folder))} holds no pictures ({', '.join(pictures.SUFFIXES)}). Put some there, each beside a .txt with what it shows."
         )
     return samples
 
@@ -113,10 +113,10 @@ def _read_table(table: Path) -> dict[str, list[str]]:
             captions.setdefault(str(Path(row["file_name"])), []).extend(texts or [""])
             done += 1
     except OSError as error:
-        raise DataError(f"{urls.redact_url(str(table))} cannot be read: {error.strerror or error}. Correct the path.") from error
+        raise DataError(f"{redact_url(str(table))} cannot be read: {error.strerror or error}. Correct the path.") from error
     except (ValueError, KeyError, TypeError, NotImplementedError, RecursionError, csv.Error) as error:
         raise DataError(
-            f"{urls.redact_url(str(table))} is no table of captions (row {done + 1}: {type(error).__name__}, {error}). "
+            f"{redact_url(str(table))} is no table of captions (row {done + 1}: {type(error).__name__}, {error}). "
             "It needs the columns file_name and text, and can be .csv, .jsonl or .parquet."
         ) from error
     return captions
@@ -146,7 +146,7 @@ def refusal(folder: Path, problems: list[str]) -> DataError:
     """A DataError that lists the rejected files, truncated to MAX_ROWS."""
     more = f"\n  ... and {len(problems) - MAX_ROWS} more" if len(problems) > MAX_ROWS else ""
     listing = "\n  ".join(map(urls.printable, problems[:MAX_ROWS]))
-    return DataError(f"{urls.redact_url(str(folder))} cannot be packed; mend these {len(problems)}, or move them away:\n  {listing}{more}")
+    return DataError(f"{redact_url(str(folder))} cannot be packed; mend these {len(problems)}, or move them away:\n  {listing}{more}")
 
 
 def _check_image(path: Path) -> tuple[str, str]:
@@ -182,13 +182,13 @@ def pack(folder: str, out: str, table: str | None = None, workers: int = 1) -> l
 
 def _check_free(out: Path) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise DataError(f"{urls.redact_url(str(out))} exists and is no empty folder. Choose another one, or remove it.")
+        raise DataError(f"{redact_url(str(out))} exists and is no empty folder. Choose another one, or remove it.")
 
 
 def _check(folder: Path, samples: list[Captioned], workers: int) -> None:
     """Decodes every picture. Raises DataError with the list of undecodable and duplicate ones."""
     results = []
-    with commands.progress(f"checking {urls.redact_url(str(folder))}", len(samples)) as advance, commands.processes(workers) as pool:
+    with commands.progress(f"checking {redact_url(str(folder))}", len(samples)) as advance, commands.processes(workers) as pool:
         for result in pool.map(_check_image, [sample.path for sample in samples], chunksize=8):
             results.append(result)
             advance()
@@ -239,10 +239,7 @@ def work(options: argparse.Namespace) -> int:
     if others:
         kinds = ", ".join(f"{count} {urls.printable(kind)}" for kind, count in others.most_common(MAX_ROWS))
         print(f"pack: left out are files of other kinds: {kinds}")
-    print(
-        f"pack: {len(tars)} indexed shards in {urls.redact_url(options.out)}. "
-        f"Train on them with \"data.train=['{urls.redact_url(options.out)}/*.tar']\""
-    )
+    print(f"pack: {len(tars)} indexed shards in {redact_url(options.out)}. Train on them with \"data.train=['{redact_url(options.out)}/*.tar']\"")
     return 0
 
 

@@ -9,6 +9,7 @@ from data.shards.snapshot import ENDING, Filters, build
 from data.storage import urls
 from data.storage.transport import ReadConfig, Transport, write_atomic
 from dev2pro.errors import ConfigError, DataError
+from dev2pro.redact import redact_url
 
 MAX_ROWS = 30  # lines of the table of shards that are left out
 
@@ -16,7 +17,7 @@ MAX_ROWS = 30  # lines of the table of shards that are left out
 def work(options: argparse.Namespace) -> int:
     """Writes the snapshot and prints a summary."""
     if os.path.exists(options.out):
-        raise DataError(f"{urls.redact_url(options.out)} exists, and runs may depend on it. Choose another --out, or remove it.")
+        raise DataError(f"{redact_url(options.out)} exists, and runs may depend on it. Choose another --out, or remove it.")
     if (options.only_new or options.new_weight > 1) and not options.ledger:
         raise ConfigError("What is new, only a ledger can tell. Give --ledger FILE with --only-new and --new-weight, or leave them out.")
     transport = Transport(ReadConfig())
@@ -32,7 +33,7 @@ def work(options: argparse.Namespace) -> int:
             shards, transport, sources=options.shards, folder=options.index, filters=filters, advance=advance,
             repeat=lambda sha256: old if sha256 in consumed else new, unusable=unusable,
         )  # fmt: skip
-    skipped = [{"shard": urls.redact_url(url), "reason": why} for url, why in sorted((unusable or {}).items())]
+    skipped = [{"shard": redact_url(url), "reason": why} for url, why in sorted((unusable or {}).items())]
     commands.show("left out, as they cannot be used", ("shard", "reason"), [tuple(row.values()) for row in skipped], MAX_ROWS)
     if len(snapshot):
         snapshot.write(options.out)
@@ -42,11 +43,11 @@ def work(options: argparse.Namespace) -> int:
     if not len(snapshot):
         if options.only_new and not snapshot.shards:
             raise DataError(
-                f"There is nothing new: every shard is in {urls.redact_url(options.ledger)}, or empty. Give other shards, or leave out --only-new."
+                f"There is nothing new: every shard is in {redact_url(options.ledger)}, or empty. Give other shards, or leave out --only-new."
             )
         raise DataError("There is no sample to pin: the indexes list none, or the filters leave none. Give other shards or filters.")
     fresh = f", {sum(shard.sha256 not in consumed for shard in snapshot.shards):,} of them new" if options.ledger else ""
-    print(f"snapshot: {urls.redact_url(options.out)} pins {len(snapshot):,} samples in {len(snapshot.shards):,} shards{fresh} ({snapshot.id[:12]})")
+    print(f"snapshot: {redact_url(options.out)} pins {len(snapshot):,} samples in {len(snapshot.shards):,} shards{fresh} ({snapshot.id[:12]})")
     return 0
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from filelock import FileLock
 
 from data import commands, pack
-from data.loading import order
+from data.loading.buckets import bucket_sizes
 from data.loading.order import Order
 from data.loading.quarantine import Quarantine
 from data.loading.stream import Augment, Batch, Stream
@@ -19,6 +19,7 @@ from data.storage import urls
 from data.storage.http import ChangedError
 from data.storage.transport import ReadConfig, Transport
 from dev2pro.errors import ConfigError, DataError
+from dev2pro.redact import redact_url
 
 SQUARES_BATCH = 16  # pictures a batch, where they are read once
 
@@ -68,7 +69,7 @@ class RunSnapshots:
         self.train, self.heldout = (self._resolve(role, resuming or not is_main_process) for role in self._sources)
         judges = {shard.sha256 for shard in self.heldout.shards}
         if shared := next((shard.url for shard in self.train.shards if shard.sha256 in judges), None):
-            raise DataError(f"{urls.redact_url(shared)} is in data.train and in data.heldout. What is trained on cannot judge: take it out of one.")
+            raise DataError(f"{redact_url(shared)} is in data.train and in data.heldout. What is trained on cannot judge: take it out of one.")
         if missing := [part for part in config.stored if part not in self.train.encodings]:
             raise DataError(f"data.stored={config.stored}, but the shards of data.train hold no {missing[0]}. Encode them with stages.encode first.")
 
@@ -109,7 +110,7 @@ class RunSnapshots:
     def stream(self, seed: int, batch: int, rank: int = 0) -> Stream:
         """The training samples, for `batch` slots a step."""
         config, quarantine = self.config, Quarantine(self.train, f"{self.out}/quarantine{f'-{rank}' if rank else ''}.jsonl")
-        buckets = order.sizes(config.resolution, config.bucket_step, config.aspect)
+        buckets = bucket_sizes(config.resolution, config.bucket_step, config.aspect)
         ordered = Order(self.train, buckets, seed, batch, cropped="latents" in config.stored)
         parts = [*([] if "latents" in config.stored else ["picture"]), "caption", *config.stored]
         return Stream(ordered, config.read, Augment(config.crop, config.flip), quarantine, parts)

@@ -9,12 +9,12 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from dev2pro.artifacts.record import ROOT, Artifact
 from dev2pro.escape import markdown
+from dev2pro.redact import redact
 from flows.forms import Concept, Concepts, overrides
 from flows.generations import aliases
 from flows.plan import folder, hydra_args
 from flows.processes.launch import RETRY_OPTIONS, launch, run_context
 from flows.ui.progress import key
-from flows.ui.redact import redact
 from flows.ui.verdict import show
 
 stage = task(launch, name="stage", task_run_name="{stage} {out}", cache_policy=NO_CACHE, **RETRY_OPTIONS)

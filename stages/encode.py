@@ -8,7 +8,7 @@ from typing import Any
 import webdataset
 
 from data import index, sources
-from data.loading import order
+from data.loading.buckets import bucket_sizes
 from data.loading.order import Order
 from data.loading.quarantine import Quarantine
 from data.loading.stream import Augment, Batch, Stream
@@ -22,6 +22,7 @@ from dev2pro.errors import ConfigError, DataError
 from dev2pro.log import Progress
 from dev2pro.models.encodings import PromptEncoder
 from dev2pro.models.flux1 import Encoders, ModelConfig
+from dev2pro.redact import redact_url
 from dev2pro.training import distributed, feed
 from dev2pro.training.distributed import HardwareConfig
 from stages import frame
@@ -60,7 +61,7 @@ def run(config: EncodeConfig) -> Artifact:
         return finished
 
     encoders = Encoders(config.model, distributed.DTYPES[config.hardware.dtype], accelerator.device)
-    sizes = order.sizes(config.resolution, config.bucket_step, config.aspect)
+    sizes = bucket_sizes(config.resolution, config.bucket_step, config.aspect)
     texts = PromptEncoder(config.model, encoders, config.hardware.encodings_gb * 1e9)
     fingerprints = feed.fingerprints(encoders, sizes, config.parts)
 
@@ -104,7 +105,7 @@ def _already_encoded(name: str, fingerprints: dict[str, Any], transport: Transpo
     except DataError:
         return False
     if len(existing) and existing.head["encodings"] != fingerprints:
-        raise ConfigError(f"{urls.redact_url(name)} was encoded in another way. Choose another to=, or remove it.")
+        raise ConfigError(f"{redact_url(name)} was encoded in another way. Choose another to=, or remove it.")
     return not existing.info.difference(transport.info(name))
 
 
@@ -127,7 +128,7 @@ def _write(samples: Iterator[dict[str, Any]], name: str, partial: str, transport
     transport.move(partial, name)
     outcome = index.index(name, transport, empty_captions=True, allow_partial=False)
     if outcome.error or outcome.rejected:
-        raise DataError(f"The encoded shard {urls.redact_url(name)} cannot be read back: {outcome.error or outcome.rejected[0]['reason']}")
+        raise DataError(f"The encoded shard {redact_url(name)} cannot be read back: {outcome.error or outcome.rejected[0]['reason']}")
 
 
 if __name__ == "__main__":

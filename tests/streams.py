@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from data import index
-from data.loading import order
+from data.loading.buckets import bucket_sizes
 from data.loading.order import Order
 from data.loading.quarantine import Quarantine
 from data.loading.stream import Augment, Stream
@@ -20,7 +20,7 @@ from tests.shards import tar
 
 READ = ReadConfig(workers=0, threads=3, retries=0)
 DRAWN = Augment("random", flip=True)
-BUCKETS = order.sizes(16, 8, 2.0)
+BUCKETS = bucket_sizes(16, 8, 2.0)
 FORMS = [(20, 20), (40, 16), (16, 40), (24, 18), (17, 23)]
 PER_SHARD = 11
 BAD = {3, 17, 18}  # rows whose pictures cannot be decoded

@@ -10,30 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data.loading.buckets import Size, merge_small, nearest_bucket
 from data.shards.snapshot import Snapshot
 from dev2pro.errors import DataError
 
 ORDER_VERSION = 2  # raised when the arithmetic changes, which a test with a recorded order notices
 BLOCK = 64  # samples
 WINDOW = 256  # blocks
-
-Size = tuple[int, int]  # width, height in pixels
-
-
-def sizes(resolution: int, step: int, aspect: float) -> list[Size]:
-    """Buckets of about resolution² pixels, sides multiples of `step`, from 1:aspect to aspect:1; widest last. One square for aspect 1."""
-    high = [(w, round(resolution * resolution / w / step) * step) for w in range(step, resolution, step)]
-    tall = {(resolution, resolution)} | {(w, h) for w, h in high if w < h <= aspect * w}
-    return sorted(tall | {(h, w) for w, h in tall}, key=lambda size: size[0] / size[1])
-
-
-def nearest(width: np.ndarray, height: np.ndarray, buckets: list[Size]) -> np.ndarray:
-    """The bucket (N,) whose form is nearest, by the logarithm of the aspect ratio. No logarithm is taken: its last bit differs among machines."""
-    form = np.array([w / h for w, h in buckets])
-    square = width.astype(np.float64)
-    square /= height
-    square *= square
-    return np.searchsorted(form[:-1] * form[1:], square, "right")
 
 
 @dataclass(frozen=True)
@@ -54,9 +37,9 @@ class Order:
     def __init__(self, snapshot: Snapshot, buckets: list[Size], seed: int, batch: int, *, cropped: bool = False) -> None:
         self.snapshot, self.buckets, self.seed, self.batch = snapshot, buckets, seed, batch
         self._rows, self._block = _entries(snapshot, batch)
-        assigned = nearest(snapshot.columns["width"], snapshot.columns["height"], buckets).astype(np.uint16)
+        assigned = nearest_bucket(snapshot.columns["width"], snapshot.columns["height"], buckets).astype(np.uint16)
         if not cropped:
-            assigned = _merge_buckets(np.bincount(assigned[self._rows], minlength=len(buckets)), buckets, batch)[assigned]
+            assigned = merge_small(np.bincount(assigned[self._rows], minlength=len(buckets)), buckets, batch)[assigned]
         self._assigned = assigned
         self._bucket = assigned[self._rows]  # of each entry
         self._members = [np.flatnonzero(self._bucket == b).astype(np.int32) for b in range(len(buckets))]  # entries of each bucket
@@ -145,17 +128,3 @@ def _entries(snapshot: Snapshot, batch: int) -> tuple[np.ndarray, np.ndarray]:
             blocks.append(block + indices // BLOCK)
             block += -(-shard.samples // BLOCK)
     return np.concatenate(rows), np.concatenate(blocks)
-
-
-def _merge_buckets(counts: np.ndarray, buckets: list[Size], batch: int) -> np.ndarray:
-    """Bucket to target bucket. Merges each bucket that is too small for one step into the nearest used one, until all are large enough."""
-    targets, counts = np.arange(len(buckets), dtype=np.uint16), counts.copy()
-    form = np.array([w / h for w, h in buckets])
-    while (too_small := np.flatnonzero((counts > 0) & (counts < batch))).size and np.count_nonzero(counts) > 1:
-        smallest = too_small[np.argmin(counts[too_small])]
-        others = np.flatnonzero((counts > 0) & (np.arange(len(counts)) != smallest))
-        target = others[np.argmin(np.maximum(form[others] / form[smallest], form[smallest] / form[others]))]
-        targets[targets == smallest] = target
-        counts[target] += counts[smallest]
-        counts[smallest] = 0
-    return targets

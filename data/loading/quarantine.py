@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from data.shards.snapshot import Snapshot
-from data.storage import urls
 from dev2pro.errors import DataError
+from dev2pro.redact import redact_url
 
 MAX_FAULTS = 50  # samples of one shard, or of the whole set ...
 MAX_SHARE = 0.001  # ... or this share of them, if that is more
@@ -55,7 +55,7 @@ class Quarantine:
                 file.writelines(json.dumps(asdict(fault)) + "\n" for fault in fresh)
         per_shard = Counter(sha256 for sha256, _ in self._known)
         for fault in fresh:
-            self._check(per_shard[fault.shard_sha256], self._sizes[fault.shard_sha256], urls.redact_url(fault.shard))
+            self._check(per_shard[fault.shard_sha256], self._sizes[fault.shard_sha256], redact_url(fault.shard))
         self._check(len(self._known), sum(self._sizes.values()), "the data set")
 
     def _count(self, faults: Iterable[Fault]) -> list[Fault]:

@@ -16,6 +16,7 @@ from data.storage.cache import DiskCache
 from data.storage.http import ChangedError
 from data.storage.transport import ReadConfig, Transport
 from dev2pro.errors import DataError, TryAgainError
+from dev2pro.redact import redact_url
 
 J = TypeVar("J")
 MAX_GAP = 1 << 16  # largest gap between two parts that one read spans
@@ -40,7 +41,7 @@ class Reader:
         spans = {part: self.snapshot.span(row, part) for part in self.parts}
         if name := next((part for part in spans if spans[part].bytes > LIMITS[part]), ""):
             raise DataError(
-                f"{urls.redact_url(shard.url)}: the snapshot has a {name} of {spans[name].bytes:,} bytes, which no index lets in. Make it again."
+                f"{redact_url(shard.url)}: the snapshot has a {name} of {spans[name].bytes:,} bytes, which no index lets in. Make it again."
             )
         parts = self._parts(shard, row, spans)
         if not _first_mismatch(spans, parts):
@@ -50,9 +51,7 @@ class Reader:
             mismatch = f"bytes {spans[name].offset} to {spans[name].offset + spans[name].bytes} ({name}) are not those of the index, twice"
             if not urls.is_remote(shard.url):
                 raise ChangedError(shard.url, mismatch)
-            raise TryAgainError(
-                f"{urls.redact_url(shard.url)}: {mismatch}. The network or the store damages data; look there, then run the same command."
-            )
+            raise TryAgainError(f"{redact_url(shard.url)}: {mismatch}. The network or the store damages data; look there, then run the same command.")
         return parts
 
     def key(self, row: int) -> str:

@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
+from data.loading.buckets import Size
 from data.loading.buffers import Buffer, BufferHandle, BufferPool
-from data.loading.order import ORDER_VERSION, Order, Size
+from data.loading.order import ORDER_VERSION, Order
 from data.loading.quarantine import Fault, Quarantine
 from data.loading.read import Reader
 from data.shards import encoded, pictures

@@ -17,6 +17,7 @@ from data.storage import urls
 from data.storage.http import FileInfo
 from data.storage.transport import Transport
 from dev2pro.errors import DataError
+from dev2pro.redact import redact_url
 
 CHUNK = 8 << 20  # bytes of a tar read at a time
 MAX_MEMBERS = 4_000_000  # of one shard
@@ -39,7 +40,7 @@ def scan(url: str, transport: Transport, *, empty_captions: bool = False, allow_
         reason = urls.printable(error.reason[:MAX_TEXT])
         if not allow_partial:
             raise DataError(
-                f"{urls.redact_url(url)} is rejected at byte {error.offset}: {reason}. Copy or write the shard again, "
+                f"{redact_url(url)} is rejected at byte {error.offset}: {reason}. Copy or write the shard again, "
                 "or index it with --allow-partial to use the whole samples before that byte."
             ) from error
         builder.cut, partial = True, {"offset": error.offset, "reason": reason}

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from data.shards import encoded, pictures, table
-from data.storage import urls
 from data.storage.http import FileInfo
 from data.storage.transport import Transport
 from dev2pro.errors import DataError
+from dev2pro.redact import redact_url
 
 FORM, VERSION = "dev2pro index", 1
 ENDING = ".index"
@@ -61,13 +61,13 @@ def read(url: str, transport: Transport, folder: str | None = None) -> Sidecar:
     """Reads the sidecar of a shard. Raises DataError if it is missing or damaged."""
     sidecar_path = path_of(url, folder)
     try:
-        head, columns = table.decode(transport.read_all(sidecar_path, MAX_BYTES), FORM, VERSION, urls.redact_url(sidecar_path))
+        head, columns = table.decode(transport.read_all(sidecar_path, MAX_BYTES), FORM, VERSION, redact_url(sidecar_path))
         if {name: column.dtype for name, column in columns.items()} != {name: np.dtype(kind) for name, kind in COLUMNS.items()}:
-            raise DataError(f"{urls.redact_url(sidecar_path)} is damaged: it has other columns than an index.")
+            raise DataError(f"{redact_url(sidecar_path)} is damaged: it has other columns than an index.")
     except DataError as error:
-        command = shlex.join(["python", "-m", "data.index", urls.redact_url(url), *(["--to", urls.redact_url(folder)] if folder else [])])
+        command = shlex.join(["python", "-m", "data.index", redact_url(url), *(["--to", redact_url(folder)] if folder else [])])
         raise DataError(
-            f"{urls.redact_url(url)} is not indexed ({str(error).partition('. ')[0]}). Index it with `{command}`, "
+            f"{redact_url(url)} is not indexed ({str(error).partition('. ')[0]}). Index it with `{command}`, "
             "which also says what is wrong with a shard that it rejects."
         ) from error
     return Sidecar(head, columns)

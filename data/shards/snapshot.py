@@ -16,6 +16,7 @@ from data.storage import urls
 from data.storage.http import ChangedError, FileInfo
 from data.storage.transport import Transport, write_atomic
 from dev2pro.errors import DataError
+from dev2pro.redact import redact_url
 
 FORM, VERSION = "dev2pro snapshot", 1
 ENDING = ".snapshot"
@@ -106,13 +107,13 @@ def read(path: str) -> Snapshot:
         snapshot = Snapshot(head, columns)
         fits = lengths == {len(snapshot)} and snapshot.id == _id(head, head["columns"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{urls.redact_url(path)} is damaged ({type(error).__name__}: {error}). Make the snapshot again.") from error
+        raise DataError(f"{redact_url(path)} is damaged ({type(error).__name__}: {error}). Make the snapshot again.") from error
     if not fits:
-        raise DataError(f"{urls.redact_url(path)} is damaged: its id is not that of its contents. Make the snapshot again.")
+        raise DataError(f"{redact_url(path)} is damaged: its id is not that of its contents. Make the snapshot again.")
     for shard in snapshot.shards:
         urls.normalize(shard.url)
         if not shard.info.etag.isprintable():  # it goes into a header
-            raise DataError(f"{urls.redact_url(path)} has an ETag that no server gives. Make the snapshot again.")
+            raise DataError(f"{redact_url(path)} has an ETag that no server gives. Make the snapshot again.")
     return snapshot
 
 
@@ -189,9 +190,7 @@ def _duplicates(used: Sequence[tuple[str, Sidecar]]) -> dict[str, str]:
         if (first := seen.get(entry.head["sha256"])) is None:
             seen[entry.head["sha256"]] = url
             continue
-        message = (
-            f"{urls.redact_url(url)} is given twice" if first == url else f"{urls.redact_url(url)} and {urls.redact_url(first)} hold the same bytes"
-        )
+        message = f"{redact_url(url)} is given twice" if first == url else f"{redact_url(url)} and {redact_url(first)} hold the same bytes"
         messages[url] = f"{message}. Leave one out; repeating is what weights are for."
     return messages
 
@@ -199,9 +198,7 @@ def _duplicates(used: Sequence[tuple[str, Sidecar]]) -> dict[str, str]:
 def _check_encodings(used: Sequence[tuple[str, Sidecar]]) -> None:
     for url, entry in used:
         if entry.head["encodings"] != used[0][1].head["encodings"]:
-            raise DataError(
-                f"{urls.redact_url(url)} has other encodings than {urls.redact_url(used[0][0])}. Encode both in the same way, or use one kind."
-            )
+            raise DataError(f"{redact_url(url)} has other encodings than {redact_url(used[0][0])}. Encode both in the same way, or use one kind.")
 
 
 def check(snapshot: Snapshot, transport: Transport, *, remote: bool = True) -> Snapshot:

@@ -10,8 +10,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
-from data.storage import urls
 from dev2pro.errors import DataError
+from dev2pro.redact import redact_url
 
 Columns = Mapping[str, np.ndarray]
 DAMAGE = (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what reading a damaged file may raise
@@ -55,10 +55,10 @@ def open_mapped(path: str, form: str, version: int) -> tuple[dict[str, Any], dic
             columns = {name: _map_column(path, spec, start) for name, spec in layout.items()}
             checksum = _hash(layout, iter(lambda: file.read(1 << 20), b""))
     except OSError as error:
-        raise DataError(f"{urls.redact_url(path)} cannot be read: {error.strerror or error}. Correct the path, or make it again.") from error
+        raise DataError(f"{redact_url(path)} cannot be read: {error.strerror or error}. Correct the path, or make it again.") from error
     except DAMAGE as error:
-        raise DataError(f"{urls.redact_url(path)} is damaged or no {form} ({error}). Make it again.") from error
-    _check(head, form, version, urls.redact_url(path), checksum)
+        raise DataError(f"{redact_url(path)} is damaged or no {form} ({error}). Make it again.") from error
+    _check(head, form, version, redact_url(path), checksum)
     return head, columns
 
 

@@ -18,6 +18,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from data.storage import urls
 from dev2pro import s3
 from dev2pro.errors import DataError
+from dev2pro.redact import redact_url
 from dev2pro.retry import LONGEST_PAUSE, TransientError
 
 TRANSIENT_STATUSES = {408, 425, 429}  # statuses that are retried, besides those from 500 on
@@ -62,7 +63,7 @@ class ChangedError(DataError):
     """The file is not the one that was indexed."""
 
     def __init__(self, url: str, reason: str) -> None:
-        super().__init__(f"{urls.redact_url(url)} changed since it was indexed ({urls.printable(reason)}). {CHANGED_CURE}")
+        super().__init__(f"{redact_url(url)} changed since it was indexed ({urls.printable(reason)}). {CHANGED_CURE}")
 
 
 class RangeClient:
@@ -100,7 +101,7 @@ class RangeClient:
 
     def _check_response(self, url: str, response: urllib3.BaseHTTPResponse, start: int, info: FileInfo | None) -> FileInfo:
         """Checks the response and returns the file's size and version."""
-        status, headers, name = response.status, response.headers, urls.redact_url(url)
+        status, headers, name = response.status, response.headers, redact_url(url)
         if status in TRANSIENT_STATUSES or status >= 500:
             raise TransientError(f"HTTP status {status}", _retry_after(headers))
         if status == 412:
@@ -153,17 +154,17 @@ def translate_s3_error(url: str, error: Exception) -> Exception:
     if s3.is_transient(error):
         return TransientError(f"s3 was not reached, {kind}")
     return DataError(
-        f"{urls.redact_url(url)} cannot be had from s3 ({kind}). Check the address, and {s3.CURE} What anybody may read has an https:// address."
+        f"{redact_url(url)} cannot be had from s3 ({kind}). Check the address, and {s3.CURE} What anybody may read has an https:// address."
     )
 
 
 def _translate_error(url: str, error: Exception) -> Exception:
     if isinstance(error, _Forbidden):
-        return DataError(f"{urls.redact_url(url)} leads to {error}, where clouds keep their machines' credentials; nothing is read there.")
+        return DataError(f"{redact_url(url)} leads to {error}, where clouds keep their machines' credentials; nothing is read there.")
     if isinstance(error, urllib3.exceptions.LocationValueError):
-        return DataError(f"{urls.redact_url(url)} is no address that can be asked. Correct it.")
+        return DataError(f"{redact_url(url)} is no address that can be asked. Correct it.")
     if isinstance(error, urllib3.exceptions.SSLError) and isinstance(error.args[0], ssl.SSLCertVerificationError):
-        return DataError(f"{urls.redact_url(url)} has a certificate that is not trusted. Check the address and the clock, or install its authority.")
+        return DataError(f"{redact_url(url)} has a certificate that is not trusted. Check the address and the clock, or install its authority.")
     return TransientError(f"{next(text for kind, text in ERROR_TEXTS if isinstance(error, kind))}, {type(error).__name__}")
 
 

@@ -16,6 +16,7 @@ from data.storage import http, urls
 from data.storage.http import ChangedError, FileInfo, RangeClient
 from dev2pro import retry, s3
 from dev2pro.errors import DataError, SpaceError, TryAgainError
+from dev2pro.redact import redact_url
 from dev2pro.retry import LONGEST_PAUSE as LONGEST_PAUSE
 from dev2pro.retry import TransientError
 
@@ -70,7 +71,7 @@ class Transport:
         """A small file of up to `limit` bytes."""
         info = self.info(url)
         if info.size > limit:
-            raise DataError(f"{urls.redact_url(url)} has {info.size:,} bytes, more than the {limit:,} such a file may have.")
+            raise DataError(f"{redact_url(url)} has {info.size:,} bytes, more than the {limit:,} such a file may have.")
         return self.read(url, 0, info.size, info)
 
     def write(self, url: str, content: bytes) -> None:
@@ -90,7 +91,7 @@ class Transport:
         except TransientError as error:
             last = error
         raise TryAgainError(
-            f"{urls.redact_url(url)} could not be {verb} in {self.config.retries + 1} tries (the last: {urls.printable(str(last))}). "
+            f"{redact_url(url)} could not be {verb} in {self.config.retries + 1} tries (the last: {urls.printable(str(last))}). "
             "Nothing was skipped: the same command goes on from the last checkpoint once the place answers again."
         )
 
@@ -111,7 +112,7 @@ class Transport:
 def _writable(url: str) -> bool:
     """Whether `url` is in s3. Raises DataError for http."""
     if urls.is_remote(url) and not url.startswith("s3://"):
-        raise DataError(f"{urls.redact_url(url)} cannot be written: http is for reading. Choose a folder on this machine, or s3.")
+        raise DataError(f"{redact_url(url)} cannot be written: http is for reading. Choose a folder on this machine, or s3.")
     return urls.is_remote(url)
 
 
@@ -202,14 +203,14 @@ def _stat(path: str) -> os.stat_result:
     with _translate_errors(path):
         status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
-        raise DataError(f"{urls.redact_url(path)} is a {'folder' if stat.S_ISDIR(status.st_mode) else 'device or pipe'}, where a file was expected.")
+        raise DataError(f"{redact_url(path)} is a {'folder' if stat.S_ISDIR(status.st_mode) else 'device or pipe'}, where a file was expected.")
     return status
 
 
 @contextmanager
 def _translate_errors(path: str) -> Iterator[None]:
     """Turns OSErrors into DataError (missing, not allowed), SpaceError (full disk) or TransientError (the rest)."""
-    name = urls.redact_url(path)
+    name = redact_url(path)
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:

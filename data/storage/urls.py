@@ -12,7 +12,7 @@ import braceexpand
 from dev2pro import s3
 from dev2pro.errors import DataError, TryAgainError
 from dev2pro.escape import printable as printable
-from dev2pro.s3 import ADDRESS, redact_url
+from dev2pro.redact import URL, redact_url
 
 REMOTE = ("http", "https", "s3")
 MAX_URLS = 1_000_000  # that braces may expand to
@@ -21,7 +21,7 @@ _RANGE = re.compile(r"\{(-?[0-9]{1,4000})\.\.(-?[0-9]{1,4000})(?:\.\.-?([0-9]{1,
 
 def is_remote(url: str) -> bool:
     """Whether a normalized location is a URL and not a local path."""
-    return bool(ADDRESS.match(url))
+    return bool(URL.match(url))
 
 
 def normalize(url: str) -> str:
@@ -29,7 +29,7 @@ def normalize(url: str) -> str:
 
     A name such as `pipe:cat x` or `a.tar::pipe:ls` is a path like any other: no part of it is executed.
     """
-    match = ADDRESS.match(url)
+    match = URL.match(url)
     if not match:
         return os.path.abspath(url)
     scheme = match[1].lower()

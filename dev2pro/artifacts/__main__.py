@@ -22,7 +22,7 @@ from dev2pro.artifacts.lineage import Parent
 from dev2pro.artifacts.record import Artifact
 from dev2pro.errors import INTERRUPTED, ConfigError, DataError, SpaceError, StageError
 from dev2pro.escape import lines, printable
-from dev2pro.s3 import redact_url
+from dev2pro.redact import redact_url
 
 SHORT_ID = 12  # digits of an id in the output
 RECURSION_LIMIT = 20_000  # calls: a recurring recovery has a generation every day; with 100,000 a deeply nested untrusted record ends the process

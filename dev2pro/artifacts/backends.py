@@ -12,8 +12,8 @@ import fsspec
 from dev2pro import retry, s3
 from dev2pro.artifacts import record, verify
 from dev2pro.errors import ConfigError, DataError, SpaceError, TryAgainError
+from dev2pro.redact import URL, redact_url
 from dev2pro.retry import TransientError
-from dev2pro.s3 import redact_url
 
 T = TypeVar("T")
 CHUNK = 16 << 20  # bytes
@@ -47,7 +47,7 @@ class Backend(Protocol):
 
 def parse_url(address: str) -> str:
     """Normalizes an address: s3://..., or a local path. Raises ConfigError for others."""
-    match = s3.ADDRESS.match(address)
+    match = URL.match(address)
     scheme = match[1].lower() if match else ""
     rest = address[match.end() :] if match else address
     if scheme in ("", "file"):

@@ -17,7 +17,7 @@ from dev2pro.artifacts.backends import Backend, ProgressCallback
 from dev2pro.artifacts.record import RECORD, Artifact
 from dev2pro.errors import ConfigError, DataError, SpaceError
 from dev2pro.log import Progress
-from dev2pro.s3 import redact_url
+from dev2pro.redact import redact_url
 
 CACHE = "runs/cache/artifacts"
 MB = 1_000_000

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dev2pro.judging.metrics import Bootstrap
+from dev2pro.judging.bootstrap import Bootstrap
 
 LOWER_IS_BETTER = ("distance_to_ideal",)
 

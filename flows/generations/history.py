@@ -7,10 +7,10 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.logging import get_run_logger
 
 from dev2pro.escape import markdown, printable
+from dev2pro.redact import redact
 from flows.generations import aliases, lifecycle
 from flows.generations.aliases import ALIASES
 from flows.generations.lifecycle import PROMOTED, Generation
-from flows.ui.redact import redact
 
 ROWS, SHARDS = 100, 30  # most rows of generations, and of shards, on the page
 SHORT = 12  # digits of an id that are shown

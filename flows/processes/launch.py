@@ -19,10 +19,10 @@ from dev2pro.artifacts import record, run_folder
 from dev2pro.artifacts.record import ROOT, Artifact
 from dev2pro.errors import INTERRUPTED, TryAgainError
 from dev2pro.escape import printable
+from dev2pro.redact import redact
 from flows.processes import gpu_slots, liveness, trust
 from flows.processes.gpu_slots import Slots
 from flows.ui.progress import ProgressReporter
-from flows.ui.redact import redact
 
 GRACE = 25.0  # seconds a cancelled flow waits for its stages; Prefect kills it after 30
 GRACE_ARG = "checkpoint.grace=600"  # a stage may take longer to save and outlive its flow

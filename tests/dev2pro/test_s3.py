@@ -35,9 +35,3 @@ def test_the_client_is_that_of_the_environment():
         with environment(**s3_environment("http://127.0.0.1:1"), AWS_MAX_ATTEMPTS="1"), pytest.raises(Exception, match=r"127\.0\.0\.1:1") as caught:
             s3.client().cat_file("s3://first/a")
         assert s3.is_transient(caught.value)
-
-
-def test_places_are_shown_without_what_is_secret_or_obeyed_by_a_terminal():
-    assert s3.redact_url("s3://key:hush/hush@bucket/a?X-Amz-Signature=hush") == "s3://bucket/a"
-    assert s3.redact_url("/a\x1b[2J\n") == "/a\\x1b[2J\\n"
-    assert s3.redact_url("/a?b#c") == "/a?b#c"

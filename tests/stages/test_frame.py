@@ -114,7 +114,7 @@ HOLDER = """
 import sys
 from pathlib import Path
 from dev2pro.artifacts import run_folder
-run_folder._hold(Path(sys.argv[1]))
+run_folder._wait_for_lock(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()
 """

@@ -28,13 +28,14 @@ FEW, MANY = 16, 56  # replayed batches of 16; the time difference gives the cost
 FRESH = f"""
 import json, re, sys, time
 from data.loading import order
+from data.loading.buckets import bucket_sizes
 from data.shards import snapshot
 moments, start = [time.perf_counter()], time.process_time()
 def peak():  # ru_maxrss includes the parent's peak
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 modules = peak()
 snap = snapshot.read(sys.argv[1]); moments.append(time.perf_counter())
-order = order.Order(snap, order.sizes(1024, 64, 2.0), 0, {BATCH}); moments.append(time.perf_counter())
+order = order.Order(snap, bucket_sizes(1024, 64, 2.0), 0, {BATCH}); moments.append(time.perf_counter())
 last = order.step(order.steps_per_epoch - 1); moments.append(time.perf_counter())
 print(json.dumps([b - a for a, b in zip(moments, moments[1:])] + [time.process_time() - start, modules, peak()]))
 """

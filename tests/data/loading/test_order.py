@@ -6,12 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.loading import order
+from data.loading.buckets import bucket_sizes
 from data.loading.order import Order
 from dev2pro.errors import DataError
 from tests.synthetic import snapshot
 
 SQUARE = [(64, 64)]
-BUCKETS = order.sizes(64, 16, 2.0)
+BUCKETS = bucket_sizes(64, 16, 2.0)
 SIDES = st.lists(st.tuples(st.integers(20, 200), st.integers(20, 200)), min_size=1, max_size=12)
 SHARDS = st.lists(st.integers(0, 90), min_size=1, max_size=6).filter(lambda shards: sum(shards) > 0)
 
@@ -120,38 +121,6 @@ def test_the_order_is_recorded(arguments, recorded):
     snap, buckets, seed, batch, step = arguments
     assert order.ORDER_VERSION == 2  # another order is another version
     assert Order(snap, buckets, seed, batch).step(step).rows.tolist() == recorded
-
-
-# ---- buckets ----------------------------------------------------------------------------------------------------------------------------
-
-
-@given(resolution=st.integers(4, 24), step=st.sampled_from([8, 16, 64]), aspect=st.floats(1, 6))
-def test_buckets_have_the_area_and_the_sides_they_should(resolution, step, aspect):
-    resolution *= step
-    result = order.sizes(resolution, step, aspect)
-    assert (resolution, resolution) in result
-    assert set(result) == {(h, w) for w, h in result}
-    assert len(set(result)) == len(result)
-    for width, height in result:
-        assert width % step == height % step == 0
-        assert max(width / height, height / width) <= aspect
-        assert abs(width * height / resolution**2 - 1) <= 0.5 * step / min(width, height)
-
-
-def test_buckets_as_written_down():
-    assert order.sizes(512, 64, 1.0) == [(512, 512)]
-    assert order.sizes(512, 64, 2.0) == [(384, 704), (448, 576), (512, 512), (576, 448), (704, 384)]
-
-
-@given(width=st.integers(1, 20_000), height=st.integers(1, 20_000))
-def test_the_nearest_bucket_by_the_logarithm_of_the_form(width, height):
-    buckets = order.sizes(512, 64, 3.0)
-    chosen = buckets[int(order.nearest(np.array([width], np.uint32), np.array([height], np.uint32), buckets)[0])]
-
-    def distance(size: order.Size) -> float:
-        return abs(np.log(width / height) - np.log(size[0] / size[1]))
-
-    assert distance(chosen) <= min(map(distance, buckets)) + 1e-9
 
 
 def test_a_bucket_too_small_for_a_step_goes_to_its_neighbour():

@@ -1,8 +1,11 @@
-"""Redacts secrets from texts for the UI: values of the environment, tokens, and passwords and signatures in URLs."""
+"""Takes secrets out of texts: credentials in URLs, tokens, and secret values of the environment."""
 
 import os
 import re
 
+from dev2pro.escape import printable
+
+URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 HIDDEN = "********"
 NAMES = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|AUTH|WEBHOOK|DATABASE_CONNECTION", re.IGNORECASE)
 MIN_SECRET_LENGTH = 6  # characters; shorter values are not redacted
@@ -13,6 +16,17 @@ FORMS = (
     (re.compile(r"([?&](?:X-Amz-[A-Za-z-]+|AWSAccessKeyId|Signature|sig|token|key|password)=)[^&\s'\"]+", re.IGNORECASE), rf"\1{HIDDEN}"),
     (re.compile(r"(authorization:\s*(?:bearer|basic)\s+)\S+", re.IGNORECASE), rf"\1{HIDDEN}"),
 )  # fmt: skip
+
+
+def redact_url(url: str) -> str:
+    """A URL or path for messages: without password, query and fragment, and with control characters escaped."""
+    if URL.match(url):
+        scheme, rest = url.split("://", 1)
+        rest = re.split(r"[?#]", rest, maxsplit=1)[0]
+        if re.match(r"[^/]*(@|:(?!\d*(/|$)))", rest):  # a user name or a password, which may itself contain a slash
+            rest = rest.rpartition("@")[2]
+        url = f"{scheme}://{rest}"
+    return printable(url)
 
 
 def redact(text: str) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flows.ui.redact import redact
+from dev2pro.redact import redact, redact_url
 
 
 @pytest.fixture(autouse=True)
@@ -31,3 +31,9 @@ def _environment(monkeypatch):
 )
 def test_secrets_are_hidden_and_nothing_else(text, redacted):
     assert redact(text) == redacted
+
+
+def test_a_url_has_no_secret_and_nothing_that_a_terminal_obeys():
+    assert redact_url("s3://key:hush/hush@bucket/a?X-Amz-Signature=hush") == "s3://bucket/a"
+    assert redact_url("/a\x1b[2J\n") == "/a\\x1b[2J\\n"
+    assert redact_url("/a?b#c") == "/a?b#c"
