@@ -35,7 +35,7 @@ PLAIN_HYDRA = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging
 
 def main(name: str, schema: type[C], run: Callable[[C], Artifact]) -> None:
     """`python -m stages.<name> key=value ...`: composes conf/<name>.yaml, calls `run` with a `schema`, ends with its exit code."""
-    gc.freeze()  # what was imported stays to the end: nobody looks through it for garbage, not even at the end, where that takes a second
+    gc.freeze()  # what was imported is never garbage; without this the process needs a second more to end
     gc.enable()
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     outcome: list[int] = []

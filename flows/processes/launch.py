@@ -8,7 +8,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from prefect.client.schemas.objects import State, TaskRun
@@ -63,15 +63,13 @@ def launch(stage: str, args: list[str], out: str, processes: int = 1) -> Artifac
         log.info("%s: finished before, skipped", out)
         return artifact
     starter = ["-m", "dev2pro.ranks", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    with gpu_slots.acquire(processes, f"{stage} {out}", _stopping.is_set, log.info) as slots:
+    with ExitStack() as afterwards, gpu_slots.acquire(processes, f"{stage} {out}", _stopping.is_set, log.info) as slots:
         if slots is None:
             raise StageFailed(f"{stage} was stopped before it began", INTERRUPTED)
         log.info(redact(printable(f"python -m stages.{stage} {' '.join(args)}")))
         reporter = ProgressReporter(f"{stage} {out}", folder, log.warning)
-        try:
-            _run_process(stage, [*starter, "-m", f"stages.{stage}", *args], slots, reporter, log.info)
-        finally:
-            reporter.end()
+        afterwards.callback(reporter.end)  # takes seconds, during which another stage can have the slots
+        _run_process(stage, [*starter, "-m", f"stages.{stage}", *args], slots, reporter, log.info)
     return record.read(str(folder))
 
 
