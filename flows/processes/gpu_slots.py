@@ -82,7 +82,7 @@ def _lock_free(all_names: tuple[str, ...], count: int) -> dict[str, int]:
 def _queue_turn(stopping: Callable[[], bool]) -> Iterator[None]:
     """Lets one waiting process at a time try to lock slots."""
     while (handle := run_folder.lock(_file("turn"))) is None and not stopping():
-        time.sleep(EVERY)
+        time.sleep(POLL_SECONDS)
     try:
         yield
     finally:
