@@ -26,7 +26,10 @@ def survives(stage: str, ranks: int, more: str, kills: int, seed: int, tmp: Path
     return chaos.survives(stage, [*WORDS, *STAGE_ARGS[stage], *more.split()], ranks, kills, seed, tmp)
 
 
-@pytest.mark.parametrize(("stage", "ranks", "kills"), [("recover", 1, 5), ("lora", 2, 3)])
+@pytest.mark.parametrize(
+    ("stage", "ranks", "kills"),
+    [("recover", 1, 3), ("lora", 2, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("recover", 1, 5), ("distill", 2, 5)))],
+)
 def test_a_few_kills_change_nothing(stage, ranks, kills, tmp_path):
     table = survives(stage, ranks, SHORT, kills, 0, tmp_path)
     assert table["kills"] == kills

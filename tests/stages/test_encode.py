@@ -67,7 +67,8 @@ def test_two_ranks_killed_and_gone_on_write_the_same_shards(shards, encoded, tmp
     child = subprocess.Popen(args, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     while child.poll() is None and not tars(tmp_path):
         time.sleep(0.005)
-    os.killpg(child.pid, signal.SIGKILL)
+    if child.poll() is None:
+        os.killpg(child.pid, signal.SIGKILL)
     child.wait()
     done_before = {name: (tmp_path / "to" / name).stat().st_mtime_ns for name in tars(tmp_path) if (tmp_path / f"to/{name}.index").exists()}
     done = run(args)
