@@ -1,4 +1,6 @@
 SEED ?= 0
+# processes of make test: one more than two cores, as some wait while others compute
+WORKERS ?= 3
 OUT ?= runs/demo
 
 ifdef PY # an interpreter that has everything already: PY=python3 make test
@@ -8,7 +10,7 @@ PY := .venv/bin/python
 READY := .venv/ready
 endif
 
-.PHONY: help venv demo serve test proof chaos operator year lint format bench miniature clean
+.PHONY: help venv demo serve test promises proof chaos operator year lint format bench miniature clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,10 +31,14 @@ serve: $(READY) ## the Prefect UI on http://127.0.0.1:4200 with everything ready
 	$(PY) -m flows.serve
 
 test: $(READY) ## the tests, several files at a time
-	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-proof: $(READY) ## the longer proofs
+promises: $(READY) ## one real example of each promise to operators: a browser, kills, an attack, nginx, PostgreSQL
+	$(PY) -m pytest -m ci tests/flows
+
+proof: $(READY) ## the longer proofs: numerics, kill series and the whole of make operator
 	$(PY) -m pytest -m slow
+	$(MAKE) operator
 
 chaos: $(READY) ## kill every stage some hundred and fifty times at random moments: SEED=0
 	SEED=$(SEED) $(PY) -m pytest -m chaos tests/stages/test_chaos.py

@@ -28,7 +28,7 @@ from dev2pro.redact import redact_url
 LINE_EVERY = 15.0  # seconds, where the output is no terminal
 
 
-def parser(module: str, story: str | None) -> argparse.ArgumentParser:
+def make_parser(module: str, story: str | None) -> argparse.ArgumentParser:
     """A parser for `python -m <module>` whose --help shows the command's description."""
     return argparse.ArgumentParser(f"python -m {module}", description=story, allow_abbrev=False)
 
@@ -45,9 +45,9 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def run(name: str, arguments: argparse.ArgumentParser, work: Callable[[argparse.Namespace], int]) -> NoReturn:
+def run(name: str, parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], int]) -> NoReturn:
     """Runs `work` and exits with its code. Prints an error as one paragraph."""
-    options = arguments.parse_args()
+    options = parser.parse_args()
     signal.signal(signal.SIGTERM, _interrupt)
     signals.stop_with_parent()  # stops when the parent flow dies
     try:

@@ -1,6 +1,6 @@
 """Draws the miniature's pictures: real handwritten digits as ink on paper, and the same hand in several styles.
 
-The digits are the 1,797 scans of 8x8 pixels and 17 grey levels that scikit-learn ships (E. Alpaydin and C. Kaynak, UCI
+The digits are the 1,797 scans of 8x8 pixels and 17 grey levels in miniature/digits.csv.gz, as scikit-learn ships them (E. Alpaydin and C. Kaynak, UCI
 "Optical Recognition of Handwritten Digits", https://archive.ics.uci.edu/dataset/80). A scan becomes an ink coverage map of
 32x32 by bicubic enlargement and a soft threshold; a style decides what a covered and an uncovered spot look like.
 """
@@ -19,6 +19,7 @@ from PIL import Image
 from data import index
 from data.storage.transport import ReadConfig, Transport
 
+SCANS = Path(__file__).with_name("miniature") / "digits.csv.gz"
 SIDE = 32  # pixels
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PHRASINGS = (
@@ -51,11 +52,9 @@ class Digit:
 
 
 def load() -> tuple[list[Digit], list[Digit]]:
-    """(train, held-out) digits; needs scikit-learn, which only the rebuilding of the miniature uses."""
-    from sklearn.datasets import load_digits
-
-    raw = load_digits()
-    digits = [Digit(_coverage(image), int(label), i) for i, (image, label) in enumerate(zip(raw.images, raw.target, strict=True))]
+    """(train, held-out) digits."""
+    table = np.loadtxt(SCANS, np.uint8, delimiter=",")  # (N, 65): 64 grey levels and the label
+    digits = [Digit(_coverage(row[:-1].reshape(8, 8)), int(row[-1]), i) for i, row in enumerate(table)]
     return digits[:-HELD_OUT], digits[-HELD_OUT:]
 
 

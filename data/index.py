@@ -16,6 +16,7 @@ from data.shards.sidecar import Sidecar
 from data.storage import urls
 from data.storage.transport import ReadConfig, Transport, write_atomic
 from dev2pro.errors import ConfigError, DataError, StageError
+from dev2pro.escape import printable
 from dev2pro.redact import redact_url
 
 MAX_ROWS = 30  # lines of the table of rejections
@@ -40,22 +41,24 @@ def index(url: str, transport: Transport, folder: str | None = None, *, empty_ca
     """Indexes one shard. Skips it if a valid index with the same policy exists (see `scan`)."""
     policy = {"empty_captions": empty_captions, "allow_partial": allow_partial}
     try:
-        entry = _existing_sidecar(url, transport, folder, policy)
-        reused = entry is not None
-        if entry is None:
-            entry = scan(url, transport, **policy)
-            transport.write(sidecar.path_of(url, folder), entry.encode())
-        return Outcome(url, len(entry), tuple(entry.head["rejected"]), entry.head["ignored"], entry.head["partial"], reused=reused)
+        shard_index = _existing_sidecar(url, transport, folder, policy)
+        reused = shard_index is not None
+        if shard_index is None:
+            shard_index = scan(url, transport, **policy)
+            transport.write(sidecar.path_of(url, folder), shard_index.encode())
+        return Outcome(
+            url, len(shard_index), tuple(shard_index.head["rejected"]), shard_index.head["ignored"], shard_index.head["partial"], reused=reused
+        )
     except StageError as error:
         return Outcome(url, error=str(error), exit_code=error.exit_code)
 
 
 def _existing_sidecar(url: str, transport: Transport, folder: str | None, policy: dict[str, bool]) -> Sidecar | None:
     try:
-        existing = sidecar.read(url, transport, folder)
+        shard_index = sidecar.read(url, transport, folder)
     except DataError:
         return None
-    return existing if existing.head["policy"] == policy and not existing.info.difference(transport.info(url)) else None
+    return shard_index if shard_index.head["policy"] == policy and not shard_index.info.difference(transport.info(url)) else None
 
 
 def _start(config: ReadConfig) -> None:
@@ -104,11 +107,11 @@ def _print_summary(outcomes: list[Outcome]) -> int:
     rows = [(redact_url(outcome.url), bad["offset"], bad["key"], bad["reason"]) for outcome in outcomes for bad in outcome.rejected]
     commands.show("rejected samples", ("shard", "at byte", "key", "reason"), rows, MAX_ROWS)
     if ignored := sum((Counter(outcome.ignored) for outcome in outcomes), Counter[str]()):
-        kinds = ", ".join(f"{count:,} {urls.printable(kind)}" for kind, count in ignored.most_common(MAX_ROWS))
+        kinds = ", ".join(f"{count:,} {printable(kind)}" for kind, count in ignored.most_common(MAX_ROWS))
         print(f"index: {ignored.total():,} members are of no use here: {kinds}")
     for outcome in outcomes:
         if outcome.partial:
-            why = urls.printable(f"{outcome.partial['offset']}: {outcome.partial['reason']}")
+            why = printable(f"{outcome.partial['offset']}: {outcome.partial['reason']}")
             print(f"index: {redact_url(outcome.url)} is used only up to its damage at byte {why}")
     for outcome in failed:
         print(f"index: {outcome.error}", file=sys.stderr)
@@ -122,7 +125,7 @@ def _print_summary(outcomes: list[Outcome]) -> int:
 
 def main() -> None:
     """Reads the command line."""
-    parser = commands.parser("data.index", __doc__)
+    parser = commands.make_parser("data.index", __doc__)
     parser.add_argument("shards", nargs="+", metavar="SHARD", help="tars: paths or addresses, {000..099} braces, * but for http")
     parser.add_argument("--to", metavar="FOLDER", help="where sidecars go when they cannot lie beside their shards (http)")
     parser.add_argument("--workers", type=commands.positive, default=commands.cores(), help="processes (default: %(default)s)")

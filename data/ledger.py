@@ -8,9 +8,9 @@ from typing import Any
 
 from filelock import FileLock
 
-from data.storage import urls
 from data.storage.transport import write_atomic
 from dev2pro.errors import DataError
+from dev2pro.escape import printable
 from dev2pro.redact import redact_url
 
 
@@ -62,7 +62,7 @@ def _read(path: str, fits: Callable[[Any], bool]) -> list[dict[str, Any]]:
     except OSError as error:
         raise DataError(f"{redact_url(path)} cannot be read: {error.strerror}. Correct the path.") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        why = urls.printable(f"{type(error).__name__}: {error}")
+        why = printable(f"{type(error).__name__}: {error}")
         raise DataError(
             f"{redact_url(path)} is damaged in line {len(rows) + 1} ({why}). Correct the path, or take the line out, which forgets what it says."
         ) from error

@@ -15,9 +15,9 @@ from typing import Any
 from data import commands, index
 from data.shards import pictures
 from data.shards.pictures import BadContent
-from data.storage import urls
 from data.storage.transport import ReadConfig, Transport
 from dev2pro.errors import DataError
+from dev2pro.escape import printable
 from dev2pro.redact import redact_url
 
 SHARD_SAMPLES, SHARD_BYTES = 1000, 512 << 20  # a shard is full at either
@@ -145,7 +145,7 @@ def _duplicates(samples: list[Captioned], what: str, name_of: Callable[[Captione
 def refusal(folder: Path, problems: list[str]) -> DataError:
     """A DataError that lists the rejected files, truncated to MAX_ROWS."""
     more = f"\n  ... and {len(problems) - MAX_ROWS} more" if len(problems) > MAX_ROWS else ""
-    listing = "\n  ".join(map(urls.printable, problems[:MAX_ROWS]))
+    listing = "\n  ".join(map(printable, problems[:MAX_ROWS]))
     return DataError(f"{redact_url(str(folder))} cannot be packed; mend these {len(problems)}, or move them away:\n  {listing}{more}")
 
 
@@ -237,7 +237,7 @@ def work(options: argparse.Namespace) -> int:
     others = Counter(kind for file in files if (kind := file.suffix.lower() or file.name) not in (".txt", ".jsonl", ".csv", ".parquet"))
     tars = pack(options.folder, options.out, options.captions, options.workers)
     if others:
-        kinds = ", ".join(f"{count} {urls.printable(kind)}" for kind, count in others.most_common(MAX_ROWS))
+        kinds = ", ".join(f"{count} {printable(kind)}" for kind, count in others.most_common(MAX_ROWS))
         print(f"pack: left out are files of other kinds: {kinds}")
     print(f"pack: {len(tars)} indexed shards in {redact_url(options.out)}. Train on them with \"data.train=['{redact_url(options.out)}/*.tar']\"")
     return 0
@@ -245,7 +245,7 @@ def work(options: argparse.Namespace) -> int:
 
 def main() -> None:
     """Reads the command line."""
-    parser = commands.parser("data.pack", __doc__)
+    parser = commands.make_parser("data.pack", __doc__)
     parser.add_argument(
         "folder", metavar="FOLDER", help="pictures, each beside a .txt, or with a metadata.jsonl as Hugging Face's imagefolder has it"
     )

@@ -53,7 +53,7 @@ def work(options: argparse.Namespace) -> int:
 
 def main() -> None:
     """Reads the command line."""
-    parser = commands.parser("data.snapshot", __doc__)
+    parser = commands.make_parser("data.snapshot", __doc__)
     parser.add_argument("shards", nargs="+", metavar="SHARD", help="indexed tars: paths or addresses, {000..099} braces, * but for http")
     parser.add_argument("--out", required=True, metavar="FILE", help=f"what to write, such as january{ENDING}")
     parser.add_argument("--index", metavar="FOLDER", help="where the sidecars are, if not beside the shards")

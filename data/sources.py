@@ -73,9 +73,9 @@ class RunSnapshots:
         if missing := [part for part in config.stored if part not in self.train.encodings]:
             raise DataError(f"data.stored={config.stored}, but the shards of data.train hold no {missing[0]}. Encode them with stages.encode first.")
 
-    def _resolve(self, role: str, resuming: bool) -> Snapshot:
+    def _resolve(self, role: str, reuse_existing: bool) -> Snapshot:
         file, sources = self.file(role), self._sources[role]
-        if file != _snapshot_path(sources) and not (resuming and os.path.exists(file)):
+        if file != _snapshot_path(sources) and not (reuse_existing and os.path.exists(file)):
             self._fresh.add(role)
             return build_snapshot(sources, f"data.{role}", self.transport)
         existing = snapshot.read(file)

@@ -12,7 +12,7 @@ from dev2pro.escape import markdown
 from dev2pro.redact import redact
 from flows.forms import Concept, Concepts, overrides
 from flows.generations import aliases
-from flows.plan import folder, hydra_args
+from flows.plan import hydra_args, stage_folder
 from flows.processes.launch import RETRY_OPTIONS, launch, run_context
 from flows.ui.progress import key
 from flows.ui.verdict import show
@@ -29,9 +29,9 @@ def one(form: Concepts, concept: Concept, recovered: str) -> Artifact:
     lora_overrides = overrides(form, FOR_LORA)
     pictures = {f"data.{name}": value for name, value in concept.model_dump(exclude_none=True).items()}
     for arm, base in arms.items():
-        out = folder(form.out, concept.name, "lora", arm)
+        out = stage_folder(form.out, concept.name, "lora", arm)
         stage("lora", hydra_args(lora_overrides, pictures, out=out, arm=arm, trained_on=base, guidance=1.0), out, form.processes)
-    out, loras = folder(form.out, concept.name, "evaluate"), [folder(form.out, concept.name, "lora", arm) for arm in arms]
+    out, loras = stage_folder(form.out, concept.name, "evaluate"), [stage_folder(form.out, concept.name, "lora", arm) for arm in arms]
     evaluation = stage("evaluate", hydra_args(overrides(form, FOR_EVALUATE), out=out, loras=loras, recovered=recovered), out, form.processes)
     show(evaluation)
     return evaluation

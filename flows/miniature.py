@@ -6,7 +6,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from dev2pro.artifacts.record import ROOT
-from flows.plan import folder, hydra_args
+from flows.plan import hydra_args, stage_folder
 from flows.processes.launch import launch, run_context
 
 BUNDLE = ROOT / "data" / "miniature"
@@ -16,7 +16,7 @@ stage = task(launch, name="stage", task_run_name="{stage}", cache_policy=NO_CACH
 @flow(name="miniature")
 def miniature(out: str = "runs/miniature") -> None:
     """Trains every part with fixed seeds and copies the result into data/miniature/."""
-    parts, judge, teacher, base = (folder(out, name) for name in ("parts", "judge", "teacher", "base"))
+    parts, judge, teacher, base = (stage_folder(out, name) for name in ("parts", "judge", "teacher", "base"))
     world = {"experiment": "miniature", "model.path": f"{parts}/pipeline", "save_dtype": "bfloat16"}
     from_nothing = {"steps": 4000, "batch": 64, "ema": 0.995, "caption_dropout": 0.15, "probe.every": 500, "teacher": None}
     with run_context():

@@ -13,7 +13,7 @@ from dev2pro.errors import ConfigError
 from dev2pro.escape import printable
 from flows import plan as plans
 from flows.forms import Pipeline, mistakes
-from flows.plan import Plan, folder, hydra_args
+from flows.plan import Plan, hydra_args, stage_folder
 from flows.processes.launch import RETRY_OPTIONS, StageFailed, launch, run_context
 from flows.ui import verdict
 
@@ -21,15 +21,15 @@ from flows.ui import verdict
 @task(task_run_name="recover (dev2pro)", cache_policy=NO_CACHE, **RETRY_OPTIONS)
 def recover(plan: Plan, seed: int, out: str) -> Artifact:
     """Fine-tunes the base at guidance 1.0."""
-    stage_out = folder(out, "recover")
+    stage_out = stage_folder(out, "recover")
     return launch("recover", hydra_args(plan.common, plan.recover, out=stage_out, seed=seed), stage_out, plan.processes.get("recover", 1))
 
 
 @task(task_run_name="lora {style} {arm}", cache_policy=NO_CACHE, **RETRY_OPTIONS)
 def lora(plan: Plan, seed: int, out: str, style: str, arm: str, recovered: Artifact | None) -> Artifact:
     """Trains one arm's LoRA in one style."""
-    stage_out = folder(out, "lora", style, arm)
-    bases = {"base": plan.base, "teacher": plan.teacher, "recovered": recovered and folder(out, "recover")}
+    stage_out = stage_folder(out, "lora", style, arm)
+    bases = {"base": plan.base, "teacher": plan.teacher, "recovered": recovered and stage_folder(out, "recover")}
     values = {"out": stage_out, "seed": seed, "arm": arm, "trained_on": bases[plan.arms[arm].base], "guidance": plan.arms[arm].guidance}
     return launch("lora", hydra_args(plan.common, plan.lora, plan.styles[style], values), stage_out, plan.processes.get("lora", 1))
 
@@ -37,8 +37,13 @@ def lora(plan: Plan, seed: int, out: str, style: str, arm: str, recovered: Artif
 @task(task_run_name="evaluate", cache_policy=NO_CACHE, **RETRY_OPTIONS)
 def evaluate(plan: Plan, seed: int, out: str, recovered: Artifact, loras: list[Artifact]) -> Artifact:
     """Puts every LoRA on every inference base and compares the pictures."""
-    stage_out = folder(out, "evaluate")
-    values = {"out": stage_out, "seed": seed, "recovered": folder(out, "recover"), "loras": [folder(out, "lora", s, a) for s, a in plan.pairs()]}
+    stage_out = stage_folder(out, "evaluate")
+    values = {
+        "out": stage_out,
+        "seed": seed,
+        "recovered": stage_folder(out, "recover"),
+        "loras": [stage_folder(out, "lora", s, a) for s, a in plan.pairs()],
+    }
     return launch("evaluate", hydra_args(plan.common, plan.evaluate, values), stage_out, plan.processes.get("evaluate", 1))
 
 
@@ -54,10 +59,10 @@ def pipeline(pipeline: Pipeline) -> dict[str, Any]:
     return {"verdict": result.metrics["verdict"], "report": f"{result.uri}/report.html"}
 
 
-def main(arguments: list[str]) -> int:
+def main(args: list[str]) -> int:
     """Runs the flow with `key=value` arguments and prints the verdict. Returns the exit code."""
     try:
-        form = Pipeline.model_validate(dict(word.partition("=")[::2] for word in arguments))
+        form = Pipeline.model_validate(dict(arg.partition("=")[::2] for arg in args))
         plans.read(form.plan)  # fails on a bad plan before a server starts
         outcome = pipeline(form)
     except ValidationError as error:

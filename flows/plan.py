@@ -78,6 +78,6 @@ def _quoted(value: Any) -> str:
     return str(value)
 
 
-def folder(out: str, *parts: str) -> str:
+def stage_folder(out: str, *parts: str) -> str:
     """A stage's output folder below the run's folder."""
     return str(Path(out, *parts))

@@ -63,7 +63,7 @@ def look(form: Recurring, number: int, handle: int) -> NewShards:
 
 def _run_data_command(module: str, args: list[str], line: str, handle: int) -> dict[str, Any]:
     """The JSON report of a command of `data/`. Bad data is no failure if the command wrote its report."""
-    report = aliases.folder(line) / f"{module}.json"
+    report = aliases.line_folder(line) / f"{module}.json"
     report.unlink(missing_ok=True)
     try:
         command(module, ["--report", str(report.relative_to(ROOT)), *args], (handle,))
@@ -160,10 +160,10 @@ def _final_state(form: Recurring, done: list[Generation], new: NewShards) -> Sta
     return Completed(name=name, message=" ".join(sentences))
 
 
-def main(arguments: list[str]) -> int:
+def main(args: list[str]) -> int:
     """Runs the flow with `key=value` arguments and prints its final state. Returns the exit code."""
     try:
-        state = recurring(Recurring.model_validate(nested(arguments)), return_state=True)
+        state = recurring(Recurring.model_validate(nested(args)), return_state=True)
         state.result()  # raises the error of a failed run
     except ValidationError as error:
         print("\n".join(printable(f"recurring: {line}") for line in mistakes(error, Recurring)), file=sys.stderr)

@@ -74,22 +74,23 @@ def run(config: DistillConfig) -> Artifact:
     checkpoint_files.check_start(config.out, flux1.parameters(config.teacher), config.optim, dtype, config.ema)
     stream = snapshots.stream(config.seed, config.batch, accelerator.process_index)
     accelerator.print(sources.summary_line(stream))
-    reference = snapshots.reference(config.probe.samples)
-    samples, texts, held_out = feed.prepare(config.model, stream, reference, config.hardware, accelerator)
+    train_feed, prompt_encoder, held_out = feed.prepare(config.model, stream, snapshots.reference(config.probe.samples), config.hardware, accelerator)
     teacher = flux1.load_transformer(config.teacher, dtype, config.model.variant).to(accelerator.device).eval().requires_grad_(False)
     student = flux1.load_transformer(config.teacher, dtype, config.model.variant)
     training = Training(
         accelerator, student, config.optim, config.hardware, steps=config.steps, batch=config.batch, ema=config.ema, guard=config.guard
     )
     probe = HeldoutProbe(held_out, config.probe, scheduler=scheduler, seed=config.seed, batch=config.hardware.micro_batch)
-    preview = Preview(config.preview, config.model, config.hardware, held_out, texts, scheduler, accelerator, seed=config.seed, out=config.out)
+    preview = Preview(
+        config.preview, config.model, config.hardware, held_out, prompt_encoder, scheduler, accelerator, seed=config.seed, out=config.out
+    )
     probe.set_teacher(teacher)
 
     def make_batch(step: int, slots: range) -> tuple[encodings.NoisedBatch, flux1.Conditioning, torch.Tensor]:
-        encoded = samples.get_batch(step, slots)
-        batch = encodings.noise_batch(encoded, texts.empty, scheduler, config.caption_dropout, config.seed, step, slots)
+        encoded = train_feed.get_batch(step, slots)
+        batch = encodings.noise_batch(encoded, prompt_encoder.empty, scheduler, config.caption_dropout, config.seed, step, slots)
         guidance = low + (high - low) * draws.uniform(config.seed, "guidance", step, slots)
-        return batch, flux1.build_conditioning(*texts.encode([""] * len(slots)), encoded.grid), guidance.to(batch.x_t)
+        return batch, flux1.build_conditioning(*prompt_encoder.encode([""] * len(slots)), encoded.grid), guidance.to(batch.x_t)
 
     def compute_loss(batch_args: tuple[encodings.NoisedBatch, flux1.Conditioning, torch.Tensor]) -> torch.Tensor:
         batch, null_conditioning, guidance = batch_args
@@ -102,7 +103,7 @@ def run(config: DistillConfig) -> Artifact:
 
     checkpoints = Checkpoints(config.out, training, config.checkpoint, config.steps, stream.state)
     start, curve = checkpoints.restore()
-    samples.begin(start, config.steps, training.slots)
+    train_feed.begin(start, config.steps, training.slots)
     with Log(config.out, "distill", config.steps, accelerator.is_main_process, start) as log, checkpoints:
         curve = curve or [validate(0)]
         log.emit_validation(*curve)

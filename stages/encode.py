@@ -62,14 +62,14 @@ def run(config: EncodeConfig) -> Artifact:
 
     encoders = Encoders(config.model, distributed.DTYPES[config.hardware.dtype], accelerator.device)
     sizes = bucket_sizes(config.resolution, config.bucket_step, config.aspect)
-    texts = PromptEncoder(config.model, encoders, config.hardware.encodings_gb * 1e9)
+    prompt_encoder = PromptEncoder(config.model, encoders, config.hardware.encodings_gb * 1e9)
     fingerprints = feed.fingerprints(encoders, sizes, config.parts)
 
     def members(batch: Batch) -> list[dict[str, bytes]]:
         """The encodings of each sample, as files."""
         values = {
             "latents": lambda: dict(zip(("mean", "std"), encoders.encode_images(feed.pixels(batch)), strict=True)),
-            "text": lambda: dict(zip(("prompt", "pooled"), texts.encode(batch.captions), strict=True)),
+            "text": lambda: dict(zip(("prompt", "pooled"), prompt_encoder.encode(batch.captions), strict=True)),
         }
         of_parts = {part: values[part]() for part in fingerprints}
         return [
@@ -101,12 +101,12 @@ def run(config: EncodeConfig) -> Artifact:
 def _already_encoded(name: str, fingerprints: dict[str, Any], transport: Transport) -> bool:
     """Whether a shard was encoded before with the same settings. Raises ConfigError for other settings."""
     try:
-        existing = sidecar.read(name, transport)
+        shard_index = sidecar.read(name, transport)
     except DataError:
         return False
-    if len(existing) and existing.head["encodings"] != fingerprints:
+    if len(shard_index) and shard_index.head["encodings"] != fingerprints:
         raise ConfigError(f"{redact_url(name)} was encoded in another way. Choose another to=, or remove it.")
-    return not existing.info.difference(transport.info(name))
+    return not shard_index.info.difference(transport.info(name))
 
 
 def _samples(batch: Batch, source: Snapshot, members: Callable[[Batch], list[dict[str, bytes]]]) -> Iterator[dict[str, Any]]:

@@ -56,8 +56,8 @@ def run(config: EvaluateConfig) -> Artifact:
     for inference in inferences:
         flux1.check_transformer(inference.path)
     references = read_references(config, loras)
-    parents = {one.name: one.path for one in inferences} | {"judge": config.judge, "prompts": config.prompts}
-    parents |= {f"{style}/{one.inference['arm']}": one.uri for style, arms in cells.by_style(loras).items() for one in arms}
+    parents = {inference.name: inference.path for inference in inferences} | {"judge": config.judge, "prompts": config.prompts}
+    parents |= {f"{style}/{lora.inference['arm']}": lora.uri for style, arms in cells.by_style(loras).items() for lora in arms}
     accelerator = distributed.accelerator(config.hardware)
     with accelerator.main_process_first():
         finished = run_folder.acquire(config.out, "evaluate", config, parents)
@@ -67,7 +67,7 @@ def run(config: EvaluateConfig) -> Artifact:
     prompts = [prompt for group in groups for prompt in group]
     sampler = Sampler(
         config.model, config.sampling, prompts, seeds=config.seeds, seed=config.seed, resolution=config.resolution,
-        dtype=distributed.DTYPES[config.hardware.dtype], text_bytes=config.hardware.encodings_gb * 1e9, accelerator=accelerator,
+        dtype=distributed.DTYPES[config.hardware.dtype], text_cache_bytes=config.hardware.encodings_gb * 1e9, accelerator=accelerator,
     )  # fmt: skip
     judged = judge_cells(config, groups, inferences, loras, references, sampler)
     found = comparison.compare(judged, cells.kinds(loras, **rivals), config.bootstrap, config.seed)
@@ -131,9 +131,9 @@ def recovery(config: EvaluateConfig) -> dict[str, Any] | None:
 def write_results(out: Path, result: dict[str, Any], judged: list[Cell], prompts: list[str]) -> None:
     """metrics.json, report.html, and a PNG sheet per style and seed."""
     (out / "metrics.json").write_text(json.dumps(result, indent=1) + "\n")
-    pictures = grids.arrange(judged, result["styles"], prompts)
-    report.write(out / "report.html", result, pictures)
-    grids.write_sheets(out / "sheets", pictures)
+    report_grids = grids.arrange(judged, result["styles"], prompts)
+    report.write(out / "report.html", result, report_grids)
+    grids.write_sheets(out / "sheets", report_grids)
 
 
 if __name__ == "__main__":

@@ -66,18 +66,20 @@ def run(config: LoraConfig) -> Artifact:
     dtype, scheduler = distributed.DTYPES[config.hardware.dtype], flux1.scheduler_settings(config.model.path)
     stream = snapshots.stream(config.seed, config.batch, accelerator.process_index)
     accelerator.print(sources.summary_line(stream))
-    reference = snapshots.reference(config.probe.samples)
-    samples, texts, held_out = feed.prepare(config.model, stream, reference, config.hardware, accelerator)
+    train_feed, prompt_encoder, held_out = feed.prepare(config.model, stream, snapshots.reference(config.probe.samples), config.hardware, accelerator)
     transformer = flux1.load_transformer(config.trained_on, dtype, config.model.variant)
     if config.hardware.int8_base:
         lora.to_int8(transformer, accelerator.device)
     lora.inject(transformer, config.adapter, config.seed)
     training = Training(accelerator, transformer, config.optim, config.hardware, steps=config.steps, batch=config.batch, guard=config.guard)
     probe = HeldoutProbe(held_out, config.probe, scheduler=scheduler, seed=config.seed, batch=config.hardware.micro_batch)
-    preview = Preview(config.preview, config.model, config.hardware, held_out, texts, scheduler, accelerator, seed=config.seed, out=config.out)
+    preview = Preview(
+        config.preview, config.model, config.hardware, held_out, prompt_encoder, scheduler, accelerator, seed=config.seed, out=config.out
+    )
 
     def make_batch(step: int, slots: range) -> encodings.NoisedBatch:
-        return encodings.noise_batch(samples.get_batch(step, slots), texts.empty, scheduler, config.caption_dropout, config.seed, step, slots)
+        encoded = train_feed.get_batch(step, slots)
+        return encodings.noise_batch(encoded, prompt_encoder.empty, scheduler, config.caption_dropout, config.seed, step, slots)
 
     def compute_loss(batch: encodings.NoisedBatch) -> torch.Tensor:
         return flow_matching_loss(training.model, batch, config.guidance)
@@ -89,7 +91,7 @@ def run(config: LoraConfig) -> Artifact:
 
     checkpoints = Checkpoints(config.out, training, config.checkpoint, config.steps, stream.state)
     start, curve = checkpoints.restore()
-    samples.begin(start, config.steps, training.slots)
+    train_feed.begin(start, config.steps, training.slots)
     with Log(config.out, f"lora {config.arm}", config.steps, accelerator.is_main_process, start) as log, checkpoints:
         curve = curve or [validate(0)]
         log.emit_validation(*curve)
@@ -108,17 +110,9 @@ def run(config: LoraConfig) -> Artifact:
         lora.save(accelerator.unwrap_model(training.model), config.adapter, config.out, {**contract, "config": record.identity(config)})
     metrics = {**checkpoints.metrics(), "guidance": config.guidance, "curve": curve, "data": sources.describe(stream)}
     return record.publish(
-        accelerator,
-        config.out,
-        "lora",
-        "lora",
-        config,
-        parents,
-        step=config.steps,
-        metrics=metrics,
-        inference=contract,
+        accelerator, config.out, "lora", "lora", config, parents, step=config.steps, metrics=metrics, inference=contract,
         watched=snapshots.local_inputs(),
-    )
+    )  # fmt: skip
 
 
 def inference_contract(config: LoraConfig) -> dict[str, Any]:

@@ -96,15 +96,15 @@ def tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
     """CLIP's byte-level BPE and T5's unigram over the captions' words and the plain alphabet, written out rather than trained."""
     words = sorted({w for phrase in (*digits.PHRASINGS, *digits.STYLE_WORDS.values()) for w in re.findall(r"[a-z]+", phrase)} | set(digits.NAMES))
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces, merges = letters + [letter + "</w>" for letter in letters], []
+    vocabulary, merges = letters + [letter + "</w>" for letter in letters], []
     for word in words:
         parts = [*word[:-1], word[-1] + "</w>"]
         while len(parts) > 1:
             parts[:2], pair = ["".join(parts[:2])], (parts[0], parts[1])
             merges.append(pair)
-            pieces.append(parts[0])
-    merges, pieces = list(dict.fromkeys(merges)), [*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"]
-    clip = CLIPTokenizer(vocab={p: i for i, p in enumerate(pieces)}, merges=merges, model_max_length=TOKENS)
+            vocabulary.append(parts[0])
+    merges, vocabulary = list(dict.fromkeys(merges)), [*dict.fromkeys(vocabulary), "<|startoftext|>", "<|endoftext|>"]
+    clip = CLIPTokenizer(vocab={p: i for i, p in enumerate(vocabulary)}, merges=merges, model_max_length=TOKENS)
     scored = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -6.0), *((chr(c), -8.0) for c in range(33, 127))]
     t5 = T5TokenizerFast(vocab=scored + [("▁" + w, -5.0) for w in words], extra_ids=0, additional_special_tokens=[], model_max_length=TOKENS)
     return clip, t5

@@ -76,20 +76,22 @@ def run(config: RecoverConfig) -> Artifact:
     checkpoint_files.check_start(config.out, flux1.parameters(config.model.path), config.optim, dtype, config.ema)
     stream = snapshots.stream(config.seed, config.batch, accelerator.process_index)
     accelerator.print(sources.summary_line(stream))
-    reference = snapshots.reference(config.probe.samples)
-    samples, texts, held_out = feed.prepare(config.model, stream, reference, config.hardware, accelerator)
+    train_feed, prompt_encoder, held_out = feed.prepare(config.model, stream, snapshots.reference(config.probe.samples), config.hardware, accelerator)
     origin, variant = (config.start, None) if config.start else (config.model.path, config.model.variant)
     transformer = flux1.load_transformer(origin, dtype, variant)
     training = Training(
         accelerator, transformer, config.optim, config.hardware, steps=config.steps, batch=config.batch, ema=config.ema, guard=config.guard
     )
     probe = HeldoutProbe(held_out, config.probe, scheduler=scheduler, seed=config.seed, batch=config.hardware.micro_batch)
-    preview = Preview(config.preview, config.model, config.hardware, held_out, texts, scheduler, accelerator, seed=config.seed, out=config.out)
+    preview = Preview(
+        config.preview, config.model, config.hardware, held_out, prompt_encoder, scheduler, accelerator, seed=config.seed, out=config.out
+    )
     if config.teacher:
         probe.set_teacher(flux1.load_transformer(config.teacher, dtype, config.model.variant).to(accelerator.device))
 
     def make_batch(step: int, slots: range) -> encodings.NoisedBatch:
-        return encodings.noise_batch(samples.get_batch(step, slots), texts.empty, scheduler, config.caption_dropout, config.seed, step, slots)
+        encoded = train_feed.get_batch(step, slots)
+        return encodings.noise_batch(encoded, prompt_encoder.empty, scheduler, config.caption_dropout, config.seed, step, slots)
 
     def compute_loss(batch: encodings.NoisedBatch) -> torch.Tensor:
         return flow_matching_loss(training.model, batch, config.guidance)
@@ -101,7 +103,7 @@ def run(config: RecoverConfig) -> Artifact:
 
     checkpoints = Checkpoints(config.out, training, config.checkpoint, config.steps, stream.state)
     start, curve = checkpoints.restore()
-    samples.begin(start, config.steps, training.slots)
+    train_feed.begin(start, config.steps, training.slots)
     with Log(config.out, "recover (dev2pro)", config.steps, accelerator.is_main_process, start) as log, checkpoints:
         curve = curve or [validate(0)]
         log.emit_validation(*curve)

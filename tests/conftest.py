@@ -18,6 +18,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # started with & by a 
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("house")
 
+MINUTES = ("tests/flows/test_pipeline.py", "tests/stages/")  # what takes longest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: not item.nodeid.startswith(MINUTES))
+
+
 ROOT = Path(__file__).resolve().parent.parent
 CAPTIONS = [f"a handwritten {name}" for name in ("zero", "one", "two", "three", "four", "five")]
 

@@ -16,6 +16,7 @@ from data.storage.cache import DiskCache
 from data.storage.http import ChangedError
 from data.storage.transport import ReadConfig, Transport
 from dev2pro.errors import DataError, TryAgainError
+from dev2pro.escape import printable
 from dev2pro.redact import redact_url
 
 J = TypeVar("J")
@@ -57,7 +58,7 @@ class Reader:
     def key(self, row: int) -> str:
         """The name of a sample's picture in its shard, from the header before it; for messages."""
         shard, offset = self.snapshot.shard(row), self.snapshot.span(row, "picture").offset
-        return urls.printable(tar.name_of(self.transport.read(shard.url, max(0, offset - tar.BLOCK), tar.BLOCK, shard.info)))
+        return printable(tar.name_of(self.transport.read(shard.url, max(0, offset - tar.BLOCK), tar.BLOCK, shard.info)))
 
     def prefetch(self, jobs: Iterable[tuple[int, J]]) -> Iterator[tuple[J, dict[str, bytes]]]:
         """(job, sample) for every (row, job), in order, while up to `threads` more are being read. Pending bytes use at most half of prefetch_mb."""

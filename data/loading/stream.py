@@ -155,25 +155,25 @@ class Stream:
     def _from_workers(self, pipeline: "_Pipeline", batch: int) -> Iterator[Batch | _Failure]:
         config = self.config
         width, height = self.order.buckets[-1]
-        ahead = config.prefetch_mb * 2**20 / config.workers / 2 / (batch * width * height * 3)
-        each = max(1, min(MAX_PREFETCH, int(ahead)))
-        pipeline.pool = pool = BufferPool(config.workers, each + 2, batch * max(w * h for w, h in self.order.buckets) * 3)
+        fit = config.prefetch_mb * 2**20 / config.workers / 2 / (batch * width * height * 3)
+        prefetch_batches = max(1, min(MAX_PREFETCH, int(fit)))
+        pipeline.pool = pool = BufferPool(config.workers, prefetch_batches + 2, batch * max(w * h for w, h in self.order.buckets) * 3)
         loader = DataLoader(
-            pipeline, batch_size=None, num_workers=config.workers, prefetch_factor=each,
+            pipeline, batch_size=None, num_workers=config.workers, prefetch_factor=prefetch_batches,
             timeout=POLL_SECONDS, collate_fn=_identity, multiprocessing_context="fork",
         )  # fmt: skip
         before = signal.getsignal(signal.SIGCHLD)
         workers = iter(loader)
         if threading.current_thread() is threading.main_thread():  # torch's handler would raise at an arbitrary point of the training
             signal.signal(signal.SIGCHLD, before)
-        patience = (config.retries + 1) * (config.connect_timeout + config.idle_timeout + LONGEST_PAUSE)
-        while (item := _next(workers, patience)) is not None:
+        timeout = (config.retries + 1) * (config.connect_timeout + config.idle_timeout + LONGEST_PAUSE)
+        while (item := _next(workers, timeout)) is not None:
             if isinstance(item, Batch) and isinstance(item.pixels, BufferHandle):
                 item.pixels = pool.tensor(item.pixels)
             yield item
 
 
-def _next(workers: Iterator[Any], patience: float) -> Any:
+def _next(workers: Iterator[Any], timeout: float) -> Any:
     """The next batch, None at the end. Raises TryAgainError when a worker has died, or sends no batch for `patience` seconds."""
     start = time.monotonic()
     while True:
@@ -182,7 +182,7 @@ def _next(workers: Iterator[Any], patience: float) -> Any:
         except (RuntimeError, OSError, EOFError) as error:
             if isinstance(error, RuntimeError) and "DataLoader" not in str(error):
                 raise
-            if (silent := "timed out" in str(error)) and time.monotonic() - start < patience:
+            if (silent := "timed out" in str(error)) and time.monotonic() - start < timeout:
                 continue  # all workers are alive, and the same call goes on waiting
             reason = "it hangs" if silent else (str(error).splitlines() or [type(error).__name__])[0]
             raise TryAgainError(

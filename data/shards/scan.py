@@ -13,10 +13,10 @@ from data.shards import encoded, pictures, tar
 from data.shards.pictures import BadContent
 from data.shards.sidecar import COLUMNS, LIMITS, PARTS, Sidecar, key_number
 from data.shards.tar import DamagedTar, Member
-from data.storage import urls
 from data.storage.http import FileInfo
 from data.storage.transport import Transport
 from dev2pro.errors import DataError
+from dev2pro.escape import printable
 from dev2pro.redact import redact_url
 
 CHUNK = 8 << 20  # bytes of a tar read at a time
@@ -37,7 +37,7 @@ def scan(url: str, transport: Transport, *, empty_captions: bool = False, allow_
         for member in tar.walk(reader.read_at, info.size):
             builder.add(member, reader)
     except DamagedTar as error:
-        reason = urls.printable(error.reason[:MAX_TEXT])
+        reason = printable(error.reason[:MAX_TEXT])
         if not allow_partial:
             raise DataError(
                 f"{redact_url(url)} is rejected at byte {error.offset}: {reason}. Copy or write the shard again, "
@@ -101,7 +101,7 @@ class _SidecarBuilder:
         suffix = match[2].lower() if match else ""
         part = _part(suffix)
         if match is None or part is None:
-            kind = urls.printable(f".{suffix[:40]}" if match else "without a key")
+            kind = printable(f".{suffix[:40]}" if match else "without a key")
             self.ignored[kind if kind in self.ignored or len(self.ignored) < KINDS else "others"] += 1
         if match is None or (part is None and suffix.rpartition(".")[2] not in pictures.SUFFIXES):
             return
@@ -151,7 +151,7 @@ class _SidecarBuilder:
     def head(self) -> dict[str, Any]:
         """Counts and rejections."""
         rejected = [
-            {"key": urls.printable(key[:MAX_TEXT]), "offset": rejection[0], "reason": urls.printable(rejection[1][:MAX_TEXT])}
+            {"key": printable(key[:MAX_TEXT]), "offset": rejection[0], "reason": printable(rejection[1][:MAX_TEXT])}
             for key, sample in self.samples.items() if (rejection := self._rejection(sample))
         ]  # fmt: skip
         return {"rejected": rejected, "ignored": dict(self.ignored), "encodings": self.fingerprints}

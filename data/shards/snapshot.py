@@ -139,8 +139,8 @@ def build(
 
     def read_verified(url: str) -> tuple[str, Sidecar, FileInfo] | None:
         try:
-            entry = sidecar.read(url, transport, folder)
-            return url, entry, verify_unchanged(url, entry.info, entry.head["sha256"], transport)
+            shard_index = sidecar.read(url, transport, folder)
+            return url, shard_index, verify_unchanged(url, shard_index.info, shard_index.head["sha256"], transport)
         except DataError as error:
             if unusable is None:
                 raise
@@ -152,26 +152,28 @@ def build(
     with ThreadPoolExecutor(transport.config.threads) as pool:
         results = [result for result in pool.map(read_verified, shards) if result]
     infos = {url: info for url, _, info in results}
-    used = [(url, entry, repeat(entry.head["sha256"])) for url, entry, _ in results if len(entry)]
-    used = [(url, entry, times) for url, entry, times in used if times]
-    if duplicates := _duplicates([(url, entry) for url, entry, _ in used]):
+    used = [(url, shard_index, repeat(shard_index.head["sha256"])) for url, shard_index, _ in results if len(shard_index)]
+    used = [(url, shard_index, times) for url, shard_index, times in used if times]
+    if duplicates := _duplicates([(url, shard_index) for url, shard_index, _ in used]):
         if unusable is None:
             raise DataError(next(iter(duplicates.values())))
         unusable |= duplicates
         used = [shard for shard in used if shard[0] not in duplicates]
-    _check_encodings([(url, entry) for url, entry, _ in used])
-    masks = [filters.mask(entry.head["sha256"], entry.columns) for _, entry, _ in used]
+    _check_encodings([(url, shard_index) for url, shard_index, _ in used])
+    masks = [filters.mask(shard_index.head["sha256"], shard_index.columns) for _, shard_index, _ in used]
     encodings = used[0][1].head["encodings"] if used else {}
     names = [name for name in COLUMNS if (part := name.partition("_")[0]) not in encoded.PARTS or part in encodings]
     columns = {
-        name: np.concatenate([entry.columns[name][mask] for (_, entry, _), mask in zip(used, masks, strict=True)] or [np.empty(0, COLUMNS[name])])
+        name: np.concatenate(
+            [shard_index.columns[name][mask] for (_, shard_index, _), mask in zip(used, masks, strict=True)] or [np.empty(0, COLUMNS[name])]
+        )
         for name in names
     }
     head = {
         "sources": list(sources), "folders": dict(folders), "filters": filters.json(), "encodings": encodings,
         "shards": [
-            {"place": url, "stamp": infos[url].json(), "sha256": entry.head["sha256"], "samples": int(mask.sum()), "repeat": times}
-            for (url, entry, times), mask in zip(used, masks, strict=True)
+            {"place": url, "stamp": infos[url].json(), "sha256": shard_index.head["sha256"], "samples": int(mask.sum()), "repeat": times}
+            for (url, shard_index, times), mask in zip(used, masks, strict=True)
         ],
     }  # fmt: skip
     return Snapshot({**head, "id": _id(head, table.columns_sum(columns))}, columns)
@@ -186,9 +188,9 @@ def _duplicates(used: Sequence[tuple[str, Sidecar]]) -> dict[str, str]:
     """Shards with the bytes of an earlier one -> the error message."""
     seen: dict[str, str] = {}
     messages: dict[str, str] = {}
-    for url, entry in used:
-        if (first := seen.get(entry.head["sha256"])) is None:
-            seen[entry.head["sha256"]] = url
+    for url, shard_index in used:
+        if (first := seen.get(shard_index.head["sha256"])) is None:
+            seen[shard_index.head["sha256"]] = url
             continue
         message = f"{redact_url(url)} is given twice" if first == url else f"{redact_url(url)} and {redact_url(first)} hold the same bytes"
         messages[url] = f"{message}. Leave one out; repeating is what weights are for."
@@ -196,8 +198,8 @@ def _duplicates(used: Sequence[tuple[str, Sidecar]]) -> dict[str, str]:
 
 
 def _check_encodings(used: Sequence[tuple[str, Sidecar]]) -> None:
-    for url, entry in used:
-        if entry.head["encodings"] != used[0][1].head["encodings"]:
+    for url, shard_index in used:
+        if shard_index.head["encodings"] != used[0][1].head["encodings"]:
             raise DataError(f"{redact_url(url)} has other encodings than {redact_url(used[0][0])}. Encode both in the same way, or use one kind.")
 
 

@@ -15,9 +15,9 @@ import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
-from data.storage import urls
 from dev2pro import s3
 from dev2pro.errors import DataError
+from dev2pro.escape import printable
 from dev2pro.redact import redact_url
 from dev2pro.retry import LONGEST_PAUSE, TransientError
 
@@ -63,7 +63,7 @@ class ChangedError(DataError):
     """The file is not the one that was indexed."""
 
     def __init__(self, url: str, reason: str) -> None:
-        super().__init__(f"{redact_url(url)} changed since it was indexed ({urls.printable(reason)}). {CHANGED_CURE}")
+        super().__init__(f"{redact_url(url)} changed since it was indexed ({printable(reason)}). {CHANGED_CURE}")
 
 
 class RangeClient:
@@ -94,7 +94,7 @@ class RangeClient:
             finally:
                 response.close()  # a connection whose response was read to its end is already back in the pool
         except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise _translate_error(url, error) from None  # its own text may hold a presigned URL
+            raise _translate_http_error(url, error) from None  # its own text may hold a presigned URL
 
     def _request_url(self, url: str) -> str:
         return self._presigned_url(url, int(time.time() // URL_RENEWAL)) if url.startswith("s3://") else url
@@ -126,14 +126,14 @@ class RangeClient:
 
     def _body(self, response: urllib3.BaseHTTPResponse, length: int) -> bytes:
         """Reads exactly `length` bytes of the response. Raises TransientError for another length or a rate below MIN_RATE."""
-        patience = self.idle + length / MIN_RATE
-        end = time.monotonic() + patience
+        timeout = self.idle + length / MIN_RATE
+        end = time.monotonic() + timeout
         parts, missing = list[bytes](), length
         while missing:
             part = response.read1(min(missing, 1 << 20))
             missing -= len(part)
             if not part or time.monotonic() > end:
-                raise TransientError(f"only {length - missing} of {length} bytes came" + (f" in {patience:.0f} seconds" if part else ""))
+                raise TransientError(f"only {length - missing} of {length} bytes came" + (f" in {timeout:.0f} seconds" if part else ""))
             parts.append(part)
         if length and response.read1(1):
             raise TransientError("more bytes than asked for")
@@ -158,7 +158,7 @@ def translate_s3_error(url: str, error: Exception) -> Exception:
     )
 
 
-def _translate_error(url: str, error: Exception) -> Exception:
+def _translate_http_error(url: str, error: Exception) -> Exception:
     if isinstance(error, _Forbidden):
         return DataError(f"{redact_url(url)} leads to {error}, where clouds keep their machines' credentials; nothing is read there.")
     if isinstance(error, urllib3.exceptions.LocationValueError):

@@ -16,6 +16,7 @@ from data.storage import http, urls
 from data.storage.http import ChangedError, FileInfo, RangeClient
 from dev2pro import retry, s3
 from dev2pro.errors import DataError, SpaceError, TryAgainError
+from dev2pro.escape import printable
 from dev2pro.redact import redact_url
 from dev2pro.retry import LONGEST_PAUSE as LONGEST_PAUSE
 from dev2pro.retry import TransientError
@@ -91,7 +92,7 @@ class Transport:
         except TransientError as error:
             last = error
         raise TryAgainError(
-            f"{redact_url(url)} could not be {verb} in {self.config.retries + 1} tries (the last: {urls.printable(str(last))}). "
+            f"{redact_url(url)} could not be {verb} in {self.config.retries + 1} tries (the last: {printable(str(last))}). "
             "Nothing was skipped: the same command goes on from the last checkpoint once the place answers again."
         )
 
@@ -132,7 +133,7 @@ def _move_s3(file: str, url: str) -> None:
 
 
 def _move_local(file: str, path: str) -> None:
-    with _translate_errors(path):
+    with _translate_os_errors(path):
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         try:
             os.replace(file, path)
@@ -145,7 +146,7 @@ def _move_local(file: str, path: str) -> None:
 
 
 def _write_local(path: str, content: bytes) -> None:
-    with _translate_errors(path):
+    with _translate_os_errors(path):
         write_atomic(path, content)
 
 
@@ -191,7 +192,7 @@ _open_cached = functools.lru_cache(256)(_File)
 
 def _read_local(path: str, start: int, length: int, _info: FileInfo | None) -> bytes:
     status, parts = _stat(path), list[bytes]()
-    with _translate_errors(path):
+    with _translate_os_errors(path):
         file = _open_cached(path, status.st_ino)
         while length and (part := os.pread(file.fd, length, start)):  # may return fewer bytes than requested
             parts.append(part)
@@ -200,7 +201,7 @@ def _read_local(path: str, start: int, length: int, _info: FileInfo | None) -> b
 
 
 def _stat(path: str) -> os.stat_result:
-    with _translate_errors(path):
+    with _translate_os_errors(path):
         status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise DataError(f"{redact_url(path)} is a {'folder' if stat.S_ISDIR(status.st_mode) else 'device or pipe'}, where a file was expected.")
@@ -208,7 +209,7 @@ def _stat(path: str) -> os.stat_result:
 
 
 @contextmanager
-def _translate_errors(path: str) -> Iterator[None]:
+def _translate_os_errors(path: str) -> Iterator[None]:
     """Turns OSErrors into DataError (missing, not allowed), SpaceError (full disk) or TransientError (the rest)."""
     name = redact_url(path)
     try:

@@ -11,7 +11,6 @@ import braceexpand
 
 from dev2pro import s3
 from dev2pro.errors import DataError, TryAgainError
-from dev2pro.escape import printable as printable
 from dev2pro.redact import URL, redact_url
 
 REMOTE = ("http", "https", "s3")

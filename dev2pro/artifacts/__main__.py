@@ -253,10 +253,10 @@ def _label(*parts: tuple[str, str]) -> Text:
 
 
 def push(options: argparse.Namespace) -> int:
-    """Prints the address to stdout and progress to stderr."""
+    """Prints the URL to stdout and progress to stderr."""
     with contextlib.redirect_stdout(sys.stderr):
-        address = store.push(options.path, options.store)
-    _print(address)
+        url = store.push(options.path, options.store)
+    _print(url)
     return 0
 
 

@@ -45,27 +45,27 @@ class Backend(Protocol):
         """Deletes a file, if it exists."""
 
 
-def parse_url(address: str) -> str:
-    """Normalizes an address: s3://..., or a local path. Raises ConfigError for others."""
-    match = URL.match(address)
+def parse_url(url: str) -> str:
+    """Normalizes a URL: s3://..., or a local path. Raises ConfigError for others."""
+    match = URL.match(url)
     scheme = match[1].lower() if match else ""
-    rest = address[match.end() :] if match else address
+    rest = url[match.end() :] if match else url
     if scheme in ("", "file"):
         return rest
     if scheme != "s3":
         raise ConfigError(
-            f"{redact_url(address)} is no place for artifacts: they lie in folders of this machine and in s3. Give a path, or s3://bucket/store."
+            f"{redact_url(url)} is no place for artifacts: they lie in folders of this machine and in s3. Give a path, or s3://bucket/store."
         )
     if "@" in rest or "?" in rest or "#" in rest:
-        raise ConfigError(f"{redact_url(address)} holds a password or a query. Give s3://bucket/store, with the credentials in the environment.")
+        raise ConfigError(f"{redact_url(url)} holds a password or a query. Give s3://bucket/store, with the credentials in the environment.")
     if not rest.partition("/")[0]:
-        raise ConfigError(f"{redact_url(address)} names no bucket. Give s3://bucket/store.")
+        raise ConfigError(f"{redact_url(url)} names no bucket. Give s3://bucket/store.")
     return f"s3://{rest}"
 
 
-def open_backend(address: str) -> Backend:
+def open_backend(url: str) -> Backend:
     """Returns the backend of an artifact at <store>/<id>."""
-    url = parse_url(address)
+    url = parse_url(url)
     return S3Backend(url) if url.startswith("s3://") else LocalBackend(url)
 
 
@@ -73,10 +73,10 @@ def open_backend(address: str) -> Backend:
 
 
 class S3Backend:
-    """Objects below an s3 address. They are written atomically; the SHA-256 is in their metadata."""
+    """Objects below an s3 URL. They are written atomically; the SHA-256 is in their metadata."""
 
-    def __init__(self, place: str) -> None:
-        self.url = place.rstrip("/")
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
 
     def contains(self, entry: dict[str, Any]) -> bool:
         """Whether an object has this size, and this hash in its metadata."""
@@ -91,7 +91,7 @@ class S3Backend:
         def upload() -> None:
             s3.client().put_file(str(file), url, callback=_ByteCounter(on_progress), chunksize=chunk, max_concurrency=CONCURRENCY, Metadata=metadata)
 
-        call_s3(url, upload, "written")
+        s3_with_retries(url, upload, "written")
 
     def read_chunks(self, entry: dict[str, Any], start: int) -> Iterator[bytes]:
         """Reads several ranges at a time and yields them in order."""
@@ -104,7 +104,7 @@ class S3Backend:
                 return s3.client().cat_ranges([url] * len(starts), starts, ends, on_error="raise")
 
             try:
-                chunks = call_s3(url, fetch, "read")
+                chunks = s3_with_retries(url, fetch, "read")
             except _Missing:
                 raise _incomplete(url, "is missing") from None
             if sum(map(len, chunks)) != ends[-1] - first:
@@ -119,19 +119,19 @@ class S3Backend:
             if head is None or not head["ContentLength"]:
                 return None if head is None else b""
             _check_record_size(url, head["ContentLength"])
-            return call_s3(url, lambda: s3.client().cat_ranges([url], [0], [head["ContentLength"]], on_error="raise")[0], "read")
+            return s3_with_retries(url, lambda: s3.client().cat_ranges([url], [0], [head["ContentLength"]], on_error="raise")[0], "read")
         except _Missing:  # deleted since `_head`
             return None
 
     def delete(self, name: str) -> None:
         """Deletes an object."""
         url = f"{self.url}/{name}"
-        call_s3(url, lambda: s3.client().rm_file(url), "removed")
+        s3_with_retries(url, lambda: s3.client().rm_file(url), "removed")
 
     def _head(self, name: str) -> dict[str, Any] | None:
         bucket, _, key = f"{self.url}/{name}"[len("s3://") :].partition("/")
         try:
-            return call_s3(f"{self.url}/{name}", lambda: s3.client().call_s3("head_object", Bucket=bucket, Key=key), "read")
+            return s3_with_retries(f"{self.url}/{name}", lambda: s3.client().call_s3("head_object", Bucket=bucket, Key=key), "read")
         except _Missing:
             return None
 
@@ -150,7 +150,7 @@ class _ByteCounter(fsspec.callbacks.Callback):
         self._on_progress(self.value)
 
 
-def call_s3(url: str, request: Callable[[], T], action: str) -> T:
+def s3_with_retries(url: str, request: Callable[[], T], action: str) -> T:
     """Calls s3 and retries transient failures. Error texts may contain keys, so only the error's type is reported."""
 
     def attempt() -> T:
@@ -182,8 +182,8 @@ def call_s3(url: str, request: Callable[[], T], action: str) -> T:
 class LocalBackend:
     """A folder of this machine."""
 
-    def __init__(self, place: str) -> None:
-        self.url = place.rstrip("/")
+    def __init__(self, path: str) -> None:
+        self.url = path.rstrip("/")
 
     def contains(self, entry: dict[str, Any]) -> bool:
         """Whether the file exists and has these contents; reads it."""

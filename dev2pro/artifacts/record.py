@@ -30,7 +30,7 @@ DATA = "data."  # prefix of the roles of data snapshots; `data/` computes their 
 ROOT = Path(__file__).resolve().parents[2]
 LARGEST = 16 << 20  # bytes of a record
 HASH = re.compile(r"[0-9a-f]{64}")  # SHA-256
-STORED = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.*/([0-9a-f]{64})/?")  # an artifact's address in a store
+STORED = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.*/([0-9a-f]{64})/?")  # an artifact's URL in a store
 
 
 @dataclass(frozen=True)
@@ -125,29 +125,29 @@ def write(
     remove_temporary(folder)  # before the record is written: a folder with a record no longer changes
     files = [entry(folder, f) for f in sorted(folder.rglob("*")) if f.is_file() and is_valid_name(str(f.relative_to(folder)))]
     settings = identity(config)
-    lineage = [{"role": role, "uri": uri, "id": id} for role, (uri, id) in with_ids(parents).items()]
-    record = Artifact(
+    parent_entries = [{"role": role, "uri": uri, "id": id} for role, (uri, id) in with_ids(parents).items()]
+    artifact = Artifact(
         kind=kind,
         stage=stage,
-        id=compute_id(kind, stage, digest(settings), lineage, files),
+        id=compute_id(kind, stage, digest(settings), parent_entries, files),
         config=settings,
         config_digest=digest(settings),
-        parents=lineage,
+        parents=parent_entries,
         step=step,
         metrics=metrics,
         files=files,
         inference=inference or {},
-        command=[word for word in sys.argv[1:] if not word.startswith("hydra")],
+        command=[arg for arg in sys.argv[1:] if not arg.startswith("hydra")],
         conf=conf_digest(),
         git_revision=_revision(),
         packages={name: importlib.metadata.version(name) for name in PACKAGES},
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         watched={path: state(path) for path in watched},
     )
-    values = dataclasses.asdict(record)
+    values = dataclasses.asdict(artifact)
     values.pop("uri")
     write_json(folder / RECORD, values)
-    return dataclasses.replace(record, uri=out)
+    return dataclasses.replace(artifact, uri=out)
 
 
 def remove_temporary(folder: Path, keep: int = 1) -> None:
@@ -184,23 +184,23 @@ def publish(accelerator: Any, out: str, stage: str, kind: str, config: Any, pare
 
 def read(path: str) -> Artifact:
     """The artifact in a folder. Raises ConfigError if there is none or its record has another schema."""
-    record = Path(path) / RECORD
-    if not record.is_file():
-        raise ConfigError(f"{path} is no finished artifact: {record} is missing. Run the stage that makes it, or correct the path.")
-    return parse(read_json(record), str(record), str(path))
+    record_file = Path(path) / RECORD
+    if not record_file.is_file():
+        raise ConfigError(f"{path} is no finished artifact: {record_file} is missing. Run the stage that makes it, or correct the path.")
+    return parse(read_json(record_file), str(record_file), str(path))
 
 
-def parse(values: dict[str, Any], record: str, uri: str) -> Artifact:
-    """Builds the artifact from a record's values, which are untrusted. Raises ConfigError, naming `record`, for malformed values."""
+def parse(values: dict[str, Any], name: str, uri: str) -> Artifact:
+    """Builds the artifact from a record's values, which are untrusted. Raises ConfigError, naming `name`, for malformed values."""
     if values.get("schema") != SCHEMA:
-        raise ConfigError(f"{record} has schema {str(values.get('schema'))[:20]}; this version reads schema {SCHEMA}. Make it again.")
+        raise ConfigError(f"{name} has schema {str(values.get('schema'))[:20]}; this version reads schema {SCHEMA}. Make it again.")
     try:
         artifact = Artifact(**{**values, "uri": uri})
         problem = _format_problem(artifact)
     except (TypeError, KeyError) as error:
         problem = str(error)
     if problem:
-        raise ConfigError(f"{record} is damaged ({problem}). Remove the folder and make it again.")
+        raise ConfigError(f"{name} is damaged ({problem}). Remove the folder and make it again.")
     return artifact
 
 

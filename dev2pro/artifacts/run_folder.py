@@ -14,7 +14,7 @@ from dev2pro.escape import printable
 
 # files that a run writes before its first result
 STARTUP_FILES = {record.CONFIG, record.PREVIEWS, "metrics.jsonl", "train.snapshot", "heldout.snapshot"}
-PATIENCE = 5.0  # seconds to wait for a folder that is in use
+LOCK_TIMEOUT = 5.0  # seconds to wait for a folder that is in use
 SIDE_EFFECTS = ("ledger", "publish")  # config keys with effects outside the artifact; only the stage can check whether they are done
 
 
@@ -90,8 +90,8 @@ def lock(folder: Path) -> int | None:
 
 
 def _wait_for_lock(folder: Path) -> None:
-    """Locks the folder; waits up to PATIENCE seconds for a killed run to exit."""
-    name, deadline = os.path.realpath(folder), time.monotonic() + PATIENCE
+    """Locks the folder; waits up to LOCK_TIMEOUT seconds for a killed run to exit."""
+    name, deadline = os.path.realpath(folder), time.monotonic() + LOCK_TIMEOUT
     if name in _locks or os.environ.get("RANK", "0") != "0":
         return
     while (handle := lock(folder)) is None:
@@ -141,7 +141,7 @@ def up_to_date(out: str, command: list[str]) -> Artifact | None:
     artifact = record.read_if_artifact(out)
     if artifact is None or (artifact.command, artifact.conf) != (command, record.conf_digest()):
         return None
-    if any(word.partition("=")[0] in SIDE_EFFECTS for word in command):
+    if any(arg.partition("=")[0] in SIDE_EFFECTS for arg in command):
         return None
     if any(record.state(path) != recorded for path, recorded in artifact.watched.items()):
         return None

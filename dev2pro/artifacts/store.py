@@ -25,7 +25,7 @@ PROGRESS_FROM = 100  # MB from which on progress is printed
 
 
 def resolve(path: str) -> str:
-    """Returns a local path: pulls an artifact in s3, leaves other paths unchanged. Raises ConfigError for other addresses."""
+    """Returns a local path: pulls an artifact in s3, leaves other paths unchanged. Raises ConfigError for other URLs."""
     url = backends.parse_url(path)
     return pull(url) if url.startswith("s3://") else url
 
@@ -34,28 +34,28 @@ def resolve(path: str) -> str:
 
 
 def push(out: str, store: str) -> str:
-    """Publishes a verified artifact and returns its address. Uploads the record last, so no reader sees half an artifact; skips existing files."""
+    """Publishes a verified artifact and returns its URL. Uploads the record last, so no reader sees half an artifact; skips existing files."""
     artifact = record.read(out)
     before = _file_states(artifact)
     with _progress("check", artifact) as on_progress:
         verify.check(artifact, on_progress)
-    address = f"{backends.parse_url(store).rstrip('/')}/{artifact.id}"
-    target = backends.open_backend(address)
-    with _locked(address):
-        if _is_published(target, address):
-            return address
+    url = f"{backends.parse_url(store).rstrip('/')}/{artifact.id}"
+    target = backends.open_backend(url)
+    with _locked(url):
+        if _is_published(target, url):
+            return url
         with _progress("push", artifact) as on_progress:
             _send(artifact, target, on_progress)
         if _file_states(artifact) != before:
             raise DataError(f"{out} changed while it was pushed, and is not published. Push it again once the run in it has come to its end.")
         target.put(Path(out) / RECORD, record.entry(Path(out), Path(out) / RECORD), lambda _done: None)
-    return address
+    return url
 
 
-def _is_published(target: Backend, address: str) -> bool:
+def _is_published(target: Backend, url: str) -> bool:
     """Whether the artifact is complete in the store. A record whose files are incomplete is deleted first."""
     try:
-        published = read_record(address)
+        published = read_record(url)
         if published is None:
             return False
         if not verify.record_mismatch(published) and all(target.contains(entry) for entry in published.files):
@@ -92,16 +92,16 @@ def _file_states(artifact: Artifact) -> list[Any]:
 # ---- read and pull ------------------------------------------------------------------------------------------------------------------
 
 
-def read_record(address: str) -> Artifact | None:
-    """Reads the record at an address; None if there is none. Raises DataError for a damaged one."""
-    text, path = backends.open_backend(address).read_small(RECORD), redact_url(f"{address}/{RECORD}")
+def read_record(url: str) -> Artifact | None:
+    """Reads the record at a URL; None if there is none. Raises DataError for a damaged one."""
+    text, path = backends.open_backend(url).read_small(RECORD), redact_url(f"{url}/{RECORD}")
     if text is None:
         return None
     try:
         values = json.loads(text)
         if not isinstance(values, dict):
             raise ValueError("it holds no JSON object")
-        return record.parse(values, path, address)
+        return record.parse(values, path, url)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error}). Push the artifact again.") from error
     except ConfigError as error:
@@ -110,7 +110,7 @@ def read_record(address: str) -> Artifact | None:
 
 def list_store(store: str) -> Iterator[Artifact]:
     """The finished artifacts in a store in s3, without damaged and half pushed ones."""
-    names = backends.call_s3(store, lambda: s3.client().ls(store, detail=False, refresh=True), "listed")
+    names = backends.s3_with_retries(store, lambda: s3.client().ls(store, detail=False, refresh=True), "listed")
     for name in sorted(names):
         try:
             if record.HASH.fullmatch(name.rpartition("/")[2]) and (artifact := read_record(f"s3://{name}")):
@@ -119,9 +119,9 @@ def list_store(store: str) -> Iterator[Artifact]:
             continue
 
 
-def pull(address: str, cache: str = CACHE) -> str:
+def pull(url: str, cache: str = CACHE) -> str:
     """Downloads an artifact into a temporary folder, verifies it, renames the folder and returns its path. Returns at once if it is cached."""
-    url = backends.parse_url(address).rstrip("/")
+    url = backends.parse_url(url).rstrip("/")
     id = url.rpartition("/")[2]
     if not record.HASH.fullmatch(id):
         raise ConfigError(f"{redact_url(url)} names no artifact in a store: such an address ends with an id, 64 digits, as push prints it.")

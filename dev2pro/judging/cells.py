@@ -39,20 +39,20 @@ def read_prompts(path: str) -> list[list[str]]:
 
 def find_loras(patterns: Sequence[str], base: str) -> list[Artifact]:
     """The finished LoRA artifacts of globs and store addresses. Raises ConfigError for none, for other artifacts, and for LoRAs of another base."""
-    folders = [f for one in patterns for f in ([store.resolve(one)] if "://" in one else sorted(glob.glob(one)))]
+    folders = [f for pattern in patterns for f in ([store.resolve(pattern)] if "://" in pattern else sorted(glob.glob(pattern)))]
     if not folders:
         raise ConfigError(f"loras={patterns} matches no folder. Give the output folders of stages.lora, such as loras=[runs/demo/lora/*/*].")
     loras = [record.read(f) for f in folders]
     id = record.fingerprint(base)
-    for one in loras:
-        if one.kind != "lora":
-            raise ConfigError(f"{one.uri} is a {one.kind}, not a LoRA. Leave it out of loras=.")
-        if one.inference["apply_to"]["id"] != id:
+    for lora in loras:
+        if lora.kind != "lora":
+            raise ConfigError(f"{lora.uri} is a {lora.kind}, not a LoRA. Leave it out of loras=.")
+        if lora.inference["apply_to"]["id"] != id:
             raise ConfigError(
-                f"The LoRA {one.uri} is to be applied to {one.inference['apply_to']['path']}, not to {base}. Change model, or leave the LoRA out."
+                f"The LoRA {lora.uri} is to be applied to {lora.inference['apply_to']['path']}, not to {base}. Change model, or leave the LoRA out."
             )
     for style, arms in by_style(loras).items():
-        names = [one.inference["arm"] for one in arms]
+        names = [lora.inference["arm"] for lora in arms]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ConfigError(
                 f"loras={patterns} holds arm {min(twice)} of style {style} more than once. Leave one out, or train it under another arm= name."
@@ -63,8 +63,8 @@ def find_loras(patterns: Sequence[str], base: str) -> list[Artifact]:
 def by_style(loras: Sequence[Artifact]) -> dict[str, list[Artifact]]:
     """style -> LoRAs, in the order they were given."""
     styles: dict[str, list[Artifact]] = {}
-    for one in loras:
-        styles.setdefault(one.config["data"]["name"], []).append(one)
+    for lora in loras:
+        styles.setdefault(lora.config["data"]["name"], []).append(lora)
     return styles
 
 
@@ -95,10 +95,10 @@ def kinds(loras: Sequence[Artifact], *, teacher: str | None, recovered: str | No
     """arm -> what it was trained on: recovered, teacher or base. A recovered model without a record is known by `recovered`."""
     teacher_id, recovered_id = (record.fingerprint(path) if path else None for path in (teacher, recovered))
     found = {}
-    for one in loras:
-        model = one.inference["trained_on"]
+    for lora in loras:
+        model = lora.inference["trained_on"]
         artifact = record.read_if_artifact(store.resolve(model["path"]))
         by_us = artifact is not None and artifact.stage == "recover"
         is_recovered = by_us or model["id"] == recovered_id
-        found[one.inference["arm"]] = "teacher" if model["id"] == teacher_id else "recovered" if is_recovered else "base"
+        found[lora.inference["arm"]] = "teacher" if model["id"] == teacher_id else "recovered" if is_recovered else "base"
     return found

@@ -14,7 +14,7 @@ LOWER_IS_BETTER = ("distance_to_ideal",)
 
 @dataclass(frozen=True)
 class Cell:
-    """An arm's LoRA on an inference base: `values` by metric, (P, R) each; `images` are pictures [seed][prompt]."""
+    """An arm's LoRA on an inference base: `values` by metric, (P, R) each; `thumbnails` are pictures [seed][prompt]."""
 
     style: str
     arm: str
@@ -23,7 +23,7 @@ class Cell:
     cfg_scale: float
     values: dict[str, Tensor]
     kid: float
-    images: list[list[Image.Image]] = field(default_factory=list)
+    thumbnails: list[list[Image.Image]] = field(default_factory=list)
 
 
 def compare(cells: list[Cell], kinds: dict[str, str], draws: int, seed: int) -> dict[str, Any]:

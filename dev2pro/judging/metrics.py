@@ -54,23 +54,23 @@ def kid(images: Tensor, reference: Tensor) -> float:
 
 
 def measure(
-    judged: Tensor, pictures: Tensor, prompts: Tensor, meaning: Tensor, style: Tensor, ideal: Tensor | None
+    features: Tensor, images: Tensor, prompts: Tensor, meaning: Tensor, style: Tensor, ideal: Tensor | None
 ) -> tuple[dict[str, Tensor], float]:
     """Every metric of a cell picture by picture, name -> (P, R), and the KID of them all.
 
-    `judged` (P, R, D), `prompts` (P, D) and `style` (N, D) are the judge's unit vectors; `pictures` and `ideal` are as for `distance`.
+    `features` (P, R, D), `prompts` (P, D) and `style` (N, D) are the judge's unit vectors; `images` and `ideal` are as for `distance`.
     """
     values = {
-        "prompt_fidelity": r_precision(judged, prompts, meaning),
-        "clip_score": clip_score(judged, prompts),
-        "style_similarity": style_similarity(judged, style),
-        "diversity": diversity(judged),
+        "prompt_fidelity": r_precision(features, prompts, meaning),
+        "clip_score": clip_score(features, prompts),
+        "style_similarity": style_similarity(features, style),
+        "diversity": diversity(features),
     }
     if ideal is not None:
-        values["distance_to_ideal"] = distance(pictures, ideal)
-    return values, kid(judged.flatten(0, 1), style)
+        values["distance_to_ideal"] = distance(images, ideal)
+    return values, kid(features.flatten(0, 1), style)
 
 
-def distance(pictures: Tensor, ideal: Tensor) -> Tensor:
-    """Mean squared difference of pixels in [-1, 1]: (P, R) from pictures (P, R, 3, H, W) in [0, 1], same noise in both."""
-    return (2 * (pictures - ideal)).square().mean((-3, -2, -1))
+def distance(images: Tensor, ideal: Tensor) -> Tensor:
+    """Mean squared difference of pixels in [-1, 1]: (P, R) from images (P, R, 3, H, W) in [0, 1], same noise in both."""
+    return (2 * (images - ideal)).square().mean((-3, -2, -1))

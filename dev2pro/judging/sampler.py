@@ -20,14 +20,14 @@ class Sampler:
 
     def __init__(
         self, model: ModelConfig, config: SamplingConfig, prompts: Sequence[str], *, seeds: int, seed: int, resolution: int, dtype: torch.dtype,
-        text_bytes: float, accelerator: Accelerator,
+        text_cache_bytes: float, accelerator: Accelerator,
     ) -> None:  # fmt: skip
         self.model, self.config, self.prompts, self.seeds, self.resolution = model, config, prompts, seeds, resolution
         self.dtype, self.accelerator = dtype, accelerator
         self.no_lora_images: dict[str, Tensor] = {}
         self.encoders = Encoders(model, dtype, accelerator.device)
         self.grid, shape = self.encoders.grid((resolution,) * 2), self.encoders.token_shape((resolution,) * 2)
-        self.texts = PromptEncoder(model, self.encoders, text_bytes)
+        self.prompt_encoder = PromptEncoder(model, self.encoders, text_cache_bytes)
         self.mu = flow_matching.shift_mu(shape[0], flux1.scheduler_settings(model.path))
         pairs = [(p, r) for p in range(len(prompts)) for r in range(seeds)]
         self.rows = torch.tensor([p for p, _ in pairs])
@@ -54,8 +54,8 @@ class Sampler:
         return images
 
     def _batch(self, transformer: FluxTransformer2DModel, inference: Inference, rows: Tensor) -> Tensor:
-        conditioning = flux1.build_conditioning(*self.texts.encode([self.prompts[i] for i in self.rows[rows]]), self.grid)
-        null_conditioning = flux1.build_conditioning(*self.texts.encode([""] * len(rows)), self.grid)
+        conditioning = flux1.build_conditioning(*self.prompt_encoder.encode([self.prompts[i] for i in self.rows[rows]]), self.grid)
+        null_conditioning = flux1.build_conditioning(*self.prompt_encoder.encode([""] * len(rows)), self.grid)
         latents = sampling.sample(
             transformer, self.noise[rows].to(self.accelerator.device), conditioning, null_conditioning,
             guidance=inference.guidance, cfg_scale=inference.cfg_scale, steps=self.config.steps, mu=self.mu,

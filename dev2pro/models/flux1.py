@@ -161,10 +161,10 @@ class Encoders:
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Tokens (down, across) of a picture of `size` (width, height) pixels. Raises ConfigError if the size is no multiple of a token's."""
         side = self.pixels_per_token
-        if wrong := next((pixels for pixels in size if pixels < 1 or pixels % side), 0):
+        if misfit := next((pixels for pixels in size if pixels < 1 or pixels % side), 0):
             raise ConfigError(
-                f"{wrong} pixels do not fit this model: its VAE needs a multiple of {side}. "
-                f"Choose {max(1, wrong // side) * side}, and data.bucket_step to match."
+                f"{misfit} pixels do not fit this model: its VAE needs a multiple of {side}. "
+                f"Choose {max(1, misfit // side) * side}, and data.bucket_step to match."
             )
         return size[1] // side, size[0] // side
 

@@ -13,19 +13,19 @@ ALIASES = ("latest", "best")
 ALIAS = re.compile(rf"(?:({NAME}):)?({'|'.join(ALIASES)})")  # latest, best, or line:latest
 
 
-def folder(line: str) -> Path:
+def line_folder(line: str) -> Path:
     """The folder of a line of recovered models."""
     return ROOT / "runs" / "recurring" / line
 
 
 def promote(line: str, alias: str, uri: str, id: str) -> None:
     """Points `alias` at the artifact, atomically."""
-    record.write_json(folder(line) / f"{alias}.json", {"uri": uri, "id": id})
+    record.write_json(line_folder(line) / f"{alias}.json", {"uri": uri, "id": id})
 
 
 def target(line: str, alias: str) -> str | None:
     """The folder of the artifact that the alias names, as a path below the root, or None if nothing was promoted yet."""
-    file = folder(line) / f"{alias}.json"
+    file = line_folder(line) / f"{alias}.json"
     return str(record.read_json(file)["uri"]) if file.is_file() else None
 
 
@@ -36,6 +36,6 @@ def resolve(base: str) -> str:
     line, alias = match[1] or LINE, match[2]
     if (uri := target(line, alias)) is None:
         raise ConfigError(
-            f"{base} names no model yet: nothing was promoted in {folder(line)}. Let the recurring recovery run first, or give a folder."
+            f"{base} names no model yet: nothing was promoted in {line_folder(line)}. Let the recurring recovery run first, or give a folder."
         )
     return uri

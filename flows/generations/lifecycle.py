@@ -13,7 +13,7 @@ from dev2pro.artifacts import record, run_folder
 from dev2pro.artifacts.record import ROOT, Artifact
 from dev2pro.errors import ConfigError, DataError, DivergedError
 from flows.generations import aliases
-from flows.generations.aliases import ALIASES, folder
+from flows.generations.aliases import ALIASES, line_folder
 from flows.processes.launch import StageFailed
 
 RECORD = re.compile(r"[0-9]{4,}\.json")
@@ -55,26 +55,26 @@ class Generation:
 
 def out(line: str, number: int) -> str:
     """The folder of a generation, below the root."""
-    return str((folder(line) / f"{number:04d}").relative_to(ROOT))
+    return str((line_folder(line) / f"{number:04d}").relative_to(ROOT))
 
 
 def ledger(line: str) -> str:
     """The ledger of consumed shards: a file below the root."""
-    return str((folder(line) / "ledger.jsonl").relative_to(ROOT))
+    return str((line_folder(line) / "ledger.jsonl").relative_to(ROOT))
 
 
 def load_all(line: str) -> list[Generation]:
     """All generations of a line, the oldest first. Raises ConfigError for a damaged record."""
-    records = sorted((int(file.stem), file) for file in folder(line).glob("*.json") if RECORD.fullmatch(file.name))
+    records = sorted((int(file.stem), file) for file in line_folder(line).glob("*.json") if RECORD.fullmatch(file.name))
     try:
         return [Generation(**record.read_json(file)) for _, file in records]
     except TypeError as error:
-        raise ConfigError(f"A record in {folder(line)} is damaged ({error}). Bring the old one back.") from error
+        raise ConfigError(f"A record in {line_folder(line)} is damaged ({error}). Bring the old one back.") from error
 
 
 def write(generation: Generation) -> Generation:
     """Writes the record atomically."""
-    record.write_json(folder(generation.line) / f"{generation.number:04d}.json", asdict(generation))
+    record.write_json(line_folder(generation.line) / f"{generation.number:04d}.json", asdict(generation))
     return generation
 
 
@@ -86,9 +86,9 @@ def now() -> str:
 @contextmanager
 def exclusive(line: str) -> Iterator[int | None]:
     """Locks the line for this process and those that inherit the handle; None if another process holds the lock."""
-    folder(line).mkdir(parents=True, exist_ok=True)
+    line_folder(line).mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + LOCK_TIMEOUT
-    while (handle := run_folder.lock(folder(line))) is None and time.monotonic() < deadline:
+    while (handle := run_folder.lock(line_folder(line))) is None and time.monotonic() < deadline:
         time.sleep(0.1)
     try:
         yield handle
@@ -164,7 +164,7 @@ def failed(generation: Generation, error: StageFailed) -> Generation:
 
 def clean_up(line: str) -> None:
     """Removes checkpoints of finished generations, all but PRESERVED of failed ones, and partial files."""
-    for partial in folder(line).glob("*.partial"):
+    for partial in line_folder(line).glob("*.partial"):
         partial.unlink()
     for generation in load_all(line):
         path = ROOT / generation.out
@@ -186,4 +186,4 @@ def prunable(line: str, keep: int) -> list[str]:
 
 def quarantines(line: str) -> list[str]:
     """Files that list quarantined samples, which later snapshots leave out."""
-    return sorted(str(file.relative_to(ROOT)) for file in folder(line).glob("*/quarantine*.jsonl"))
+    return sorted(str(file.relative_to(ROOT)) for file in line_folder(line).glob("*/quarantine*.jsonl"))

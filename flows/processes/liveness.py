@@ -21,7 +21,7 @@ FOLDER = ROOT / "runs" / ".flow-runs"
 class RunProcess:
     """The process of a flow run that started on this machine. `pid` is 0 if it is dead."""
 
-    run: UUID
+    run_id: UUID
     pid: int
 
 
@@ -45,20 +45,20 @@ def started_runs() -> list[RunProcess]:
     return [process for file in sorted(FOLDER.glob(f"{gethostname()}-*.json")) if (process := _read(file))]
 
 
-def remove(run: UUID) -> None:
+def remove(run_id: UUID) -> None:
     """Removes the lock file of a dead run, once its state on the server is right."""
-    _file(run).unlink(missing_ok=True)
+    _file(run_id).unlink(missing_ok=True)
 
 
 def _read(file: Path) -> RunProcess | None:
     try:
-        run, content = UUID(file.stem.removeprefix(f"{gethostname()}-")), json.loads(file.read_text())
+        run_id, content = UUID(file.stem.removeprefix(f"{gethostname()}-")), json.loads(file.read_text())
         if content["server"] != _server():
             return None
         if (handle := run_folder.lock(file)) is not None:
             os.close(handle)
-            return RunProcess(run, 0)
-        return RunProcess(run, int(content["pid"]))
+            return RunProcess(run_id, 0)
+        return RunProcess(run_id, int(content["pid"]))
     except (OSError, ValueError, KeyError, TypeError):  # the file is being created or removed
         return None
 
@@ -67,5 +67,5 @@ def _server() -> str:
     return os.environ.get("PREFECT_API_URL", "")
 
 
-def _file(run: UUID) -> Path:
-    return FOLDER / f"{gethostname()}-{run}.json"
+def _file(run_id: UUID) -> Path:
+    return FOLDER / f"{gethostname()}-{run_id}.json"

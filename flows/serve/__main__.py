@@ -167,20 +167,20 @@ def stop_runners(runners: list[Child]) -> list[UUID]:
     pids = {engine.pid for child in runners if child.process for engine in psutil.Process(child.process.pid).children() if is_run(engine)}
     for child in runners:
         child.end(signal.SIGKILL)  # on SIGTERM it would cancel its runs, which must resume later
-    processes = [life for life in liveness.started_runs() if life.pid]
-    pids |= {life.pid for life in processes}
+    processes = [process for process in liveness.started_runs() if process.pid]
+    pids |= {process.pid for process in processes}
     log(f"stopping; runs that save and go on at the next start: {len(pids)}")
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
     wait(lambda: not any(psutil.pid_exists(pid) for pid in pids), STOP_TIMEOUT)
-    return [life.run for life in processes]
+    return [process.run_id for process in processes]
 
 
 def is_run(process: psutil.Process) -> bool:
     """Whether a runner's child is a flow run, and not multiprocessing's resource tracker."""
     with suppress(psutil.Error):
-        return not any("resource_tracker" in word for word in process.cmdline())
+        return not any("resource_tracker" in arg for arg in process.cmdline())
     return False
 
 
@@ -189,7 +189,7 @@ def log_errors(work: Callable[[], object]) -> None:
     try:
         work()
     except Exception as error:
-        log(f"cannot check the runs at the moment ({type(error).__name__}: {error})")
+        log(f"cannot look after the runs at the moment ({type(error).__name__}: {error})")
 
 
 def wait(done: Callable[[], bool], seconds: float, give_up: Callable[[], bool] = lambda: False) -> bool:

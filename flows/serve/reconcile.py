@@ -33,14 +33,14 @@ class Reconciler:
                 self.client.set_flow_run_state(run.id, Cancelled(message="It has saved and ended."), force=True)
         self._cancelled.clear()  # a cancelled run may have been retried
         for process in liveness.started_runs():
-            run = self._run(process.run)
+            run = self._run(process.run_id)
             if run and run.state and run.state.is_cancelling():
                 self._cancelled.add(run.id)
             if run is None or run.state is None or run.state.is_final():
                 self._forget(process)
             elif process.pid and run.state.type != StateType.CANCELLING:
-                self._since.pop(process.run, None)
-            elif time.monotonic() - self._since.setdefault(process.run, time.monotonic()) > LINGER:
+                self._since.pop(process.run_id, None)
+            elif time.monotonic() - self._since.setdefault(process.run_id, time.monotonic()) > LINGER:
                 if process.pid:
                     self._terminate(process)
                 else:
@@ -56,7 +56,7 @@ class Reconciler:
         runs = self.client.read_flow_runs(
             flow_run_filter=chosen, deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=list(deployments)))
         )
-        living = {process.run for process in liveness.started_runs() if process.pid}
+        living = {process.run_id for process in liveness.started_runs() if process.pid}
         gone = [run for run in runs if run.id not in living]
         gone += [run for run_id in ended if (run := self._run(run_id)) and run.state and run.state.is_crashed()]
         for run in gone:
@@ -76,16 +76,16 @@ class Reconciler:
         """Sends SIGTERM, for a runner that has ended, or has restarted and does not know the run."""
         with suppress(ProcessLookupError, PermissionError):
             os.kill(process.pid, signal.SIGTERM)
-        self._terminated.add(process.run)
-        self._since[process.run] = time.monotonic() + 60
+        self._terminated.add(process.run_id)
+        self._since[process.run_id] = time.monotonic() + 60
 
     def _forget(self, process: liveness.RunProcess) -> None:
-        self._since.pop(process.run, None)
+        self._since.pop(process.run_id, None)
         if not process.pid:
-            liveness.remove(process.run)
+            liveness.remove(process.run_id)
 
-    def _run(self, run: UUID) -> FlowRun | None:
+    def _run(self, run_id: UUID) -> FlowRun | None:
         try:
-            return self.client.read_flow_run(run)
+            return self.client.read_flow_run(run_id)
         except ObjectNotFound:
             return None

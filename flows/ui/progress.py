@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from prefect.artifacts import Artifact as Shown
+from prefect.artifacts import Artifact as PrefectArtifact
 from prefect.artifacts import MarkdownArtifact, ProgressArtifact, TableArtifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
@@ -108,15 +108,15 @@ class ProgressReporter:
         if rows := [_row(step, folder) for step, folder in sorted(checkpoints)]:
             self._show(TableArtifact(table=rows, description=f"{self.title}: where it would go on from"), "checkpoints")
 
-    def _show(self, what: Shown, name: str = "") -> None:
+    def _show(self, artifact: PrefectArtifact, name: str = "") -> None:
         """Creates or updates the artifact."""
-        content = ArtifactUpdate(data=what.format(), description=what.description)
+        content = ArtifactUpdate(data=artifact.format(), description=artifact.description)
         artifact_id, previous = self._published.get(name, (None, None))
         if previous == content:
             return
         if artifact_id is None:
-            what.key = f"{self.key}-{name}" if name else None
-            artifact_id = what.create().id
+            artifact.key = f"{self.key}-{name}" if name else None
+            artifact_id = artifact.create().id
         else:
             with get_client(sync_client=True) as client:
                 client.update_artifact(artifact_id, content)

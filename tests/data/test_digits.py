@@ -7,7 +7,6 @@ import pytest
 from data import digits, sources
 from data.digits import Digit
 
-pytest.importorskip("sklearn", reason="the miniature's digits are scikit-learn's")
 STYLES = {**digits.PALETTES, **digits.STYLES, "mirror": digits.mirror}
 
 

@@ -284,7 +284,7 @@ def work(_):
     with open("/dev/full", "w") as file:
         file.write("x")
 
-commands.run("index", commands.parser("x", ""), work)
+commands.run("index", commands.make_parser("x", ""), work)
 """
 
 

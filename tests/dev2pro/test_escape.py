@@ -137,7 +137,7 @@ def test_a_terminal_obeys_nothing_in_an_error_of_a_command(args, tmp_path):
 
 
 def test_a_terminal_obeys_nothing_in_what_no_command_foresaw(tmp_path):
-    code = f"from data import commands\ndef work(_): raise RuntimeError({ESCAPES!r})\ncommands.run('x', commands.parser('x', ''), work)"
+    code = f"from data import commands\ndef work(_): raise RuntimeError({ESCAPES!r})\ncommands.run('x', commands.make_parser('x', ''), work)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert "RuntimeError: \\x1b]0;owned" in result.stderr

@@ -11,7 +11,7 @@ import pytest
 from dev2pro.artifacts import record
 from dev2pro.artifacts.record import ROOT
 
-pytestmark = pytest.mark.operator
+pytestmark = [pytest.mark.operator, pytest.mark.ci]
 OUT = "runs/test-concepts"
 RUN = """
 import json, sys

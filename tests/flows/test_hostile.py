@@ -99,6 +99,7 @@ def test_the_report(page, tmp_path):
     assert page.hosts <= {"", None}
 
 
+@pytest.mark.ci
 def test_the_ui(page, serve, tmp_path):  # noqa: F811
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
     environment |= {"PYTHONPATH": str(ROOT), "PREFECT_HOME": str(tmp_path / "home")}

@@ -120,7 +120,7 @@ def test_names_that_could_lead_out_of_a_folder(name):
 
 
 def test_folders_are_below_the_run_s():
-    assert plan.folder("runs/demo", "lora", "chalk", "recovered@1") == "runs/demo/lora/chalk/recovered@1"
+    assert plan.stage_folder("runs/demo", "lora", "chalk", "recovered@1") == "runs/demo/lora/chalk/recovered@1"
 
 
 # ---- plans -------------------------------------------------------------------------------------------------------------------------------

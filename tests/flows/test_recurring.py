@@ -149,9 +149,9 @@ def form(shards, monkeypatch):
 
 @pytest.fixture(scope="module", autouse=True)
 def _clean():
-    shutil.rmtree(aliases.folder(LINE), ignore_errors=True)
+    shutil.rmtree(aliases.line_folder(LINE), ignore_errors=True)
     yield
-    shutil.rmtree(aliases.folder(LINE), ignore_errors=True)
+    shutil.rmtree(aliases.line_folder(LINE), ignore_errors=True)
 
 
 def run(form: Recurring) -> Any:
@@ -166,6 +166,8 @@ def history() -> str:
     return str(max(found, key=lambda one: one.created).data)
 
 
+@pytest.mark.operator
+@pytest.mark.ci
 def test_a_year_in_small(server, shards, form):
     """One line, in the order of its life; each stage takes seconds to start, so the parts are not tests of their own."""
     # the first is made from the base; a damaged shard is told
@@ -186,7 +188,7 @@ def test_a_year_in_small(server, shards, form):
     state = run(form())
     assert (state.name, state.type.value) == ("Skipped", "COMPLETED")
     assert state.message.startswith(f"Nothing new in 2 shards; the line {LINE} waits for 4 samples.")
-    handle = run_folder.lock(aliases.folder(LINE))
+    handle = run_folder.lock(aliases.line_folder(LINE))
     state = run(form())
     os.close(handle)  # type: ignore[arg-type]
     assert (state.name, state.message) == ("Skipped", f"Another run works on the line {LINE}. What is new waits for the next run.")

@@ -32,7 +32,7 @@ WINDOWS = {  # what a stage is about to do when it is struck: an event of Python
 FRESH = ("claims its folder", "pins its data")  # only a new folder meets these
 OFTEN = {"begins a checkpoint": 1, "writes a checkpoint": 3, "publishes a checkpoint": 1, "has a new checkpoint": 1}  # times for every checkpoint
 OLD = ("takes an old checkpoint away", "removes an old checkpoint")
-KEPT = 3  # checkpoints that are there before one goes: the newest two and the best
+KEEP = 3  # checkpoints that are there before one goes: the newest two and the best
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ BLOWS = {
     2: [Blow(KILL, "all"), Blow(TERM), Blow(KILL, "a rank"), Blow(INT), Blow(KILL), Blow(TERM, "a rank"), Blow(TERM, "all"), Blow(TERM, twice=True)],
 }
 FIRST = [  # what a few kills hit
-    Aim("writes a checkpoint"), Aim("at a step"), Aim("writes the model"), Aim("publishes a checkpoint"), Aim("publishes the record"),
+    Aim("writes a checkpoint"), Aim("writes the model"), Aim("at a step"), Aim("publishes a checkpoint"), Aim("publishes the record"),
     Aim("at a time", real=True), Aim("opens its log"), Aim("at a time"), Aim("removes an old checkpoint"), Aim("at a step"),
 ]  # fmt: skip
 
@@ -105,7 +105,7 @@ def fitted(aim: Aim, out: Path, steps: int, every: int, dice: random.Random) -> 
         return replace(aim, nth=dice.randint(1, max(1, to_come // 2) * OFTEN[aim.window])) if to_come else None
     if aim.window == "publishes a preview" and last == steps:
         return None
-    if aim.window in OLD and len(steps_saved) + to_come <= KEPT:
+    if aim.window in OLD and len(steps_saved) + to_come <= KEEP:
         return None
     return aim
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 120.0  # seconds for a stage to end once it was struck
 LINGER = 40.0  # and for what it started to be gone after it: a rank has 30 to finish its step and save
 SLICE = 0.0003  # seconds a process is let run when it is followed into a window
-TWICE = 2.1  # seconds from a signal to one that counts as the second (signals.ONE)
+TWICE = 2.1  # seconds from a signal to one that counts as the second (signals.SAME_SIGNAL)
 
 
 @dataclass

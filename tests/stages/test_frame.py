@@ -121,7 +121,7 @@ sys.stdin.read()
 
 
 def test_two_runs_do_not_work_in_one_folder(run, overrides, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "PATIENCE", 0.0)
+    monkeypatch.setattr(run_folder, "LOCK_TIMEOUT", 0.0)
     (tmp_path / "out").mkdir()
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, overrides["out"]], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     holder.stdout.readline()

@@ -48,11 +48,11 @@ def pin(path: str) -> None:
     counts = np.stack([half, 2 * MEAN - half], 1).ravel()
     columns = {name: np.zeros(SAMPLES, kind) for name, kind in COLUMNS.items() if name.partition("_")[0] not in ("latents", "text")}
     columns["picture_bytes"][:] = draw.integers(20_000, 400_000, SAMPLES)
-    room = (columns["picture_bytes"].astype(np.uint64) + np.uint64(511)) // np.uint64(512) * np.uint64(512) + np.uint64(3072)
+    sample_bytes = (columns["picture_bytes"].astype(np.uint64) + np.uint64(511)) // np.uint64(512) * np.uint64(512) + np.uint64(3072)
     first = np.cumsum(counts) - counts
-    start = np.cumsum(room) - room
+    start = np.cumsum(sample_bytes) - sample_bytes
     columns["picture_offset"][:] = start - np.repeat(start[first], counts) + np.uint64(1536)
-    columns["caption_offset"][:] = columns["picture_offset"] + room - np.uint64(1536)
+    columns["caption_offset"][:] = columns["picture_offset"] + sample_bytes - np.uint64(1536)
     columns["caption_bytes"][:] = columns["caption_chars"][:] = draw.integers(20, 500, SAMPLES)
     form, side = np.exp2(draw.normal(0, 0.5, SAMPLES)), draw.integers(512, 2049, SAMPLES)
     columns["width"][:], columns["height"][:] = side * np.sqrt(form), side / np.sqrt(form)

@@ -18,31 +18,31 @@ from flows.processes.launch import _parse_event
 from flows.ui.progress import ProgressReporter
 
 PAIRS, WINDOW = 10, 30.0  # seconds: one full refresh, six progress updates
-OUT = "runs/bench-watching"
-WORDS = ["experiment=miniature", "steps=100000", "batch=4", "probe.every=100000", "probe.samples=16", "checkpoint.every=500", f"out={OUT}"]
+OUT = "runs/bench-progress"
+ARGS = ["experiment=miniature", "steps=100000", "batch=4", "probe.every=100000", "probe.samples=16", "checkpoint.every=500", f"out={OUT}"]
 
 
 class Training:
-    """A recovery that runs until it is killed. Its events go to `watch`, if set."""
+    """A recovery that runs until it is killed. Its events go to `reporter`, if set."""
 
     def __init__(self) -> None:
-        self.watch: ProgressReporter | None = None
-        args = [sys.executable, "-m", "stages.recover", *WORDS]
+        self.reporter: ProgressReporter | None = None
+        args = [sys.executable, "-m", "stages.recover", *ARGS]
         self.process = subprocess.Popen(args, cwd=ROOT, env=os.environ | {"DEV2PRO_EVENTS": "1"}, stdout=subprocess.PIPE, text=True)
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
         for line in self.process.stdout or ():
-            if (event := _parse_event(line)) and (watch := self.watch):
-                watch.on_event(event)
+            if (event := _parse_event(line)) and (reporter := self.reporter):
+                reporter.on_event(event)
 
     @contextmanager
-    def watched(self, wanted: bool) -> Iterator[None]:
+    def reported(self, wanted: bool) -> Iterator[None]:
         """Reports its progress within the block, if `wanted`."""
-        self.watch = ProgressReporter("recover", ROOT / OUT, print) if wanted else None
+        self.reporter = ProgressReporter("recover", ROOT / OUT, print) if wanted else None
         yield
-        if self.watch:
-            self.watch.end()
+        if self.reporter:
+            self.reporter.end()
 
     def speed(self) -> float:
         """Steps a second over the next WINDOW seconds."""
@@ -73,7 +73,7 @@ def pairs() -> dict[str, object]:
             time.sleep(0.2)
         for turn in range(2 * PAIRS):
             wanted = turn % 4 in (1, 2)  # alone, watched, watched, alone
-            with training.watched(wanted):
+            with training.reported(wanted):
                 began = time.process_time()
                 speeds[wanted].append(training.speed())
                 if wanted:

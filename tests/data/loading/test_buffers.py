@@ -17,12 +17,12 @@ def collect(source: Stream, steps: int) -> list[Batch]:
 
 
 def test_batches_that_are_held_on_to_are_never_written_over(many):
-    batches = collect(stream(many[2], batch=6, workers=2), 60)  # far more than there are pieces
+    batches = collect(stream(many[2], batch=6, workers=2), 60)  # far more than there are buffers
     fresh = collect(stream(many[2], batch=6), 60)
     assert all(torch.equal(one.pixels, other.pixels) for one, other in zip(batches, fresh, strict=True))
 
 
-def test_a_view_of_a_batch_keeps_its_piece(many):
+def test_a_view_of_a_batch_keeps_its_buffer(many):
     views = []
     for batch in stream(many[2], batch=6, workers=1).steps(0, 60, SLOTS):
         views.append(batch.pixels[2:3, ::2])
@@ -61,6 +61,6 @@ def test_a_worker_s_copies_give_nothing_back():
 def test_outside_a_worker_and_where_none_is_free_there_is_room_all_the_same():
     pool = BufferPool(1, 1, 100)
     assert pool.acquire(10) is None  # this is no worker
-    room = Buffer(pool, (2, 3))
-    room.array[:] = 7
-    assert room.filled(1).tolist() == [[7, 7, 7]]
+    buffer = Buffer(pool, (2, 3))
+    buffer.array[:] = 7
+    assert buffer.filled(1).tolist() == [[7, 7, 7]]

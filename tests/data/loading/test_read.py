@@ -110,7 +110,7 @@ def test_a_shard_that_was_written_anew_is_refused_with_the_first_read(snapshot, 
     assert len(web.requests) == 1
 
 
-# ---- ahead --------------------------------------------------------------------------------------------------------------------------
+# ---- prefetch -----------------------------------------------------------------------------------------------------------------------
 
 
 def test_order_is_kept_whatever_the_servers_do(snapshot, shard, web):
@@ -140,12 +140,12 @@ def test_no_more_bytes_wait_than_was_said(web, write_shard, pin):
     write_shard(web.folder / "0.tar", COUNT, 100_000)
     snapshot = pin(web.url + "/0.tar")
     web.requests.clear()
-    ahead = Reader(snapshot, impatient(prefetch_mb=2, threads=16), PARTS).prefetch(jobs())
+    prefetched = Reader(snapshot, impatient(prefetch_mb=2, threads=16), PARTS).prefetch(jobs())
     for taken in range(1, 20):
-        next(ahead)
+        next(prefetched)
         time.sleep(0.05)
         assert len(web.requests) <= taken - 1 + 11  # 2 MiB halved, and the sample that went over it
-    ahead.close()
+    prefetched.close()
 
 
 @pytest.mark.parametrize("prefetch_mb", [0, 1])
@@ -157,12 +157,12 @@ def test_a_sample_larger_than_all_that_may_wait_is_read(web, write_shard, pin, p
 
 def test_who_takes_no_more_waits_for_nothing_and_asks_for_nothing(snapshot, web):
     web.faults = lambda path, number, wanted: None if wanted.startswith(at(snapshot, 0)) else "stall"
-    ahead = Reader(snapshot, impatient(threads=4, idle_timeout=1.5, retries=0), PARTS).prefetch(jobs())
-    next(ahead)
+    prefetched = Reader(snapshot, impatient(threads=4, idle_timeout=1.5, retries=0), PARTS).prefetch(jobs())
+    next(prefetched)
     while len(web.requests) < 5:  # what was taken, and one for each thread
         time.sleep(0.01)
     before = time.monotonic()
-    ahead.close()
+    prefetched.close()
     assert time.monotonic() - before < 1
     time.sleep(1.7)
     assert len(web.requests) == 5
@@ -171,9 +171,9 @@ def test_who_takes_no_more_waits_for_nothing_and_asks_for_nothing(snapshot, web)
 def test_an_error_comes_in_its_place_and_at_once(snapshot, shard, web):
     behind = tuple(at(snapshot, row) for row in range(6, COUNT))
     web.faults = lambda path, number, wanted: 404 if wanted.startswith(at(snapshot, 5)) else "stall" if wanted.startswith(behind) else None
-    ahead, samples, before = Reader(snapshot, impatient(idle_timeout=4, retries=0), PARTS).prefetch(jobs()), [], time.monotonic()
+    prefetched, samples, before = Reader(snapshot, impatient(idle_timeout=4, retries=0), PARTS).prefetch(jobs()), [], time.monotonic()
     with pytest.raises(DataError, match="404"):
-        samples.extend(sample for _, sample in ahead)  # one by one
+        samples.extend(sample for _, sample in prefetched)  # one by one
     assert samples == all_of(shard)[:5]
     assert time.monotonic() - before < 2
 

@@ -105,7 +105,7 @@ def test_what_waits_is_bounded_in_bytes(many, monkeypatch):
         return []
 
     monkeypatch.setattr("data.loading.stream.DataLoader", loader)
-    ahead: Callable[[int, int], object] = lambda workers, prefetch: (  # noqa: E731
+    prefetched: Callable[[int, int], object] = lambda workers, prefetch: (  # noqa: E731
         list(
             Stream(Order(many[2], [(1024, 1024)], 0, 4), replace(READ, workers=workers, prefetch_mb=prefetch), Augment(), Quarantine(many[2])).steps(
                 0, 1, [range(4)]
@@ -113,6 +113,6 @@ def test_what_waits_is_bounded_in_bytes(many, monkeypatch):
         ),
         requested["prefetch_factor"],
     )[1]
-    assert ahead(2, 512) == 10  # 12 MB a batch, two workers, half of 512 MB for what is decoded
-    assert ahead(2, 48) == 1
-    assert ahead(1, 4096) == 16
+    assert prefetched(2, 512) == 10  # 12 MB a batch, two workers, half of 512 MB for what is decoded
+    assert prefetched(2, 48) == 1
+    assert prefetched(1, 4096) == 16

@@ -126,7 +126,7 @@ def test_neighbours_come_with_one_request(reader, shard, web, threads):
     assert len(web.requests) == 2
 
 
-def test_ahead_fetches_each_block_once(reader, shard, web):
+def test_prefetch_fetches_each_block_once(reader, shard, web):
     web.latency = 0.05
     assert [samples for _, samples in reader.prefetch((row, None) for row in range(150))] == [as_written(shard, row) for row in range(150)]
     assert len(web.requests) == 3

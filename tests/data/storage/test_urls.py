@@ -142,7 +142,7 @@ def test_schemes_are_known_in_any_spelling():
 
 
 @pytest.mark.parametrize(
-    ("url", "shown"),
+    ("url", "expected"),
     [
         ("https://u:p@host/a.tar?token=x#y", "https://host/a.tar"),
         ("https://u@v:p@host", "https://host"),
@@ -152,5 +152,5 @@ def test_schemes_are_known_in_any_spelling():
         ("/ä 日本 🙂 [bold].tar", "/ä 日本 🙂 [bold].tar"),
     ],
 )
-def test_what_is_shown_holds_no_hunter2_and_nothing_a_terminal_obeys(url, shown):
-    assert redact_url(url) == shown
+def test_what_is_shown_holds_no_hunter2_and_nothing_a_terminal_obeys(url, expected):
+    assert redact_url(url) == expected

@@ -102,20 +102,20 @@ def test_a_full_disk_is_told_before_anything_is_fetched(artifact, store_url, mon
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_disk_that_fills_up_is_told(artifact, tmp_path, proxy):
-    shelf = tmp_path / "store" / artifact.id
-    shelf.mkdir(parents=True)
-    (shelf / "model.bin.partial").symlink_to("/dev/full")
-    assert "model.bin could not be written: no room is left" in refusal(SpaceError, lambda: store.push(artifact.uri, str(shelf.parent)))
-    (shelf / "model.bin.partial").unlink()
-    assert files(store.push(artifact.uri, str(shelf.parent))) == files(artifact.uri)
+    published = tmp_path / "store" / artifact.id
+    published.mkdir(parents=True)
+    (published / "model.bin.partial").symlink_to("/dev/full")
+    assert "model.bin could not be written: no room is left" in refusal(SpaceError, lambda: store.push(artifact.uri, str(published.parent)))
+    (published / "model.bin.partial").unlink()
+    assert files(store.push(artifact.uri, str(published.parent))) == files(artifact.uri)
 
 
 # ---- killed and concurrent processes --------------------------------------------------------------------------------------------------------
 
 
 def started(*args: str) -> subprocess.Popen:
-    told = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-m", "dev2pro.artifacts", *args], env={**os.environ, "PYTHONPATH": str(ROOT)}, **told)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-m", "dev2pro.artifacts", *args], env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes)
 
 
 def killed_at(child: subprocess.Popen) -> None:
@@ -162,6 +162,6 @@ def test_pulls_at_once_fetch_once(artifact, proxy):
 
 
 def test_pushes_at_once_are_harmless(artifact, store_url):
-    with ThreadPoolExecutor(3) as hands:
-        assert len(set(hands.map(lambda _: store.push(artifact.uri, store_url), range(3)))) == 1
+    with ThreadPoolExecutor(3) as pool:
+        assert len(set(pool.map(lambda _: store.push(artifact.uri, store_url), range(3)))) == 1
     assert files(store.pull(f"{store_url}/{artifact.id}")) == files(artifact.uri)

@@ -96,7 +96,7 @@ class Page(html.parser.HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.tags: list[tuple[str, dict]] = []
-        self.said: list[str] = []
+        self.texts: list[str] = []
         self.feed(source)
         self.close()
         assert self.open == []
@@ -113,11 +113,11 @@ class Page(html.parser.HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self.open and self.open[-1] != "style":
-            self.said.append(data)
+            self.texts.append(data)
 
     @property
     def text(self) -> str:
-        return re.sub(r"\s+", " ", " ".join(self.said))
+        return re.sub(r"\s+", " ", " ".join(self.texts))
 
 
 def written(folder: pathlib.Path, metrics: dict, grids: list[report.Grid]) -> tuple[str, Page]:

@@ -61,8 +61,8 @@ class Run:
 
     def everything(self) -> dict[str, torch.Tensor]:
         with self.training.ema_weights() as model:
-            averaged = {f"averaged {name}": p.detach().clone() for name, p in model.named_parameters()}
-        return {name: p.detach().clone() for name, p in self.training.model.named_parameters()} | averaged
+            ema = {f"averaged {name}": p.detach().clone() for name, p in model.named_parameters()}
+        return {name: p.detach().clone() for name, p in self.training.model.named_parameters()} | ema
 
 
 def names(out: Path) -> list[str]:

@@ -47,12 +47,12 @@ def test_a_cached_feed_gives_the_same_samples_as_a_streaming_one(model, config, 
         prepared_feed.begin(0, 4, slots)
     for step in range(4):
         for some in slots:
-            ahead, now = cached.get_batch(step, some), streaming.get_batch(step, some)
+            precomputed, now = cached.get_batch(step, some), streaming.get_batch(step, some)
             for name in ("mean", "std"):
-                torch.testing.assert_close(getattr(ahead, name), getattr(now, name), rtol=0, atol=1e-5)
-            assert torch.equal(ahead.prompt, now.prompt)
-            assert torch.equal(ahead.pooled, now.pooled)
-            assert ahead.grid == now.grid == (4, 4)
+                torch.testing.assert_close(getattr(precomputed, name), getattr(now, name), rtol=0, atol=1e-5)
+            assert torch.equal(precomputed.prompt, now.prompt)
+            assert torch.equal(precomputed.pooled, now.pooled)
+            assert precomputed.grid == now.grid == (4, 4)
 
 
 @pytest.mark.parametrize("drawn", [{"flip": True}, {"crop": "random"}])

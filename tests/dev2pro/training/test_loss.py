@@ -39,10 +39,10 @@ def test_flow_matching_is_the_error_of_the_velocity_at_the_guidance_given(transf
 def test_a_teacher_is_asked_at_guidance_one_and_extrapolated(transformer, batch):
     """v = v_uncond + s (v_cond - v_uncond): 1 is the conditional prediction, 0 the unconditional one."""
     null = conditioning(2)
-    told = flux1.predict(transformer, batch.x_t, batch.t, batch.conditioning, 1.0)
-    untold = flux1.predict(transformer, batch.x_t, batch.t, null, 1.0)
+    conditional = flux1.predict(transformer, batch.x_t, batch.t, batch.conditioning, 1.0)
+    unconditional = flux1.predict(transformer, batch.x_t, batch.t, null, 1.0)
     velocity = teacher_cfg_velocity(transformer, batch, null, torch.tensor([0.0, 1.0, 3.0]))
-    for row, expected in enumerate((untold[0], told[1], 3 * told[2] - 2 * untold[2])):
+    for row, expected in enumerate((unconditional[0], conditional[1], 3 * conditional[2] - 2 * unconditional[2])):
         torch.testing.assert_close(velocity[row], expected, atol=1e-4, rtol=1e-4)
     assert not velocity.requires_grad
 

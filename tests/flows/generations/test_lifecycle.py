@@ -20,8 +20,8 @@ def line_folder(tmp_path, monkeypatch) -> Path:
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
-    aliases.folder("main").mkdir(parents=True)
-    return aliases.folder("main")
+    aliases.line_folder("main").mkdir(parents=True)
+    return aliases.line_folder("main")
 
 
 def started(number: int, **more: Any) -> lifecycle.Generation:

@@ -35,6 +35,7 @@ def refused(serve, run: str, field: str) -> None:
     until(lambda: "Nothing was done" in serve.run_log(run), what="the log")
 
 
+@pytest.mark.ci
 def test_nobody_comes_in_without_the_password_that_was_made(serve):
     import httpx
 
@@ -44,6 +45,7 @@ def test_nobody_comes_in_without_the_password_that_was_made(serve):
     assert serve.user.split(":")[1] not in serve.log_file.read_text() + "".join(f.read_text() for f in (serve.folder / "runs/.serve").glob("*.log"))
 
 
+@pytest.mark.ci
 def test_the_attack_of_62143d3_step_by_step(serve, pwned):
     """Replacing the deployment `evaluate` by one with a shell script among its pull steps, and starting it."""
     registered = serve.deployments()["evaluate"]
@@ -89,6 +91,7 @@ def test_a_change_while_it_runs_is_not_run_when_it_is_cancelled(serve, pwned):
     assert not pwned.exists()
 
 
+@pytest.mark.ci
 def test_the_next_start_puts_it_right_and_says_so(serve, pwned):
     assert serve.stop() == 0
     serve.start()

@@ -9,7 +9,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 from dev2pro.artifacts.record import ROOT
 from tests.flows.operator import OUT, checkpoints, serving, steps, until
 
-pytestmark = pytest.mark.operator
+pytestmark = [pytest.mark.operator, pytest.mark.ci]
 CHROMIUM = "/usr/bin/chromium"  # Debian's
 QUIET = [
     "--no-sandbox",

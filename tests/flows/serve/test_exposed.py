@@ -71,6 +71,7 @@ def test_the_example_s_password_is_refused(tmp_path):
 
 
 @pytest.mark.operator
+@pytest.mark.ci
 def test_nobody_comes_in_without_the_password(serve):
     assert httpx.get(f"{serve.address}/api/health").status_code == 200
     for method, path in (("GET", "csrf-token?client=x"), ("GET", "admin/settings"), ("POST", "flow_runs/filter"), ("POST", "deployments/filter")):
@@ -81,6 +82,7 @@ def test_nobody_comes_in_without_the_password(serve):
 
 
 @pytest.mark.operator
+@pytest.mark.ci
 def test_it_listens_on_loopback_only(serve):
     listening = {one.laddr.ip for process in serve.family() for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN}
     assert listening == {"127.0.0.1"}
@@ -133,6 +135,7 @@ def test_runs_of_half_a_year_ago_are_removed(serve):
 
 
 @pytest.mark.operator
+@pytest.mark.ci
 def test_websockets_ask_for_the_password(serve):
     from websockets.sync.client import connect
 

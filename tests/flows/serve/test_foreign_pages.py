@@ -17,7 +17,7 @@ from playwright.sync_api import sync_playwright
 from tests.flows.clone import cloned
 from tests.flows.serve.test_browser import CHROMIUM, QUIET
 
-pytestmark = [pytest.mark.operator, pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="apt-get install chromium")]
+pytestmark = [pytest.mark.operator, pytest.mark.ci, pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="apt-get install chromium")]
 
 ATTACK = """async ([api, deployment]) => {
   const run = JSON.stringify({parameters: {recover: {out: "runs/foreign", steps: 1}}}), said = {};

@@ -119,6 +119,7 @@ def test_job_variables_are_refused(serve, deployed, variables):
 
 
 @pytest.mark.operator
+@pytest.mark.ci
 def test_a_worker_runs_it_and_smuggled_job_variables_do_nothing(serve, deployed, worker):
     recover = serve.api.get(f"deployments/{deployed['process', 'recover']}").json()
     hostile = {

@@ -13,7 +13,7 @@ import pytest
 from tests.flows.clone import cloned
 from tests.flows.operator import free_port, until
 
-pytestmark = pytest.mark.operator
+pytestmark = [pytest.mark.operator, pytest.mark.ci]
 BIN_FOLDERS = [*Path("/usr/lib/postgresql").glob("*/bin"), Path(shutil.which("postgres") or "/").parent]
 PASSWORD = "p@ss:w/rd"
 

@@ -118,6 +118,7 @@ def operator(serve, proxy):
         yield client
 
 
+@pytest.mark.ci
 def test_the_password_is_asked_for(proxy):
     for path in ("flow_runs/filter", "deployments/filter"):
         answer = httpx.post(f"{proxy['strict']}/api/{path}", json={}, verify=proxy["trusted"])
@@ -141,6 +142,7 @@ def test_an_operator_starts_watches_cancels_and_switches(serve, operator):
     assert [one["active"] for one in serve.deployments()["recover"]["schedules"]] == [False]
 
 
+@pytest.mark.ci
 def test_what_would_run_code_is_refused(serve, operator):
     deployment = serve.deployments()["recover"]["id"]
     body = {"pull_steps": [{"prefect.deployments.steps.run_shell_script": {"script": "touch pwned"}}], "include_secrets": True}
@@ -174,6 +176,7 @@ def test_prefect_s_own_commands_come_through_where_nothing_is_refused(serve, pro
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="apt-get install chromium")
+@pytest.mark.ci
 def test_the_ui_works_through_it(serve, proxy):
     from playwright.sync_api import sync_playwright
 

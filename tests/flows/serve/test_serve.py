@@ -32,6 +32,7 @@ def goes_on(serve, run: str, out: str) -> None:
     serve.until_state(run, "Cancelled")
 
 
+@pytest.mark.ci
 def test_a_cancelled_run_has_saved_and_running_it_again_goes_on(serve):
     run = serve.recover("cancelled")
     serve.cancel(run)
@@ -71,6 +72,7 @@ def test_a_save_that_outlasts_prefect_s_patience_is_left_in_peace(serve):
     goes_on(serve, second, "slow")
 
 
+@pytest.mark.ci
 def test_a_killed_flow_has_crashed_and_its_stage_has_saved(serve):
     run = serve.recover("crashed")
     engine("crashed").kill()
@@ -82,6 +84,7 @@ def test_a_killed_flow_has_crashed_and_its_stage_has_saved(serve):
     goes_on(serve, run, "crashed")
 
 
+@pytest.mark.ci
 def test_a_killed_runner_is_started_again_and_the_state_is_true(serve):
     run = serve.recover("runner")
     serve.part("training").kill()
@@ -106,6 +109,7 @@ def test_a_server_that_is_gone_for_a_moment_is_not_missed(serve):
     assert any("step 600 of 600" in (one["description"] or "") for one in serve.artifacts(run))
 
 
+@pytest.mark.ci
 def test_stopping_it_saves_and_starting_it_goes_on(serve):
     run = serve.recover("stopped")
     waiting = serve.run("recover", recover={"out": f"{OUT}/stopped", "steps": 1})
@@ -132,6 +136,7 @@ def test_a_run_that_is_being_cancelled_when_it_stops_is_cancelled(serve):
     assert checkpoints("both")
 
 
+@pytest.mark.ci
 def test_what_an_operator_has_changed_stays(serve):
     deployment, nightly = serve.deployments()["recurring"], serve.deployments()["recurring"]["schedules"][0]
     assert not nightly["active"]  # until somebody switches it on
@@ -149,7 +154,7 @@ def test_what_an_operator_has_changed_stays(serve):
 
 
 def test_the_recurring_recovery_promotes_a_model_that_loras_begin_on_and_then_waits(serve):
-    line = aliases.folder(LINE)
+    line = aliases.line_folder(LINE)
     shutil.rmtree(line, ignore_errors=True)
     form = {"line": LINE, "index": "beside", "epochs": 1, "batch": 64, "probe": {"samples": 4}}
     first = serve.until_state(serve.run("recurring", recurring=form), "Completed")
@@ -162,6 +167,7 @@ def test_the_recurring_recovery_promotes_a_model_that_loras_begin_on_and_then_wa
     shutil.rmtree(line)
 
 
+@pytest.mark.ci
 def test_two_runs_never_work_in_one_folder(serve):
     first = serve.recover("twice")
     second = serve.again(first)
@@ -176,6 +182,7 @@ def test_two_runs_never_work_in_one_folder(serve):
     serve.until_state(first, "Cancelled")
 
 
+@pytest.mark.ci
 def test_a_second_one_on_the_same_address_says_so(serve):
     other = type(serve)(serve.home)
     other.port, other.address = serve.port, serve.address
