@@ -58,8 +58,7 @@ def run(config: LoraConfig) -> Artifact:
     with accelerator.main_process_first():
         snapshots = RunSnapshots(config.data, config.out, resuming=run_folder.has_output(config.out), is_main_process=accelerator.is_main_process)
         parents: record.Parents = {"trained_on": config.trained_on, "apply_to": config.model.path, **snapshots.parents()}
-        finished = run_folder.acquire(config.out, "lora", config, parents)
-        if finished:
+        if finished := run_folder.acquire(config.out, "lora", config, parents):
             return finished
         snapshots.write_and_verify()
 

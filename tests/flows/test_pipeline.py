@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
@@ -102,7 +103,9 @@ def test_a_second_run_skips_everything(first, home):
 
 def test_a_failing_stage_fails_the_flow_and_keeps_its_exit_code(first, home):
     bad = ROOT / "conf/pipeline/test-bad.yaml"
-    bad.write_text((ROOT / "conf/pipeline/smoke.yaml").read_text().replace("recover: {", "recover: {data.name: nowhere, "))
+    plan = yaml.safe_load((ROOT / "conf/pipeline/smoke.yaml").read_text())
+    arms = {"recovered@1": plan["arms"]["recovered@1"]}
+    bad.write_text(yaml.safe_dump({**plan, "arms": arms, "recover": {"data.name": "nowhere"}}))
     try:
         ended = start("plan=test-bad", f"out={OUT}-bad", home=home)
     finally:
