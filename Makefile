@@ -33,8 +33,8 @@ serve: $(READY) ## the Prefect UI on http://127.0.0.1:4200 with everything ready
 test: $(READY) ## the tests, several files at a time
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-promises: $(READY) ## one real example of each promise to operators: a browser, kills, an attack, nginx, PostgreSQL
-	$(PY) -m pytest -m ci tests/flows
+promises: $(READY) ## one real example of each promise that takes minutes: kills, a browser, an attack, nginx, PostgreSQL
+	$(PY) -m pytest -m ci
 
 proof: $(READY) ## the longer proofs: numerics, kill series and the whole of make operator
 	$(PY) -m pytest -m slow

@@ -18,6 +18,7 @@ from dev2pro.errors import ConfigError
 
 FOLDER = ROOT / "runs" / ".slots"
 POLL_SECONDS = 0.5  # seconds between two attempts to lock slots
+_waiting: list[object] = []  # one for every thread that waits for its turn
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,15 @@ def _lock_free(all_names: tuple[str, ...], count: int) -> dict[str, int]:
 
 @contextmanager
 def _queue_turn(stopping: Callable[[], bool]) -> Iterator[None]:
-    """Lets one waiting process at a time try to lock slots."""
-    while (handle := run_folder.lock(_file("turn"))) is None and not stopping():
-        time.sleep(POLL_SECONDS)
+    """Lets one waiter at a time try to lock slots: threads of this process in the order they came, processes as it happens."""
+    ticket, handle = object(), None
+    _waiting.append(ticket)
     try:
+        while (_waiting[0] is not ticket or (handle := run_folder.lock(_file("turn"))) is None) and not stopping():
+            time.sleep(POLL_SECONDS)
         yield
     finally:
+        _waiting.remove(ticket)
         if handle is not None:
             os.close(handle)
 

@@ -62,6 +62,8 @@ def tars(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.glob("to/*.tar"))}
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_two_ranks_killed_and_gone_on_write_the_same_shards(shards, encoded, tmp_path):
     args = command(shards, tmp_path / "out", f"{tmp_path}/to", 2)
     child = subprocess.Popen(args, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -95,6 +96,25 @@ def test_who_wants_all_is_not_overtaken(holder):
     assert many.stdout.readline().split()[:2] == ["got", "0,3"]
     many.communicate("done\n", timeout=20)
     assert later.stdout.readline()
+
+
+def test_threads_take_their_turns_in_the_order_they_came(monkeypatch):
+    monkeypatch.setattr(gpu_slots, "POLL_SECONDS", 0.001)
+    order: list[int] = []
+
+    def work(number: int) -> None:
+        with gpu_slots.acquire(2, f"stage {number}", lambda: False, lambda _: None):
+            order.append(number)
+
+    with gpu_slots.acquire(2, "first", lambda: False, lambda _: None):
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+        for waiting, thread in enumerate(threads, 1):
+            thread.start()
+            while len(gpu_slots._waiting) < waiting:
+                time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    assert order == list(range(8))
 
 
 def test_more_than_there_are_is_a_mistake():
