@@ -106,7 +106,9 @@ def test_evaluation_holds_every_cell(first):
     assert list((ROOT / OUT / "evaluate/sheets").glob("*.png"))
 
 
-def test_a_failing_stage_fails_the_flow_and_keeps_its_exit_code(first, home):
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_failing_stage_fails_the_flow_and_keeps_its_exit_code(home):
     bad = ROOT / "conf/pipeline/test-bad.yaml"
     plan = yaml.safe_load((ROOT / "conf/pipeline/smoke.yaml").read_text())
     arms = {"recovered@1": plan["arms"]["recovered@1"]}

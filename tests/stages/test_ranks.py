@@ -82,7 +82,10 @@ def alone(undisturbed):
     return read_run(undisturbed)
 
 
-@pytest.mark.parametrize(("ranks", "shard"), [(2, "false"), pytest.param(4, "false", marks=pytest.mark.slow), (2, "true")])
+@pytest.mark.parametrize(
+    ("ranks", "shard"),
+    [pytest.param(2, "false", marks=[pytest.mark.slow, pytest.mark.ci]), pytest.param(4, "false", marks=pytest.mark.slow), (2, "true")],
+)
 def test_ranks_see_the_same_and_end_within_rounding(alone, undisturbed, ranks, shard, tmp_path):
     assert start(tmp_path, ranks, f"hardware.shard={shard}") == 0
     same(read_run(tmp_path), alone)
