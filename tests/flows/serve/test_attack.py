@@ -93,12 +93,15 @@ def test_a_change_while_it_runs_is_not_run_when_it_is_cancelled(serve, pwned):
 
 @pytest.mark.ci
 def test_the_next_start_puts_it_right_and_says_so(serve, pwned):
+    changed = ("evaluate", "distill", "recover")
+    for name in changed:
+        serve.api.patch(f"deployments/{serve.deployments()[name]['id']}", json={"pull_steps": shell(pwned)}).raise_for_status()
     assert serve.stop() == 0
     serve.start()
     log = serve.log_file.read_text()
-    for name in ("evaluate", "distill", "recover"):
+    for name in changed:
         assert f"of the deployment {name} through the API; it is put right" in log
-    until(lambda: all(not serve.deployments()[name]["pull_steps"] for name in ("evaluate", "distill", "recover")), what="putting it right")
+    until(lambda: all(not serve.deployments()[name]["pull_steps"] for name in changed), what="putting it right")
     run = serve.run("recover", recover={"steps": 3, "batch": 4, "data": {"name": "chalk"}, "probe": {"every": 3, "samples": 2}, "out": "runs/right"})
     serve.until_state(run, "Completed", "Failed", seconds=400)
     assert serve.state(run)["name"] == "Completed", serve.run_log(run)
