@@ -133,9 +133,11 @@ class Serve:
             return None
 
     def run_log(self, run: str) -> str:
-        """The run's log."""
-        chosen = {"flow_run_id": {"any_": [run]}}
-        return "\n".join(line["message"] for line in self.post("logs/filter", logs=chosen, sort="TIMESTAMP_ASC", limit=200))
+        """The run's log, which on a busy machine is longer than one answer of the API."""
+        chosen, lines = {"flow_run_id": {"any_": [run]}}, list[str]()
+        while part := self.post("logs/filter", logs=chosen, sort="TIMESTAMP_ASC", limit=200, offset=len(lines)):
+            lines += [line["message"] for line in part]
+        return "\n".join(lines)
 
     def artifacts(self, run: str) -> list[dict[str, Any]]:
         return self.post("artifacts/filter", artifacts={"flow_run_id": {"any_": [run]}})

@@ -53,7 +53,7 @@ def log_in(page: Page, user: str, address: str = "") -> None:
     page.goto(f"{address}/")
     page.get_by_placeholder("admin:pass").fill(user)
     page.keyboard.press("Enter")
-    page.wait_for_function("localStorage.getItem('prefect-password')")
+    until(lambda: page.evaluate("localStorage.getItem('prefect-password')"), what="logging in")  # the page's own policy forbids wait_for_function
 
 
 def shot(page: Page, name: str) -> None:

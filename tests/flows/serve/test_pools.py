@@ -132,8 +132,9 @@ def test_a_worker_runs_it_and_smuggled_job_variables_do_nothing(serve, deployed,
     response = serve.api.post("flow_runs/", json={**deployment, "parameters": form, "job_variables": hostile, "state": {"type": "SCHEDULED"}})
     assert response.status_code == 201
     assert response.json()["job_variables"] == hostile
-    log = ends(serve, response.json()["id"])
-    assert "recover: done" in log
+    run = response.json()["id"]
+    ends(serve, run)
+    until(lambda: "recover: done" in serve.run_log(run), what="the log")
     assert not list(serve.folder.rglob("pwned"))
 
 
