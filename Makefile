@@ -2,6 +2,11 @@ SEED ?= 0
 # processes of make test: one more than two cores, as some wait while others compute
 WORKERS ?= 3
 OUT ?= runs/demo
+ROUNDS ?= 3
+# of make gpu: cuda or cpu; 12b, or tiny for a CPU; the beginning of a piece's name
+DEVICE ?= cuda
+SIZE ?= 12b
+PIECE ?=
 
 ifdef PY # an interpreter that has everything already: PY=python3 make test
 READY :=
@@ -10,7 +15,7 @@ PY := .venv/bin/python
 READY := .venv/ready
 endif
 
-.PHONY: help venv demo serve test promises proof chaos operator year lint format bench miniature clean
+.PHONY: help venv demo serve test promises proof chaos operator year lint format bench peers gpu miniature clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,8 +38,9 @@ serve: $(READY) ## the Prefect UI on http://127.0.0.1:4200 with everything ready
 test: $(READY) ## the tests, several files at a time
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-promises: $(READY) ## one real example of each promise that takes minutes: kills, a browser, an attack, nginx, PostgreSQL
-	$(PY) -m pytest -m ci
+promises: $(READY) ## one real example of each promise that takes minutes, in two halves side by side: kills, ranks, machines; a browser, an attack, nginx, PostgreSQL
+	@mkdir -p runs; $(PY) -m pytest -m ci --ignore=tests/flows >runs/promises.log 2>&1 & rest=$$!; \
+	$(PY) -m pytest -m ci tests/flows; flows=$$?; wait $$rest; rest=$$?; cat runs/promises.log; exit $$((flows + rest))
 
 proof: $(READY) ## the longer proofs: numerics, kill series and the whole of make operator
 	$(PY) -m pytest -m slow
@@ -60,6 +66,14 @@ format: $(READY) ## put imports and layout in order
 
 bench: $(READY) ## measure the training step, checkpoints and the stream
 	@set -e; for name in dev2pro.training.step dev2pro.training.checkpoint data.loading.stream data.loading.order data.index flows.ui.progress; do echo "== $$name"; $(PY) -m bench.$$name; done
+	$(PY) -m bench.train recover --size miniature
+	$(PY) -m bench.train lora --size miniature
+
+peers: $(READY) ## measure our LoRA and full steps against diffusers' own scripts and a bare loop: ROUNDS=3
+	$(PY) -m bench.peers $(ROUNDS)
+
+gpu: $(READY) ## on a machine with a GPU: the tests marked gpu, then 12 B weights through every hardware= file; DEVICE=cuda SIZE=12b PIECE=
+	$(PY) -m bench.gpu --device $(DEVICE) --size $(SIZE) --piece "$(PIECE)"
 
 miniature: $(READY) ## build data/miniature again from nothing
 	$(PY) -m flows.miniature

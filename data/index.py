@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data import commands
-from data.shards import sidecar
+from data.shards import notes, pictures, sidecar
+from data.shards.notes import Notes
 from data.shards.scan import scan
 from data.shards.sidecar import Sidecar
 from data.storage import urls
@@ -31,24 +32,27 @@ class Outcome:
     samples: int = 0
     rejected: tuple[dict[str, Any], ...] = ()
     ignored: dict[str, int] = field(default_factory=dict)
+    altered: Notes = field(default_factory=dict)
     partial: dict[str, Any] | None = None
     error: str = ""
     exit_code: int = 0
     reused: bool = False
 
 
-def index(url: str, transport: Transport, folder: str | None = None, *, empty_captions: bool = False, allow_partial: bool = False) -> Outcome:
-    """Indexes one shard. Skips it if a valid index with the same policy exists (see `scan`)."""
+def index(
+    url: str, transport: Transport, folder: str | None = None, *, empty_captions: bool = False, allow_partial: bool = False, repeat: int = 1
+) -> Outcome:
+    """Indexes one shard. Skips it if a valid index with the same policy exists (see `scan`). `repeat`: how often an epoch takes its samples."""
     policy = {"empty_captions": empty_captions, "allow_partial": allow_partial}
     try:
         shard_index = _existing_sidecar(url, transport, folder, policy)
         reused = shard_index is not None
         if shard_index is None:
             shard_index = scan(url, transport, **policy)
+            shard_index.head.update({"repeat": repeat} if repeat > 1 else {})
             transport.write(sidecar.path_of(url, folder), shard_index.encode())
-        return Outcome(
-            url, len(shard_index), tuple(shard_index.head["rejected"]), shard_index.head["ignored"], shard_index.head["partial"], reused=reused
-        )
+        head = shard_index.head
+        return Outcome(url, len(shard_index), tuple(head["rejected"]), head["ignored"], head.get("altered", {}), head["partial"], reused=reused)
     except StageError as error:
         return Outcome(url, error=str(error), exit_code=error.exit_code)
 
@@ -58,7 +62,9 @@ def _existing_sidecar(url: str, transport: Transport, folder: str | None, policy
         shard_index = sidecar.read(url, transport, folder)
     except DataError:
         return None
-    return shard_index if shard_index.head["policy"] == policy and not shard_index.info.difference(transport.info(url)) else None
+    readable_now = any(kind.removeprefix(".") in pictures.SUFFIXES for kind in shard_index.head["ignored"])  # as a plugin was installed since
+    unchanged = shard_index.head["policy"] == policy and not shard_index.info.difference(transport.info(url))
+    return shard_index if unchanged and not readable_now else None
 
 
 def _start(config: ReadConfig) -> None:
@@ -71,7 +77,7 @@ def _index(url: str, folder: str | None, policy: dict[str, bool]) -> Outcome:
 
 
 def work(options: argparse.Namespace) -> int:
-    """Indexes in parallel. The exit code is 0, or that of the first shard that could not be indexed."""
+    """Indexes in parallel. The exit code is 0, or that of the first shard that could not be indexed or has no sample."""
     shards = list(dict.fromkeys(url for pattern in options.shards for url in urls.expand(pattern, "SHARDS")))
     if folders := [redact_url(url) for url in shards if os.path.isdir(url)]:
         tars, packing = f"{folders[0]}/*.tar", f"python -m data.pack {folders[0]} OUT"
@@ -109,10 +115,14 @@ def _print_summary(outcomes: list[Outcome]) -> int:
     if ignored := sum((Counter(outcome.ignored) for outcome in outcomes), Counter[str]()):
         kinds = ", ".join(f"{count:,} {printable(kind)}" for kind, count in ignored.most_common(MAX_ROWS))
         print(f"index: {ignored.total():,} members are of no use here: {kinds}")
+    altered: Notes = {}
     for outcome in outcomes:
+        notes.merge(altered, outcome.altered)
         if outcome.partial:
             why = printable(f"{outcome.partial['offset']}: {outcome.partial['reason']}")
             print(f"index: {redact_url(outcome.url)} is used only up to its damage at byte {why}")
+    for line in notes.altered(altered, "data.background"):
+        print(f"index: {line}")
     for outcome in failed:
         print(f"index: {outcome.error}", file=sys.stderr)
     fine = [outcome for outcome in outcomes if not outcome.exit_code]
@@ -120,7 +130,10 @@ def _print_summary(outcomes: list[Outcome]) -> int:
         f"index: {len(fine):,} shards with {sum(outcome.samples for outcome in fine):,} samples "
         f"({sum(outcome.reused for outcome in fine):,} were indexed before); rejected are {len(rows):,} samples and {len(failed):,} shards"
     )
-    return failed[0].exit_code if failed else 0
+    if empty := [redact_url(outcome.url) for outcome in fine if not outcome.samples]:
+        more = f" and {len(empty) - 1:,} other shards hold" if len(empty) > 1 else " holds"
+        print(f"index: {empty[0]}{more} no sample that can be used. Mend what the table above names, or leave it out.", file=sys.stderr)
+    return failed[0].exit_code if failed else DataError.exit_code if empty else 0
 
 
 def main() -> None:

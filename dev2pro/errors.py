@@ -54,6 +54,8 @@ class InterruptedRun(StageError):
     exit_code = INTERRUPTED
 
 
+LOST = 76  # of a rank that ends only because another one ended or hangs; `dev2pro.ranks` makes 75 of it where no rank on its machine says why
+
 FULL = ("No space left on device", "Disk quota exceeded", "os error 28")  # the last: Rust libraries
 
 

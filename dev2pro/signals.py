@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -21,7 +21,7 @@ PR_SET_PDEATHSIG = 1
 PARENT = "DEV2PRO_PARENT"  # pid of the parent, set by a parent that its child must not outlive
 FLOW = "DEV2PRO_EVENTS"  # set by a flow
 _since = 0.0  # when the first signal came
-_grace = 0.0  # seconds, inside `grace_period`; else 0
+_grace: Callable[[], float] | None = None  # seconds, inside `grace_period`
 _timer: threading.Timer | None = None  # ends the process after the grace period
 _parent = 0  # pid of the parent, if that is a flow or torchrun
 
@@ -33,6 +33,12 @@ def install_handlers() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _on_signal)
     stop_with_parent()
+
+
+def nothing_left_to_stop(exit_code: int) -> None:
+    """Call when the work is over: a signal then ends the process at once, with its own exit code. torchrun sends one to ranks that are ending."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(exit_code))
 
 
 def stop_with_parent() -> None:
@@ -78,14 +84,14 @@ def _until_parent_ends_it() -> None:
 
 
 @contextmanager
-def grace_period(grace: float) -> Iterator[None]:
-    """Inside this context a signal only sets the flag that `stop_requested` returns. The process then has `grace` seconds to save and leave it."""
+def grace_period(grace: Callable[[], float]) -> Iterator[None]:
+    """Inside this context a signal only sets the flag that `stop_requested` returns. The process then has `grace()` seconds to save and leave it."""
     global _grace, _timer
     _grace = grace
     try:
         yield
     finally:
-        _grace = 0.0
+        _grace = None
         if _timer:
             _timer.cancel()
         _timer = None
@@ -116,9 +122,9 @@ def _request_stop(why: str) -> None:
         raise KeyboardInterrupt
     if stop_requested():
         return None if parent_died() else _end("asked twice")
-    _since = now
-    _write_line(f"asked to stop ({why}): finishing the step and saving, for up to {_grace:.0f} s", sys.stderr)
-    _timer = threading.Timer(_grace, _end, [f"{_grace:.0f} s were not enough to save"])
+    _since, seconds = now, _grace()
+    _write_line(f"asked to stop ({why}): finishing the step and saving, for up to {seconds:.0f} s", sys.stderr)
+    _timer = threading.Timer(seconds, _end, [f"{seconds:.0f} s were not enough to save"])
     _timer.daemon = True
     _timer.start()
 

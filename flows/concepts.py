@@ -1,5 +1,7 @@
 """One recovered model, many LoRAs: trains and evaluates every concept of a list, a few at a time. A failed concept does not stop the others."""
 
+import sys
+
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
@@ -8,12 +10,15 @@ from prefect.states import Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from dev2pro.artifacts.record import ROOT, Artifact
-from dev2pro.escape import markdown
+from dev2pro.errors import StageError
+from dev2pro.escape import markdown, printable
 from dev2pro.redact import redact
+from flows import frame
 from flows.forms import Concept, Concepts, overrides
 from flows.generations import aliases
 from flows.plan import hydra_args, stage_folder
-from flows.processes.launch import RETRY_OPTIONS, launch, run_context
+from flows.processes import reach
+from flows.processes.launch import RETRY_OPTIONS, StageFailed, launch, run_context
 from flows.ui.progress import key
 from flows.ui.verdict import show
 
@@ -48,7 +53,9 @@ def concepts(concepts: Concepts) -> State:
     create_markdown_artifact(key=f"{key(ROOT / concepts.out)}-concepts", markdown=summary(futures), description="How the concepts came out")
     failed = [name for name, future in futures.items() if not future.state.is_completed()]
     if failed:
-        return Failed(message=f"{len(failed)} of {len(futures)} concepts failed: {', '.join(failed)}. Retry does these again.")
+        message = f"{len(failed)} of {len(futures)} concepts failed: {', '.join(failed)}. Retry does these again."
+        error = futures[failed[0]].state.result(raise_on_failure=False)
+        return Failed(message=message, data=StageFailed(f"{message} The first: {error}", getattr(error, "exit_code", StageError.exit_code)))
     return Completed(message=f"{len(futures)} concepts in {concepts.out}")
 
 
@@ -62,3 +69,19 @@ def summary(futures: dict[str, PrefectFuture]) -> str:
         else:
             lines.append(f"| {markdown(name)} | **{markdown(future.state.name)}** | {markdown(redact(str(result)))} | |")
     return "\n".join(lines)
+
+
+def main(args: list[str]) -> int:
+    """Runs the flow with `key=value` arguments and prints its final state. Returns the exit code."""
+    return frame.run("concepts", Concepts, args, _run_and_tell)
+
+
+def _run_and_tell(form: Concepts) -> None:
+    reach.check()
+    state = concepts(form, return_state=True)
+    state.result()  # raises the error of the first concept that failed
+    print(printable(state.message or ""))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

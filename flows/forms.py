@@ -3,19 +3,17 @@
 A form mirrors the stage's configuration: `data.train` is the field `train` of the group `data`. An empty field keeps the value of conf/.
 """
 
-import os
-import re
 from collections.abc import Collection
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
+from dev2pro import allowed
 from dev2pro.artifacts.record import ROOT
 from flows import plan
 from flows.generations.aliases import ALIAS, LINE, NAME
+from flows.roots import within_roots
 
-ROOTS = "DEV2PRO_ROOTS"  # folders and URLs, separated by commas, that pictures, models and stores may be in
 END = r"(?!\n)"  # after $, which in Python, unlike in a browser, also matches before a final line break
 CONTROL_CHARACTERS = r"\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069"  # control characters of terminals, and bidirectional overrides
 SAFE = rf"^(?!.*(\$\{{|_target_|(^|/)\.\.(/|$)))[^{CONTROL_CHARACTERS}~]+${END}"  # no interpolation, no parent folder, no control character
@@ -26,31 +24,15 @@ def config_names(group: str) -> tuple[str, ...]:
     return tuple(sorted(file.stem for file in (ROOT / "conf" / group).glob("*.yaml")))
 
 
-def within_roots(url: str) -> str:
-    """The path or URL, unchanged. Raises ValueError for one outside the configured roots."""
-    roots = [root.strip() for root in os.environ.get(ROOTS, "").split(",") if root.strip()]
-    if ":" in url.split("/")[0]:  # a URL, or something with a scheme
-        allowed = any(url == root or url.startswith(root.rstrip("/") + "/") for root in roots if "://" in root)
-    else:
-        inside = (ROOT / re.split(r"[*?\[{]", url)[0]).resolve()  # the part before a glob pattern, with links resolved
-        allowed = any(inside.is_relative_to(root) for root in [ROOT, *(Path(root).resolve() for root in roots if "://" not in root)])
-    below = next((url.removeprefix(root) for root in (*roots, str(ROOT)) if url.startswith(root)), url)
-    if any(part.startswith(".") and part != "." for part in below.split("/")):
-        raise ValueError("hidden files and folders hold settings and secrets, and are not read. Choose another")
-    if not allowed:
-        raise ValueError(
-            f"it is outside of the places that this machine offers ({', '.join([str(ROOT), *roots])}). Choose one inside, or add to {ROOTS}"
-        )
-    return url
-
-
 Name = Annotated[str, StringConstraints(pattern=plan.NAME + END)]
 RunFolder = Annotated[str, StringConstraints(pattern=r"^runs(/[A-Za-z0-9][A-Za-z0-9_.@+-]{0,63})+$" + END), AfterValidator(within_roots)]
 Text = Annotated[str, StringConstraints(pattern=SAFE, min_length=1, max_length=500)]
 Url = Annotated[Text, AfterValidator(within_roots)]
 Base = Annotated[Text, AfterValidator(lambda url: url if ALIAS.fullmatch(url) else within_roots(url))]
 Line = Annotated[str, StringConstraints(pattern=f"^{NAME}${END}")]
-Seed = Annotated[int, Field(0, ge=0, lt=2**63, title="Seed", description="The same seed and values give the same result, bit for bit.")]
+Seed = Annotated[
+    int, Field(0, **allowed.RANGES["seed"].bounds(), title="Seed", description="The same seed and values give the same result, bit for bit.")
+]
 FOLDER_HELP = "Where the result goes, below runs/. The same values into the same folder go on, or return at once what is finished."
 TRAINED_ON_HELP = "latest or best: what the recurring recovery promoted; else a model's folder or store address."
 if TYPE_CHECKING:  # the names depend on the files in conf/
@@ -66,6 +48,11 @@ def form_field(title: str, description: str, default: Any = None, **bounds: Any)
     """A form field. Without a default it may be left empty."""
     default_args = {"default_factory": default} if callable(default) else {"default": default}
     return Field(title=title, description=description if default is not None else f"{description} Empty: as in conf/.", **default_args, **bounds)
+
+
+def number(key: str, title: str, description: str, default: Any = None) -> Any:
+    """A form field for a number, with the bounds that the stages have for this key."""
+    return form_field(title, description, default, **allowed.RANGES[key].bounds())
 
 
 def _without_null(schema: dict[str, Any]) -> None:
@@ -94,39 +81,39 @@ class Data(Group):
     name: Name | None = form_field("Name", "Of the data set or style, for tables; in the miniature ink, chalk, sideways, poster or halftone.")
     train: list[Url] | None = form_field("Training", "A snapshot, indexed tars, or folders of captioned pictures.", min_length=1)
     heldout: list[Url] | None = form_field("Held out", "Pictures to measure on, never trained on.", min_length=1)
-    resolution: int | None = form_field("Resolution", "Pixels: side of the square whose area every picture is scaled to.", ge=16, le=4096)
+    resolution: int | None = number("resolution", "Resolution", "Pixels: side of the square whose area every picture is scaled to.")
 
 
 class Optim(Group):
     """How the weights are moved."""
 
     model_config = ConfigDict(title="Optimizer")
-    lr: float | None = form_field("Learning rate", "Recovery of FLUX.1-dev: 0.00001; a LoRA: 0.0001.", gt=0, le=0.1)
-    warmup: int | None = form_field("Warm-up", "Steps until the learning rate is full.", ge=0, le=1_000_000)
+    lr: float | None = number("lr", "Learning rate", "Recovery of FLUX.1-dev: 0.00001; a LoRA: 0.0001.")
+    warmup: int | None = number("optim.warmup", "Warm-up", "Steps until the learning rate is full.")
 
 
 class Checkpoint(Group):
     """When the run is written down."""
 
     model_config = ConfigDict(title="Checkpoints")
-    every: int | None = form_field("Every", "Steps between two checkpoints.", ge=1, le=1_000_000)
-    keep: int | None = form_field("Keep", "How many of the newest; the best one is kept besides.", ge=1, le=100)
+    every: int | None = number("checkpoint.every", "Every", "Steps between two checkpoints.")
+    keep: int | None = number("checkpoint.keep", "Keep", "How many of the newest; the best one is kept besides.")
 
 
 class Probe(Group):
     """What is measured on held-out pictures while it runs."""
 
     model_config = ConfigDict(title="Measuring")
-    every: int | None = form_field("Every", "Steps between two measurements.", ge=1, le=1_000_000)
-    samples: int | None = form_field("Pictures", "Held-out pictures to measure on.", ge=1, le=100_000)
+    every: int | None = number("probe.every", "Every", "Steps between two measurements.")
+    samples: int | None = number("probe.samples", "Pictures", "Held-out pictures to measure on.")
 
 
 class Adapter(Group):
     """The LoRA itself."""
 
     model_config = ConfigDict(title="Adapter")
-    rank: int | None = form_field("Rank", "Its size.", ge=1, le=1024)
-    alpha: float | None = form_field("Alpha", "Its effect is scaled by alpha / rank.", gt=0, le=4096)
+    rank: int | None = number("adapter.rank", "Rank", "Its size, at most that of the layers it goes to.")
+    alpha: float | None = number("adapter.alpha", "Alpha", "Its effect is scaled by alpha / rank.")
     targets: Literal["attention", "attention+mlp", "all"] | None = form_field("Targets", "Which layers it goes to.")
 
 
@@ -156,8 +143,8 @@ class Stage(Group):
 class Training(Stage):
     """What every training stage is asked."""
 
-    steps: int | None = form_field("Steps", "Optimizer steps. With more of them a finished run goes on.", ge=1, le=10_000_000)
-    batch: int | None = form_field("Batch", "Pictures per optimizer step, over all processes.", ge=1, le=65_536)
+    steps: int | None = number("steps", "Steps", "Optimizer steps. With more of them a finished run goes on.")
+    batch: int | None = number("batch", "Batch", "Pictures per optimizer step, over all processes.")
     data: Data = form_field("Pictures", "Which pictures.", Data)
     optim: Optim = form_field("Optimizer", "How the weights are moved.", Optim)
     checkpoint: Checkpoint = form_field("Checkpoints", "When the run is written down.", Checkpoint)
@@ -169,7 +156,7 @@ class Recover(Training):
 
     model_config = ConfigDict(title="recover (dev2pro)")
     out: RunFolder = form_field("Folder", FOLDER_HELP, "runs/ui/recover")
-    ema: float | None = form_field("Averaging", "Decay of the averaged weights; 0 is none.", ge=0, lt=1)
+    ema: float | None = number("ema", "Averaging", "Decay of the averaged weights; 0 is none.")
 
 
 class Lora(Training):
@@ -179,7 +166,7 @@ class Lora(Training):
     out: RunFolder = form_field("Folder", FOLDER_HELP, "runs/ui/lora")
     trained_on: Base = form_field("Trained on", TRAINED_ON_HELP, "latest")
     arm: Name = form_field("Arm", "Its name in tables.", "recovered@1")
-    guidance: float = form_field("Guidance", "What the base expects in training: 1.0 for a recovered one.", 1.0, gt=0, le=30)
+    guidance: float = number("guidance", "Guidance", "What the base expects in training: 1.0 for a recovered one.", 1.0)
     adapter: Adapter = form_field("Adapter", "The LoRA itself.", Adapter)
 
 
@@ -193,7 +180,7 @@ class Evaluate(Stage):
         "Recovered", "A recovered model to put them on as well; latest and best are what the recurring recovery promoted."
     )
     prompts: Url | None = form_field("Prompts", "A text file with a prompt a line.")
-    seeds: int | None = form_field("Seeds", "Pictures for each prompt.", ge=1, le=1000)
+    seeds: int | None = number("seeds", "Seeds", "Pictures for each prompt.")
 
 
 class Distill(Training):
@@ -226,7 +213,7 @@ class Concepts(Training):
     base: Base | None = form_field("Rival", "Also train each on this base, to compare: twice the work. In the miniature data/miniature/pipeline.")
     adapter: Adapter = form_field("Adapter", "The LoRA itself.", Adapter)
     prompts: Url | None = form_field("Prompts", "A text file with a prompt a line, to judge by.")
-    seeds: int | None = form_field("Seeds", "Pictures for each prompt.", ge=1, le=1000)
+    seeds: int | None = number("seeds", "Seeds", "Pictures for each prompt.")
 
     @field_validator("concepts")
     @classmethod
@@ -257,10 +244,10 @@ class Recurring(Group):
     index: Url = form_field(
         "Indexes", f"A folder for what is in each tar, or {BESIDE}: in the tars' own folders, as `python -m data.index` does it.", INDEXES
     )
-    resolution: int | None = form_field("Resolution", "Pixels: side of the square whose area every picture is scaled to.", ge=16, le=4096)
+    resolution: int | None = number("resolution", "Resolution", "Pixels: side of the square whose area every picture is scaled to.")
     least: int = form_field("At least", "Fewer new samples than these wait for more.", 256, ge=1, le=1_000_000_000)
     epochs: float = form_field("Epochs", "Over what is new.", 1.0, ge=1, le=1000)
-    batch: int = form_field("Batch", "Pictures per optimizer step, over all processes.", 32, ge=1, le=65_536)
+    batch: int = number("batch", "Batch", "Pictures per optimizer step, over all processes.", 32)
     tolerance: float = form_field("Tolerance", "By how much the held-out loss may grow, as a share, for a model to be promoted.", 0.01, ge=0, le=1)
     keep: int = form_field("Keep", "How many of the newest generations keep their weights; latest and best do besides.", 3, ge=1, le=10_000)
     experiment: Experiment = RECOVER_FIELDS["experiment"]

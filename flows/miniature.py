@@ -1,12 +1,16 @@
 """Rebuilds data/miniature/ from scratch: frozen parts, then the teacher, then the base distilled from it. `make miniature`."""
 
 import shutil
+import sys
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from dev2pro.artifacts.record import ROOT
+from flows import frame
+from flows.forms import Group, form_field
 from flows.plan import hydra_args, stage_folder
+from flows.processes import reach
 from flows.processes.launch import launch, run_context
 
 BUNDLE = ROOT / "data" / "miniature"
@@ -42,5 +46,21 @@ def install(path: str, name: str) -> None:
         shutil.copyfile(source, target)
 
 
+class Out(Group):
+    """Where the parts are trained."""
+
+    out: str = form_field("Folder", "Where the parts are trained.", "runs/miniature")
+
+
+def main(args: list[str]) -> int:
+    """Runs the flow. Returns the exit code."""
+
+    def work(form: Out) -> None:
+        reach.check()
+        miniature(form.out)
+
+    return frame.run("miniature", Out, args, work)
+
+
 if __name__ == "__main__":
-    miniature()
+    sys.exit(main(sys.argv[1:]))

@@ -5,16 +5,17 @@ from typing import Any
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
+from prefect.futures import PrefectFuture
 from prefect.task_runners import ThreadPoolTaskRunner
-from pydantic import ValidationError
 
 from dev2pro.artifacts.record import Artifact
-from dev2pro.errors import ConfigError
 from dev2pro.escape import printable
+from flows import frame
 from flows import plan as plans
-from flows.forms import Pipeline, mistakes
+from flows.forms import Pipeline
 from flows.plan import Plan, hydra_args, stage_folder
-from flows.processes.launch import RETRY_OPTIONS, StageFailed, launch, run_context
+from flows.processes import reach
+from flows.processes.launch import RETRY_OPTIONS, launch, run_context
 from flows.ui import verdict
 
 
@@ -26,12 +27,14 @@ def recover(plan: Plan, seed: int, out: str) -> Artifact:
 
 
 @task(task_run_name="lora {style} {arm}", cache_policy=NO_CACHE, **RETRY_OPTIONS)
-def lora(plan: Plan, seed: int, out: str, style: str, arm: str, recovered: Artifact | None) -> Artifact:
+def lora(plan: Plan, seed: int, out: str, style: str, arm: str, recovered: Artifact | None, teacher_lora: Artifact | None = None) -> Artifact:
     """Trains one arm's LoRA in one style."""
-    stage_out = stage_folder(out, "lora", style, arm)
-    bases = {"base": plan.base, "teacher": plan.teacher, "recovered": recovered and stage_folder(out, "recover")}
-    values = {"out": stage_out, "seed": seed, "arm": arm, "trained_on": bases[plan.arms[arm].base], "guidance": plan.arms[arm].guidance}
-    return launch("lora", hydra_args(plan.common, plan.lora, plan.styles[style], values), stage_out, plan.processes.get("lora", 1))
+    stage_out, chosen = stage_folder(out, "lora", style, arm), plan.arms[arm]
+    models = {"base": plan.base, "teacher": plan.teacher, "recovered": recovered and stage_folder(out, "recover")}
+    values = {"out": stage_out, "seed": seed, "arm": arm, "trained_on": models[chosen.base], "guidance": chosen.guidance}
+    values |= {"loss.teacher": models[chosen.teacher]} if chosen.teacher else {}
+    values |= dict.fromkeys(("start", "loss.teacher_lora"), stage_folder(out, "lora", style, chosen.teacher_arm)) if chosen.teacher_arm else {}
+    return launch("lora", hydra_args(plan.common, plan.lora, plan.styles[style], chosen.lora, values), stage_out, plan.processes.get("lora", 1))
 
 
 @task(task_run_name="evaluate", cache_policy=NO_CACHE, **RETRY_OPTIONS)
@@ -53,26 +56,25 @@ def pipeline(pipeline: Pipeline) -> dict[str, Any]:
     plan, seed, out = plans.read(pipeline.plan), pipeline.seed, pipeline.out
     with run_context():
         recovered = recover.submit(plan, seed, out)
-        loras = [lora.submit(plan, seed, out, style, arm, recovered if plan.arms[arm].base == "recovered" else None) for style, arm in plan.pairs()]
-        result = evaluate(plan, seed, out, recovered.result(), [lora_run.result() for lora_run in loras])  # the first failure ends the flow
+        loras: dict[tuple[str, str | None], PrefectFuture] = {}
+        for style, arm in plan.pairs():
+            needed = recovered if "recovered" in plan.arms[arm].models else None
+            loras[style, arm] = lora.submit(plan, seed, out, style, arm, needed, loras.get((style, plan.arms[arm].teacher_arm)))
+        result = evaluate(plan, seed, out, recovered.result(), [one.result() for one in loras.values()])  # the first failure ends the flow
     verdict.show(result)
     return {"verdict": result.metrics["verdict"], "report": f"{result.uri}/report.html"}
 
 
 def main(args: list[str]) -> int:
     """Runs the flow with `key=value` arguments and prints the verdict. Returns the exit code."""
-    try:
-        form = Pipeline.model_validate(dict(arg.partition("=")[::2] for arg in args))
-        plans.read(form.plan)  # fails on a bad plan before a server starts
-        outcome = pipeline(form)
-    except ValidationError as error:
-        print("\n".join(printable(f"pipeline: {line}") for line in mistakes(error, Pipeline)), file=sys.stderr)
-        return ConfigError.exit_code
-    except (ConfigError, StageFailed) as error:
-        print(printable(f"pipeline: {error}"), file=sys.stderr)
-        return error.exit_code
+    return frame.run("pipeline", Pipeline, args, _run_and_tell)
+
+
+def _run_and_tell(form: Pipeline) -> None:
+    plans.read(form.plan)  # fails on a bad plan before a server starts
+    reach.check()
+    outcome = pipeline(form)
     print(f"\n{printable(outcome['verdict'])}\n\nReport: {printable(outcome['report'])}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -6,24 +6,33 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from hydra.core.override_parser.types import Quote, QuotedString
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from dev2pro import command_line
 from dev2pro.artifacts.record import ROOT
 from dev2pro.errors import ConfigError
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.@+-]{0,63}$"  # no slash, so it cannot leave its folder
 Name = Annotated[str, StringConstraints(pattern=NAME)]
 CONSTANTS = ("null", "true", "false", "nan", "inf")  # Hydra does not read these as strings
-Overrides = dict[str, str | int | float | bool | list[str] | None]
+Overrides = dict[str, str | int | float | bool | list[str] | list[float] | None]
+Model = Literal["base", "recovered", "teacher"]
 
 
 class Arm(BaseModel):
     """One way of training a LoRA."""
 
     model_config = ConfigDict(extra="forbid")
-    base: Literal["base", "recovered", "teacher"]
+    base: Model  # what it is trained on
     guidance: float = Field(gt=0)
+    teacher: Model | None = None  # of the loss
+    teacher_arm: Name | None = None  # whose LoRA, of the same style, the teacher has and this one begins from
+    lora: Overrides = {}  # what stages.lora is given for this arm besides, such as {loss.name: guidance}
+
+    @property
+    def models(self) -> set[str | None]:
+        """The models that it reads."""
+        return {self.base, self.teacher}
 
 
 class Plan(BaseModel):
@@ -41,8 +50,18 @@ class Plan(BaseModel):
     processes: dict[Literal["recover", "lora", "evaluate"], int] = {}  # ranks of a stage, where more than one
 
     def pairs(self) -> list[tuple[str, str]]:
-        """(style, arm) of every LoRA; those trained on the recovered model come last."""
-        return sorted(((s, a) for a in self.arms for s in self.styles), key=lambda pair: self.arms[pair[1]].base == "recovered")
+        """(style, arm) of every LoRA; those that need the recovered model come after the others, and those that need its LoRAs last."""
+        arms = sorted(self.arms.items(), key=lambda item: ("recovered" in item[1].models, item[1].teacher_arm is not None))
+        return [(style, name) for name, _ in arms for style in self.styles]
+
+    @model_validator(mode="after")
+    def _teachers_exist(self) -> "Plan":
+        for name, arm in self.arms.items():
+            if self.teacher is None and "teacher" in arm.models:
+                raise ValueError(f"arms.{name} needs the teacher, and teacher is not set")
+            if arm.teacher_arm and ((other := self.arms.get(arm.teacher_arm)) is None or other.teacher_arm or other.base != arm.teacher):
+                raise ValueError(f"arms.{name}.teacher_arm={arm.teacher_arm} is no arm that is trained on {arm.teacher} alone")
+        return self
 
 
 def read(name: str) -> Plan:
@@ -56,8 +75,6 @@ def read(name: str) -> Plan:
         plan = Plan.model_validate(yaml.safe_load(path.read_text()))
     except (ValidationError, yaml.YAMLError) as error:
         raise ConfigError(f"{path.relative_to(ROOT)} is no plan: {error}") from error
-    if plan.teacher is None and any(arm.base == "teacher" for arm in plan.arms.values()):
-        raise ConfigError(f"{path.relative_to(ROOT)} has an arm trained on the teacher, but names no teacher.")
     return plan
 
 
@@ -73,8 +90,7 @@ def _quoted(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, str) and (not re.fullmatch(r"[A-Za-z_/][A-Za-z0-9_./-]*", value) or value.lower() in CONSTANTS):
-        literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # OmegaConf's escape: no string is an interpolation
-        return QuotedString(literal, Quote.single).with_quotes()
+        return command_line.quoted(value)
     return str(value)
 
 

@@ -10,21 +10,21 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 from prefect.logging import get_run_logger
 from prefect.states import Completed, State
-from pydantic import ValidationError
 
 from dev2pro.artifacts.record import ROOT, Artifact
-from dev2pro.errors import ConfigError, DataError, StageError
+from dev2pro.errors import DataError
 from dev2pro.escape import printable
-from flows.forms import BESIDE, Recurring, mistakes, overrides
+from flows import frame
+from flows.forms import BESIDE, Recurring, overrides
 from flows.generations import aliases, history, lifecycle
 from flows.generations.lifecycle import WORSE, Generation
 from flows.plan import hydra_args
+from flows.processes import reach
 from flows.processes.launch import RETRY_OPTIONS, StageFailed, command, launch, run_context
 
 SKIPPED, NOT_PROMOTED = "Skipped", "Not promoted"  # names of completed states
@@ -162,34 +162,14 @@ def _final_state(form: Recurring, done: list[Generation], new: NewShards) -> Sta
 
 def main(args: list[str]) -> int:
     """Runs the flow with `key=value` arguments and prints its final state. Returns the exit code."""
-    try:
-        state = recurring(Recurring.model_validate(nested(args)), return_state=True)
-        state.result()  # raises the error of a failed run
-    except ValidationError as error:
-        print("\n".join(printable(f"recurring: {line}") for line in mistakes(error, Recurring)), file=sys.stderr)
-        return ConfigError.exit_code
-    except (StageError, StageFailed) as error:
-        print(printable(f"recurring: {error}"), file=sys.stderr)
-        return error.exit_code if error.exit_code > 0 else 128 - error.exit_code  # of a killed stage: 128 + signal, as in a shell
+    return frame.run("recurring", Recurring, args, _run_and_tell, lists=LISTS)
+
+
+def _run_and_tell(form: Recurring) -> None:
+    reach.check()
+    state = recurring(form, return_state=True)
+    state.result()  # raises the error of a failed run
     print(printable(f"{state.name}: {state.message}"))
-    return 0
-
-
-def nested(args: list[str]) -> dict[str, Any]:
-    """`a.b=c` arguments as the form's nested values. A value that begins with [ is a list; a single path of `LISTS` becomes a list of one."""
-    values: dict[str, Any] = {}
-    for arg in args:
-        key, _, value = arg.partition("=")
-        *above, last = key.split(".")
-        group = values
-        for part in above:
-            if not isinstance(group := group.setdefault(part, {}), dict):
-                raise ConfigError(f"{arg}: {part} has a value already. Give one or the other.")
-        try:
-            group[last] = yaml.safe_load(value) if value.startswith("[") else [value] if key in LISTS else value
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{arg} is no list. Write it as in {key}=[one,two], and what has braces in quotes.") from error
-    return values
 
 
 if __name__ == "__main__":

@@ -1,12 +1,19 @@
-"""One stage as a flow of its own, for the forms of the UI: recover, lora, evaluate, distill."""
+"""One stage as a flow of its own, for the forms of the UI: recover, lora, evaluate, distill. `python -m flows.single lora out=runs/mine`."""
+
+import sys
+from typing import Any
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, State
 
+from dev2pro.errors import ConfigError
+from dev2pro.escape import printable
+from flows import frame
 from flows.forms import Distill, Evaluate, Lora, Recover, Stage, overrides
 from flows.generations import aliases
 from flows.plan import hydra_args
+from flows.processes import reach
 from flows.processes.launch import RETRY_OPTIONS, launch, run_context
 from flows.ui import verdict
 
@@ -46,3 +53,28 @@ def evaluate(evaluate: Evaluate) -> State:
 def distill(distill: Distill) -> State:
     """Makes a guidance-distilled student from an undistilled teacher, as the article guesses FLUX.1-dev was made."""
     return _run("distill", distill, "teacher")
+
+
+FLOWS: dict[str, tuple[Any, type[Stage]]] = {
+    "recover": (recover, Recover), "lora": (lora, Lora), "evaluate": (evaluate, Evaluate), "distill": (distill, Distill),
+}  # fmt: skip
+
+
+def main(args: list[str]) -> int:
+    """Runs the flow of the stage that the first argument names with the others, `key=value`, and prints its final state. Returns the exit code."""
+    if not args or args[0] not in FLOWS:
+        print(f"single: the first word must be a stage, one of {', '.join(FLOWS)}.", file=sys.stderr)
+        return ConfigError.exit_code
+    flow_of_stage, form = FLOWS[args[0]]
+
+    def run_and_tell(filled: Stage) -> None:
+        reach.check()
+        state = flow_of_stage(filled, return_state=True)
+        state.result()  # raises the error of a failed run
+        print(printable(state.message or ""))
+
+    return frame.run(args[0], form, args[1:], run_and_tell)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

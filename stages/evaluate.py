@@ -12,15 +12,20 @@ from data import sources
 from data.loading.stream import Batch
 from dev2pro.artifacts import record, run_folder, store
 from dev2pro.artifacts.record import Artifact
+from dev2pro.errors import ConfigError
 from dev2pro.judging import cells, comparison, grids, metrics, report
+from dev2pro.judging import prompts as prompt_file
+from dev2pro.judging.cell_store import CellFiles
 from dev2pro.judging.cells import Inference
 from dev2pro.judging.comparison import Cell
 from dev2pro.judging.judge import Judge
+from dev2pro.judging.sampled_cells import PlannedCell, SampledCells
 from dev2pro.judging.sampler import Sampler
 from dev2pro.log import Log
-from dev2pro.models import flux1
+from dev2pro.models import model_folder
 from dev2pro.models.flux1 import ModelConfig
 from dev2pro.models.sampling import SamplingConfig
+from dev2pro.planning import plan
 from dev2pro.training import distributed, feed
 from dev2pro.training.distributed import HardwareConfig
 from stages import frame
@@ -43,38 +48,47 @@ class EvaluateConfig:
     bootstrap: int
     recovered: str | None = None
     teacher: str | None = None
+    cells: str | None = field(default=None, metadata={"identity": False})
     publish: str | None = field(default=None, metadata={"identity": False})
+    plan: bool = field(default=False, metadata={"identity": False})
+    check: bool = field(default=False, metadata={"identity": False})
 
 
-def run(config: EvaluateConfig) -> Artifact:
+def run(config: EvaluateConfig) -> Artifact | None:
     """Samples and judges every cell; writes metrics.json, report.html, sheets/*.png and artifact.json into `config.out`."""
     config.sampling.check()
-    groups = cells.read_prompts(config.prompts)
+    if config.cells and "://" in config.cells:
+        raise ConfigError(f"cells={config.cells} is no folder of this machine. Give a folder; pictures are not kept in a store.")
+    groups = prompt_file.read_prompts(config.prompts)
+    if plan.check("evaluate", config, [(config.resolution,) * 2], sum(map(len, groups))):
+        return None
     loras = cells.find_loras(config.loras, config.model.path)
     rivals = {"teacher": config.teacher, "recovered": config.recovered}
     inferences = cells.list_inferences(config.model.path, config.model.usual_guidance, config.sampling.cfg_scale, **rivals)
-    for inference in inferences:
-        flux1.check_transformer(inference.path)
+    model_folder.check_models(config.model.path, config.model.variant, base=True, **rivals)
+    Judge.check(config.judge)
     references = read_references(config, loras)
     parents = {inference.name: inference.path for inference in inferences} | {"judge": config.judge, "prompts": config.prompts}
     parents |= {f"{style}/{lora.inference['arm']}": lora.uri for style, arms in cells.by_style(loras).items() for lora in arms}
     accelerator = distributed.accelerator(config.hardware)
     with accelerator.main_process_first():
-        finished = run_folder.acquire(config.out, "evaluate", config, parents)
-    if finished:
-        return finished
+        finished = run_folder.acquire(config.out, "evaluate", config, parents, look=config.check)
+    if finished or config.check:
+        return finished or frame.checked("evaluate", config)
 
     prompts = [prompt for group in groups for prompt in group]
     sampler = Sampler(
         config.model, config.sampling, prompts, seeds=config.seeds, seed=config.seed, resolution=config.resolution,
-        dtype=distributed.DTYPES[config.hardware.dtype], text_cache_bytes=config.hardware.encodings_gb * 1e9, accelerator=accelerator,
+        dtype=config.hardware.inference, encoder_dtype=config.hardware.encoders, device=accelerator.device,
+        offloaded_blocks=config.hardware.offloaded_blocks, int8_base=config.hardware.int8_base, int8_encoders=config.hardware.int8_encoders,
     )  # fmt: skip
-    judged = judge_cells(config, groups, inferences, loras, references, sampler)
+    planned = plan_cells(config, inferences, loras, sampler)
+    judged = judge_cells(config, groups, planned, SampledCells(planned, sampler, accelerator), references)
     found = comparison.compare(judged, cells.kinds(loras, **rivals), config.bootstrap, config.seed)
     settings = {
         "model": config.model.path, "judge": config.judge, "prompts": prompts, "meanings": len(groups),
         "seeds": config.seeds, "steps": config.sampling.steps, "guidance": config.model.usual_guidance, "cfg_scale": config.sampling.cfg_scale,
-        "images_per_cell": len(sampler.rows), "bootstrap": config.bootstrap, "seed": config.seed,
+        "images_per_cell": sampler.count, "bootstrap": config.bootstrap, "seed": config.seed,
     }  # fmt: skip
     result = {"settings": settings, **found, "recovery": recovery(config)}
     if accelerator.is_main_process:
@@ -83,42 +97,52 @@ def run(config: EvaluateConfig) -> Artifact:
     return record.publish(accelerator, config.out, "evaluate", "evaluation", config, parents, step=len(judged), metrics=summary)
 
 
+def plan_cells(config: EvaluateConfig, inferences: list[Inference], loras: list[Artifact], sampler: Sampler) -> list[PlannedCell]:
+    """Every cell and its files, one inference base after the other. Pictures are kept exactly if their distance to the ideal is measured."""
+    root = Path(config.cells or Path(config.out) / record.CELLS)
+
+    def files(inference: Inference, path: str | None) -> CellFiles:
+        what, exact = sampler.identity(inference, path), config.teacher is not None
+        return CellFiles(root, what, count=sampler.count, batch=config.sampling.batch, exact=exact, out=config.out)
+
+    return [
+        PlannedCell(style, arm, inference, path, files(inference, path))
+        for inference in inferences
+        for style, arm, path in cells.plan([inference], loras)
+    ]
+
+
 def read_references(config: EvaluateConfig, loras: list[Artifact]) -> dict[str, list[Batch]]:
     """style -> its held-out pictures, the ones its first LoRA was measured on."""
     return {
-        style: list(sources.squares(arms[0].config["data"]["heldout"], f"the held-out pictures of {style}", config.resolution))
-        for style, arms in cells.by_style(loras).items()
+        style: list(sources.squares(data["heldout"], f"the held-out pictures of {style}", config.resolution, *sources.recorded(data)))
+        for style, data in ((style, arms[0].config["data"]) for style, arms in cells.by_style(loras).items())
     }
 
 
 def judge_cells(
-    config: EvaluateConfig,
-    groups: list[list[str]],
-    inferences: list[Inference],
-    loras: list[Artifact],
-    references: dict[str, list[Batch]],
-    sampler: Sampler,
+    config: EvaluateConfig, groups: list[list[str]], planned: list[PlannedCell], sampled: SampledCells, references: dict[str, list[Batch]]
 ) -> list[Cell]:
     """Samples and measures one cell after the other; the teacher's own LoRAs come first and are the ideal of their style."""
-    accelerator, judge = sampler.accelerator, Judge(config.judge, sampler.accelerator.device)
+    accelerator, judge = sampled.accelerator, Judge(config.judge, sampled.accelerator.device)
     meaning = torch.tensor([number for number, group in enumerate(groups) for _ in group])
-    prompts = judge.prompts(sampler.prompts)
-    styles = {style: judge.images(torch.cat([feed.pixels(batch) for batch in found]) / 2 + 0.5) for style, found in references.items()}
+    prompts = judge.prompts(sampled.sampler.prompts)
+    styles = dict[str, Tensor]()
+    for style, batches in references.items():
+        pictures = torch.cat([feed.pixels(batch) for batch in batches]) / 2 + 0.5
+        styles[style] = judge.shared(accelerator, len(pictures), lambda rows: pictures[rows.start : rows.stop])  # noqa: B023
     judged: list[Cell] = []
-    ideal: dict[str, Tensor] = {}
-    with Log(config.out, "evaluate", sum(1 for _ in cells.plan(inferences, loras)), accelerator.is_main_process) as log:
-        for inference in inferences:
-            transformer = sampler.load(inference)  # one in memory at a time
-            for style, arm, path in cells.plan([inference], loras):
-                images = sampler.sample_cell(transformer, inference, path)
-                if arm == "ideal":
-                    ideal[style] = images
-                features = judge.images(images.flatten(0, 1)).unflatten(0, images.shape[:2])
-                values, kid = metrics.measure(features, images, prompts, meaning, styles[style], ideal.get(style))
-                thumbnails = grids.thumbnails(images, meaning)
-                judged.append(Cell(style, arm, inference.name, inference.guidance, inference.cfg_scale, values, kid, thumbnails))
-                log.step(len(judged), fidelity=values["prompt_fidelity"].mean().item())
-            del transformer
+    ideal: dict[str, PlannedCell] = {}
+    with Log(config.out, "evaluate", sampled.forecast.pictures, accelerator.is_main_process) as log:
+        for cell in planned:
+            sampled.sample(cell, log)
+            if cell.arm == "ideal":
+                ideal[cell.style] = cell
+            distance = sampled.distance(cell, ideal[cell.style]) if cell.style in ideal else None
+            values, kid = metrics.measure(sampled.embeddings(cell, judge), prompts, meaning, styles[cell.style], distance)
+            inference, thumbnails = cell.inference, grids.thumbnails(cell.files, meaning, config.seeds) if accelerator.is_main_process else []
+            judged.append(Cell(cell.style, cell.arm, inference.name, inference.guidance, inference.cfg_scale, values, kid, thumbnails))
+            log.step(sampled.forecast.done, fidelity=values["prompt_fidelity"].mean().item())
     return judged
 
 

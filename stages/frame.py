@@ -1,16 +1,14 @@
 """The frame of every stage: parses the Hydra config into dataclasses, runs the stage, maps errors to exit codes."""
 
-import dataclasses
 import difflib
 import gc
 import logging
-import math
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable
-from typing import TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 import diffusers.utils.logging
 import hydra
@@ -19,21 +17,24 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch.distributed import DistNetworkError, DistStoreError
 
-from dev2pro import signals
+from dev2pro import allowed, command_line, signals
 from dev2pro.artifacts import backends, run_folder, store
 from dev2pro.artifacts.record import ROOT, Artifact
-from dev2pro.errors import INTERRUPTED, ConfigError, SpaceError, StageError, out_of_space
+from dev2pro.errors import INTERRUPTED, LOST, ConfigError, SpaceError, StageError, out_of_space
 from dev2pro.escape import Record, lines, printable
 
 C = TypeVar("C")
 NO_SPACE = "no space is left where out= writes. Free some, or choose another out=, and run again."
 
+GONE = ("closed by peer", "Connection reset by peer", "Timed out waiting", "ncclRemoteError")  # gloo's words, and NCCL's
+
 # Hydra creates no folders and no log files: a stage writes only into out=.
 PLAIN_HYDRA = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
 
 
-def main(name: str, schema: type[C], run: Callable[[C], Artifact]) -> None:
+def main(name: str, schema: type[C], run: Callable[[C], Artifact | None]) -> None:
     """`python -m stages.<name> key=value ...`: composes conf/<name>.yaml, calls `run` with a `schema`, ends with its exit code."""
     gc.freeze()  # what was imported is never garbage; without this the process needs a second more to end
     gc.enable()
@@ -44,12 +45,17 @@ def main(name: str, schema: type[C], run: Callable[[C], Artifact]) -> None:
     def composed(values: DictConfig) -> None:
         outcome.append(_exit_code(name, lambda: run_and_publish(typed(schema, values), run)))
 
-    sys.argv[1:1] = PLAIN_HYDRA
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them; `explain` prints them
     try:
+        words = sys.argv[1:]
+        sys.argv[1:] = [*PLAIN_HYDRA, *command_line.read(words, schema)]
         composed()
-    except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(_fail(name, explain(error, schema), ConfigError.exit_code))
+    except ConfigError as error:
+        sys.exit(_fail(name, str(error), error.exit_code))
+    except (HydraException, OmegaConfBaseException, ValueError, OverflowError, RecursionError) as error:
+        sys.exit(_fail(name, explain(error, schema) + command_line.cure(words, schema), ConfigError.exit_code))
+    if outcome:
+        signals.nothing_left_to_stop(outcome[0])
     sys.exit(outcome[0] if outcome else 0)
 
 
@@ -63,59 +69,57 @@ def explain(error: BaseException, schema: type) -> str:
     ]
     message = ". ".join(line.rstrip(".") for line in dict.fromkeys(useful)).replace(":. ", ": ")
     unknown = re.search(r"Key '([^']+)'", message)
-    near = difflib.get_close_matches(unknown[1], _keys(schema), n=1) if unknown else []
+    names = {name for key in allowed.keys(schema) for name in key.split(".")}
+    near = difflib.get_close_matches(unknown[1], names, n=1) if unknown else []
     return f"{message}.{f' Did you mean {near[0]}?' if near else ''} `--cfg job` prints every key and its value, `--help` the groups."
-
-
-def _keys(schema: type) -> set[str]:
-    fields = get_type_hints(schema)
-    return set(fields).union(*(_keys(kind) for kind in fields.values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)))
 
 
 def typed(schema: type[C], values: DictConfig) -> C:
     """The dataclass for a composed config. Raises ConfigError for a missing required value or an unknown key."""
-    missing = sorted(OmegaConf.missing_keys(values))
-    if missing:
-        raise ConfigError(f"These values are required and were not given: {', '.join(missing)}. Add for example {missing[0]}=... to the command.")
-    check_ranges(values)
     try:
+        missing = sorted(OmegaConf.missing_keys(values))
+        if missing:
+            raise ConfigError(f"These values are required and were not given: {', '.join(missing)}. Add for example {missing[0]}=... to the command.")
+        check_values(values)
         return OmegaConf.to_object(values)  # type: ignore[return-value]
     except (OmegaConfBaseException, TypeError, AttributeError) as error:
         raise ConfigError(f"The configuration does not fit {schema.__name__}: {error}") from error
 
 
-COUNTS = (  # 1 or more, in every stage
-    "steps", "batch", "micro_batch", "every", "samples", "bins", "seeds", "bootstrap", "resolution", "bucket_step", "keep", "prefetch_mb",
-)  # fmt: skip
-SHARES = ("caption_dropout", "ema")  # 0 to 1
-RANGES = {  # minimum, maximum, and the range in words
-    **dict.fromkeys(COUNTS, (1, math.inf, "1 or more")),
-    **dict.fromkeys(SHARES, (0, 1, "a number from 0 to 1")),
-    "pictures": (0, 16, "0, which is off, to 16"),  # what fits on a sheet
-}
-
-
-def check_ranges(values: DictConfig, above: str = "") -> None:
-    """Raises ConfigError for counts and shares outside `RANGES`."""
+def check_values(values: DictConfig, above: str = "") -> None:
+    """Raises ConfigError for numbers, names and paths that `dev2pro.allowed` excludes; writes out a home folder's ~."""
     for key, value in values.items():
         if isinstance(value, DictConfig):
-            check_ranges(value, f"{above}{key!s}.")
-        elif key in RANGES and not RANGES[key][0] <= value <= RANGES[key][1]:
-            raise ConfigError(f"{above}{key!s}={value} cannot work. Choose {RANGES[key][2]}.")
+            check_values(value, f"{above}{key!s}.")
+            continue
+        plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        if (written_out := allowed.checked(f"{above}{key!s}", plain)) != plain:
+            values[key] = written_out
 
 
-def run_and_publish(config: C, run: Callable[[C], Artifact]) -> Artifact:
-    """Runs the stage, pushes its artifact to the store of `config.publish` if there is one, and returns it."""
+def run_and_publish(config: Any, run: Callable[[Any], Artifact | None]) -> Artifact | None:
+    """Runs the stage, pushes its artifact to the store of `config.publish` if there is one, and returns it; None if it was only planned."""
     store_url = getattr(config, "publish", None)
     if store_url:
         backends.parse_url(store_url)  # fails on a bad address before the run
     artifact = run(config)
-    if store_url and os.environ.get("RANK", "0") == "0":
+    if artifact and store_url and not config.check and os.environ.get("RANK", "0") == "0":
         print(printable(f"published as {store.push(artifact.uri, store_url)}"), flush=True)
     return artifact
 
 
-def _exit_code(name: str, run: Callable[[], Artifact]) -> int:
+def checked(name: str, config: Any) -> Artifact | None:
+    """The end of `check=true`: says on the first rank that nothing stands in the way of a run. There is no artifact."""
+    if os.environ.get("RANK", "0") == "0":
+        state = "a run goes on there" if run_folder.has_output(config.out) else "it is free"
+        print(
+            printable(f"{name}: what can be told without weights is in order, and so is out={config.out} ({state}). Nothing was written there."),
+            flush=True,
+        )
+    return None
+
+
+def _exit_code(name: str, run: Callable[[], Artifact | None]) -> int:
     signals.install_handlers()
     logging.setLogRecordFactory(Record)
     if not sys.stderr.isatty():  # a progress bar fills a log with lines
@@ -123,7 +127,8 @@ def _exit_code(name: str, run: Callable[[], Artifact]) -> int:
         transformers.utils.logging.disable_progress_bar()
     try:
         artifact = run()
-        print(printable(f"{name}: done, {artifact.uri}/artifact.json ({artifact.kind} {artifact.id[:12]})"), flush=True)
+        if artifact:
+            print(printable(f"{name}: done, {artifact.uri}/artifact.json ({artifact.kind} {artifact.id[:12]})"), flush=True)
         return 0
     except KeyboardInterrupt:
         return _fail(name, "interrupted. The same command goes on from the last checkpoint, if there is one.", INTERRUPTED)
@@ -132,12 +137,18 @@ def _exit_code(name: str, run: Callable[[], Artifact]) -> int:
     except Exception as error:
         if out_of_space(error):
             return _fail(name, NO_SPACE, SpaceError.exit_code)
-        if "closed by peer" in str(error) or "Connection reset by peer" in str(error):  # gloo
-            return _fail(name, f"rank {os.environ.get('RANK')}: another rank ended; what went wrong is told there.", 1)
+        if _lost_another_rank(error):
+            return _fail(name, f"rank {os.environ['RANK']}: another rank ended or hangs; what went wrong is told there.", LOST)
         print(lines(traceback.format_exc()), file=sys.stderr, end="", flush=True)
         return 1
     finally:
         run_folder.release()
+
+
+def _lost_another_rank(error: Exception) -> bool:
+    """Whether gloo, NCCL or torch's store says that another rank ended, or kept this one waiting longer than `time_limits` allow."""
+    gone = isinstance(error, (DistNetworkError, DistStoreError)) or any(text in str(error) for text in GONE)
+    return gone and "RANK" in os.environ
 
 
 def _fail(name: str, message: str, code: int) -> int:

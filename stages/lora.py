@@ -1,26 +1,33 @@
-"""lora: trains a LoRA on any base, at a fixed guidance, with plain flow matching, and records what it may be applied to."""
+"""lora: trains a LoRA on any base, with flow matching or a loss that keeps the guidance, and records what it may be applied to."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from diffusers import FluxTransformer2DModel
 
-from data import sources
+from data import report, sources
+from data.loading.buckets import bucket_sizes
 from data.sources import DataConfig, RunSnapshots
+from dev2pro import draws
 from dev2pro.artifacts import record, run_folder, store
 from dev2pro.artifacts.record import Artifact
 from dev2pro.errors import ConfigError
 from dev2pro.log import Log
-from dev2pro.models import encodings, flux1, lora
+from dev2pro.models import encodings, flux1, lora, model_folder
 from dev2pro.models.flux1 import ModelConfig
 from dev2pro.models.lora import AdapterConfig
-from dev2pro.training import distributed, feed, optim
+from dev2pro.models.transfer import to_device
+from dev2pro.planning import plan
+from dev2pro.training import checkpoint_space, distributed, feed, optim, time_limits
 from dev2pro.training.checkpoint import CheckpointConfig, Checkpoints
 from dev2pro.training.distributed import HardwareConfig
 from dev2pro.training.divergence_guard import GuardConfig
 from dev2pro.training.heldout_probe import HeldoutProbe, ProbeConfig
-from dev2pro.training.loss import flow_matching_loss
+from dev2pro.training.loss import LOSSES, LossConfig
 from dev2pro.training.optim import OptimConfig
+from dev2pro.training.prefetch import Prefetcher
 from dev2pro.training.preview import Preview, PreviewConfig
 from dev2pro.training.step import Training
 from stages import frame
@@ -47,41 +54,51 @@ class LoraConfig:
     checkpoint: CheckpointConfig = field(metadata={"identity": False})
     guard: GuardConfig = field(metadata={"identity": False})
     preview: PreviewConfig = field(metadata={"identity": False})
+    loss: LossConfig = field(default_factory=LossConfig, metadata={"identity": "if set"})
+    start: str | None = field(default=None, metadata={"identity": "if set"})
     publish: str | None = field(default=None, metadata={"identity": False})
+    plan: bool = field(default=False, metadata={"identity": False})
+    check: bool = field(default=False, metadata={"identity": False})
 
 
-def run(config: LoraConfig) -> Artifact:
+def run(config: LoraConfig) -> Artifact | None:
     """Trains one LoRA and writes it in the diffusers layout, with metrics.jsonl and artifact.json, into `config.out`."""
-    check(config)
+    if check(config):
+        return None
     accelerator = distributed.accelerator(config.hardware)
-    distributed.rank_slots(config.batch, config.hardware.micro_batch, accelerator)
+    hardware = replace(config.hardware, step_in_backward=False)  # a LoRA's gradients are small
+    distributed.rank_slots(config.batch, hardware, accelerator)
     with accelerator.main_process_first():
         snapshots = RunSnapshots(config.data, config.out, resuming=run_folder.has_output(config.out), is_main_process=accelerator.is_main_process)
-        parents: record.Parents = {"trained_on": config.trained_on, "apply_to": config.model.path, **snapshots.parents()}
-        if finished := run_folder.acquire(config.out, "lora", config, parents):
+        parents: record.Parents = {"trained_on": config.trained_on, "apply_to": config.model.path, **further_parents(config), **snapshots.parents()}
+        if finished := run_folder.acquire(config.out, "lora", config, parents, look=config.check):
             return finished
-        snapshots.write_and_verify()
+        snapshots.write_and_verify(write=not config.check)
 
-    dtype, scheduler = distributed.DTYPES[config.hardware.dtype], flux1.scheduler_settings(config.model.path)
+    (low, high), scheduler = config.loss.guidances(config.guidance), flux1.scheduler_settings(config.model.path)
+    skeleton = flux1.skeleton(config.trained_on, hardware.weights)
+    lora.inject(skeleton, config.adapter, config.seed)
+    checkpoint_space.check(config.out, skeleton, config.optim, config.checkpoint, config.steps, 0, torch.float32)
     stream = snapshots.stream(config.seed, config.batch, accelerator.process_index)
-    accelerator.print(sources.summary_line(stream))
+    data_facts = report.start(snapshots, stream, config.model.path, config.model.max_sequence_length, write=not config.check)
+    if config.check:
+        return frame.checked("lora", config)
     train_feed, prompt_encoder, held_out = feed.prepare(config.model, stream, snapshots.reference(config.probe.samples), config.hardware, accelerator)
-    transformer = flux1.load_transformer(config.trained_on, dtype, config.model.variant)
-    if config.hardware.int8_base:
-        lora.to_int8(transformer, accelerator.device)
-    lora.inject(transformer, config.adapter, config.seed)
-    training = Training(accelerator, transformer, config.optim, config.hardware, steps=config.steps, batch=config.batch, guard=config.guard)
-    probe = HeldoutProbe(held_out, config.probe, scheduler=scheduler, seed=config.seed, batch=config.hardware.micro_batch)
+    transformer, teacher = load_models(config, hardware, accelerator)
+    training = Training(accelerator, transformer, config.optim, hardware, steps=config.steps, batch=config.batch, guard=config.guard)
+    probe = HeldoutProbe(held_out, config.probe, accelerator, scheduler=scheduler, seed=config.seed, batch=config.hardware.micro_batch)
     preview = Preview(
         config.preview, config.model, config.hardware, held_out, prompt_encoder, scheduler, accelerator, seed=config.seed, out=config.out
     )
 
-    def make_batch(step: int, slots: range) -> encodings.NoisedBatch:
+    def make_batch(step: int, slots: range) -> tuple[encodings.NoisedBatch, torch.Tensor, flux1.Conditioning]:
         encoded = train_feed.get_batch(step, slots)
-        return encodings.noise_batch(encoded, prompt_encoder.empty, scheduler, config.caption_dropout, config.seed, step, slots)
+        batch = encodings.noise_batch(encoded, prompt_encoder.empty, scheduler, config.caption_dropout, config.seed, step, slots)
+        guidance = low + (high - low) * draws.uniform(config.seed, "guidance", step, slots)
+        return batch, to_device(guidance, accelerator.device), batch.null_conditioning(prompt_encoder.empty)
 
-    def compute_loss(batch: encodings.NoisedBatch) -> torch.Tensor:
-        return flow_matching_loss(training.model, batch, config.guidance)
+    def compute_loss(args: tuple[encodings.NoisedBatch, torch.Tensor, flux1.Conditioning]) -> torch.Tensor:
+        return LOSSES[config.loss.name](training.model, *args, teacher)
 
     def validate(done: int) -> dict[str, Any]:
         with training.ema_weights() as model:
@@ -90,12 +107,13 @@ def run(config: LoraConfig) -> Artifact:
 
     checkpoints = Checkpoints(config.out, training, config.checkpoint, config.steps, stream.state)
     start, curve = checkpoints.restore()
-    train_feed.begin(start, config.steps, training.slots)
-    with Log(config.out, f"lora {config.arm}", config.steps, accelerator.is_main_process, start) as log, checkpoints:
+    batches = Prefetcher(train_feed, make_batch, range(start, config.steps), training.slots, accelerator.device)
+    log = Log(config.out, f"lora {config.arm}", config.steps, accelerator.is_main_process, start)
+    with batches, log, time_limits.strict(accelerator), checkpoints:
         curve = curve or [validate(0)]
         log.emit_validation(*curve)
         for step in range(start, config.steps):
-            loss, norm = training.step(step, lambda slots: make_batch(step, slots), compute_loss)  # noqa: B023
+            loss, norm = training.step(step, lambda slots: batches.get(step, slots), compute_loss)  # noqa: B023
             log.write(step + 1, loss=loss, gradient_norm=norm, lr=training.lr)
             if (step + 1) % config.probe.every == 0 or step + 1 == config.steps:
                 curve.append(validate(step + 1))
@@ -107,7 +125,7 @@ def run(config: LoraConfig) -> Artifact:
     record.invalidate(config.out)
     if accelerator.is_main_process:
         lora.save(accelerator.unwrap_model(training.model), config.adapter, config.out, {**contract, "config": record.identity(config)})
-    metrics = {**checkpoints.metrics(), "guidance": config.guidance, "curve": curve, "data": sources.describe(stream)}
+    metrics = {**checkpoints.metrics(), "guidance": config.guidance, "curve": curve, "data": sources.describe(stream) | data_facts}
     return record.publish(
         accelerator, config.out, "lora", "lora", config, parents, step=config.steps, metrics=metrics, inference=contract,
         watched=snapshots.local_inputs(),
@@ -120,24 +138,76 @@ def inference_contract(config: LoraConfig) -> dict[str, Any]:
         "arm": config.arm,
         "trained_on": {"path": config.trained_on, "id": record.fingerprint(config.trained_on)},
         "apply_to": {"path": config.model.path, "id": record.fingerprint(config.model.path)},
-        "training_guidance": config.guidance,
+        "training_guidance": config.loss.guidance_range or config.guidance,
         "suggested_guidance": config.model.usual_guidance,
         "suggested_strength": 1.0,
     }
 
 
-def check(config: LoraConfig) -> None:
-    """Raises ConfigError for invalid values, before anything is read."""
+def check(config: LoraConfig) -> bool:
+    """Whether the run was only to be planned. Raises ConfigError for invalid values, before anything is read."""
     lora.check(config.adapter)
-    if config.hardware.int8_base:
-        optim.need_torchao("hardware.int8_base=true")
     if config.hardware.shard:
         raise ConfigError(
             "hardware.shard=true is for recover: a LoRA's weights are small, every process keeps the base whole. Set hardware.shard=false."
         )
-    flux1.check_transformer(config.trained_on)
-    check_guidance(config.trained_on, config.guidance)
+    if config.hardware.float8:
+        raise ConfigError("hardware.float8=true is for recover and distill, which train the layers it rounds. Set hardware.float8=false.")
     optim.check(config.optim)
+    config.loss.check(config.guidance)
+    if plan.check("lora", config, bucket_sizes(config.data.resolution, config.data.bucket_step, config.data.aspect)):
+        return True
+    has_base = model_folder.has_transformer(config.model.path)  # training reads only the encoders of what the LoRA is to be applied to
+    models = {"trained_on": config.trained_on, "loss.teacher": config.loss.teacher}
+    model_folder.check_models(config.model.path, config.model.variant, base=has_base, **models)
+    lora.check_fit(config.adapter, flux1.skeleton(config.trained_on), config.trained_on)
+    check_loras(config)
+    for guidance in config.loss.guidances(config.guidance):
+        check_guidance(config.trained_on, guidance)
+    return False
+
+
+def further_parents(config: LoraConfig) -> dict[str, str]:
+    """Role -> path of what a LoRA may be made from besides its base."""
+    paths = {"start": config.start, "teacher": config.loss.teacher, "teacher_lora": config.loss.teacher_lora}
+    return {role: path for role, path in paths.items() if path}
+
+
+def load_models(
+    config: LoraConfig, hardware: HardwareConfig, accelerator: Accelerator
+) -> tuple[FluxTransformer2DModel, FluxTransformer2DModel | None]:
+    """What the LoRA is trained on, with the LoRA in it, and the frozen teacher of the loss, if it has one."""
+    transformer = flux1.load_transformer(config.trained_on, hardware.weights, config.model.variant)
+    if hardware.int8_base:
+        lora.to_int8(transformer, torch.device("cpu") if hardware.offloaded_blocks else accelerator.device)
+    if config.loss.bypass_guidance:
+        flux1.bypass_guidance(transformer)
+    lora.inject(transformer, config.adapter, config.seed)
+    if config.start:
+        lora.begin_from(transformer, config.adapter, store.resolve(config.start))
+    if not config.loss.teacher:
+        return transformer, None
+    teacher = flux1.load_transformer(config.loss.teacher, hardware.weights, config.model.variant)
+    if config.loss.teacher_lora:
+        lora.merge(teacher, store.resolve(config.loss.teacher_lora))
+    return transformer, teacher.to(accelerator.device).eval().requires_grad_(False)
+
+
+def check_loras(config: LoraConfig) -> None:
+    """Raises ConfigError for a LoRA to begin from or of the teacher that cannot be read or does not fit, or that was not trained on the teacher."""
+    if config.start:
+        skeleton = flux1.skeleton(config.trained_on)
+        lora.inject(skeleton, config.adapter, config.seed)
+        lora.begin_from(skeleton, config.adapter, store.resolve(config.start))
+    if config.loss.teacher and config.loss.teacher_lora:
+        path = store.resolve(config.loss.teacher_lora)
+        lora.merge(flux1.skeleton(config.loss.teacher), path)
+        trained_on = lora.read(path)[1].get("trained_on")
+        if trained_on and trained_on["id"] != record.fingerprint(config.loss.teacher):
+            raise ConfigError(
+                f"loss.teacher_lora={config.loss.teacher_lora} was trained on {trained_on['path']}, not on loss.teacher={config.loss.teacher}. "
+                "Give the LoRA that was trained on the teacher."
+            )
 
 
 def check_guidance(base: str, guidance: float) -> None:

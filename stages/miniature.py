@@ -5,7 +5,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +51,16 @@ class MiniatureConfig:
     vae_batch: int
     clip_batch: int
     lr: float
+    check: bool = field(default=False, metadata={"identity": False})
 
 
-def run(config: MiniatureConfig) -> Artifact:
+def run(config: MiniatureConfig) -> Artifact | None:
     """Writes the shards, the prompts and `pipeline/`, or `judge/`, into `config.out`."""
     if config.part not in PARTS:
         raise ConfigError(f"part={config.part} is not made here. Choose one of {', '.join(PARTS)}.")
-    if finished := run_folder.acquire(config.out, "miniature", config, {}):
-        return finished
+    finished = run_folder.acquire(config.out, "miniature", config, {}, look=config.check)
+    if finished or config.check:
+        return finished or frame.checked("miniature", config)
     torch.set_num_threads(1)  # the two parts run side by side, a core each
     steps, metrics = PARTS[config.part](config, Path(config.out), *digits.load())
     return record.write(config.out, "miniature", config.part, config, {}, step=steps, metrics=metrics)

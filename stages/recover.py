@@ -10,21 +10,23 @@ from typing import Any
 
 import torch
 
-from data import ledger, sources
+from data import ledger, report, sources
+from data.loading.buckets import bucket_sizes
 from data.sources import DataConfig, RunSnapshots
 from dev2pro.artifacts import record, run_folder
 from dev2pro.artifacts.record import Artifact
-from dev2pro.errors import ConfigError
 from dev2pro.log import Log
-from dev2pro.models import encodings, flux1
+from dev2pro.models import encodings, flux1, model_folder
 from dev2pro.models.flux1 import ModelConfig
-from dev2pro.training import checkpoint_files, distributed, feed, optim
+from dev2pro.planning import plan
+from dev2pro.training import checkpoint_space, distributed, feed, optim, time_limits, wrapping
 from dev2pro.training.checkpoint import CheckpointConfig, Checkpoints
 from dev2pro.training.distributed import HardwareConfig
 from dev2pro.training.divergence_guard import GuardConfig
 from dev2pro.training.heldout_probe import HeldoutProbe, ProbeConfig
 from dev2pro.training.loss import flow_matching_loss
 from dev2pro.training.optim import OptimConfig
+from dev2pro.training.prefetch import Prefetcher
 from dev2pro.training.preview import Preview, PreviewConfig
 from dev2pro.training.step import Training
 from stages import frame
@@ -54,40 +56,40 @@ class RecoverConfig:
     teacher: str | None = None
     ledger: str | None = field(default=None, metadata={"identity": False})
     publish: str | None = field(default=None, metadata={"identity": False})
+    plan: bool = field(default=False, metadata={"identity": False})
+    check: bool = field(default=False, metadata={"identity": False})
 
 
-def run(config: RecoverConfig) -> Artifact:
+def run(config: RecoverConfig) -> Artifact | None:
     """Recovers the base and writes `transformer/` in diffusers layout, metrics.jsonl and artifact.json into `config.out`."""
-    check(config)
-    parents: record.Parents = {
-        role: path for role, path in (("base", config.model.path), ("start", config.start), ("teacher", config.teacher)) if path
-    }
+    if check(config):
+        return None
     accelerator = distributed.accelerator(config.hardware)
-    distributed.rank_slots(config.batch, config.hardware.micro_batch, accelerator)
+    distributed.rank_slots(config.batch, config.hardware, accelerator)
     with accelerator.main_process_first():
         snapshots = RunSnapshots(config.data, config.out, resuming=run_folder.has_output(config.out), is_main_process=accelerator.is_main_process)
-        parents = {**parents, **snapshots.parents()}
-        finished = run_folder.acquire(config.out, "recover", config, parents)
-        if finished:
+        parents: record.Parents = {**_models(config), **snapshots.parents()}
+        if finished := run_folder.acquire(config.out, "recover", config, parents, look=config.check):
             return record_in_ledger(config, snapshots, finished)
-        snapshots.write_and_verify()
+        snapshots.write_and_verify(write=not config.check)
 
-    dtype, scheduler = distributed.DTYPES[config.hardware.dtype], flux1.scheduler_settings(config.model.path)
-    checkpoint_files.check_start(config.out, flux1.parameters(config.model.path), config.optim, dtype, config.ema)
+    dtype, result, scheduler = config.hardware.weights, distributed.DTYPES[config.save_dtype], flux1.scheduler_settings(config.model.path)
+    checkpoint_space.check(config.out, flux1.skeleton(config.model.path, dtype), config.optim, config.checkpoint, config.steps, config.ema, result)
     stream = snapshots.stream(config.seed, config.batch, accelerator.process_index)
-    accelerator.print(sources.summary_line(stream))
+    data_facts = report.start(snapshots, stream, config.model.path, config.model.max_sequence_length, write=not config.check)
+    if config.check:
+        return frame.checked("recover", config)
     train_feed, prompt_encoder, held_out = feed.prepare(config.model, stream, snapshots.reference(config.probe.samples), config.hardware, accelerator)
-    origin, variant = (config.start, None) if config.start else (config.model.path, config.model.variant)
-    transformer = flux1.load_transformer(origin, dtype, variant)
+    transformer = wrapping.load_transformer(config.start or config.model.path, config.hardware, accelerator, config.model.variant)
     training = Training(
         accelerator, transformer, config.optim, config.hardware, steps=config.steps, batch=config.batch, ema=config.ema, guard=config.guard
     )
-    probe = HeldoutProbe(held_out, config.probe, scheduler=scheduler, seed=config.seed, batch=config.hardware.micro_batch)
+    probe = HeldoutProbe(held_out, config.probe, accelerator, scheduler=scheduler, seed=config.seed, batch=config.hardware.micro_batch)
     preview = Preview(
         config.preview, config.model, config.hardware, held_out, prompt_encoder, scheduler, accelerator, seed=config.seed, out=config.out
     )
     if config.teacher:
-        probe.set_teacher(flux1.load_transformer(config.teacher, dtype, config.model.variant).to(accelerator.device))
+        probe.set_teacher(wrapping.load_transformer(config.teacher, config.hardware, accelerator, config.model.variant).to(accelerator.device))
 
     def make_batch(step: int, slots: range) -> encodings.NoisedBatch:
         encoded = train_feed.get_batch(step, slots)
@@ -103,12 +105,13 @@ def run(config: RecoverConfig) -> Artifact:
 
     checkpoints = Checkpoints(config.out, training, config.checkpoint, config.steps, stream.state)
     start, curve = checkpoints.restore()
-    train_feed.begin(start, config.steps, training.slots)
-    with Log(config.out, "recover (dev2pro)", config.steps, accelerator.is_main_process, start) as log, checkpoints:
+    batches = Prefetcher(train_feed, make_batch, range(start, config.steps), training.slots, accelerator.device)
+    log = Log(config.out, "recover (dev2pro)", config.steps, accelerator.is_main_process, start)
+    with batches, log, time_limits.strict(accelerator), checkpoints:
         curve = curve or [validate(0)]
         log.emit_validation(*curve)
         for step in range(start, config.steps):
-            loss, norm = training.step(step, lambda slots: make_batch(step, slots), compute_loss)  # noqa: B023
+            loss, norm = training.step(step, lambda slots: batches.get(step, slots), compute_loss)  # noqa: B023
             log.write(step + 1, loss=loss, gradient_norm=norm, lr=training.lr)
             if (step + 1) % config.probe.every == 0 or step + 1 == config.steps:
                 curve.append(validate(step + 1))
@@ -117,10 +120,10 @@ def run(config: RecoverConfig) -> Artifact:
             log.step(step + 1, loss=loss, held_out=curve[-1]["loss"])
 
     record.invalidate(config.out)
-    training.save(config.out, distributed.DTYPES[config.save_dtype])
+    training.save(config.out, result)
     metrics = {
         **checkpoints.metrics(), "guidance": config.guidance, "curve": curve, "recovered": None if config.start else _recovered(curve),
-        "data": sources.describe(stream),
+        "data": sources.describe(stream) | data_facts,
     }  # fmt: skip
     artifact = record.publish(
         accelerator, config.out, "recover", "transformer", config, parents, step=config.steps, metrics=metrics, watched=snapshots.local_inputs()
@@ -128,27 +131,28 @@ def run(config: RecoverConfig) -> Artifact:
     return record_in_ledger(config, snapshots, artifact)
 
 
-def check(config: RecoverConfig) -> None:
-    """Raises ConfigError for invalid values and DataError for a damaged ledger, before anything is written."""
-    base = flux1.check_transformer(config.model.path)
-    if config.teacher:
-        flux1.check_transformer(config.teacher)
-    if config.start:
-        start = flux1.check_transformer(config.start)  # another version of diffusers may have written more keys
-        if others := [key for key in start if not key.startswith("_") and base.get(key, start[key]) != start[key]]:
-            raise ConfigError(
-                f"start={config.start} has another shape than the base, model.path={config.model.path} ({others[0]}). "
-                "Give a model that was recovered from this base."
-            )
-    optim.check(config.optim, shard=config.hardware.shard)
+def check(config: RecoverConfig) -> bool:
+    """Whether the run was only to be planned. Raises ConfigError for invalid values and DataError for a damaged ledger; nothing is written."""
+    if plan.check("recover", config, bucket_sizes(config.data.resolution, config.data.bucket_step, config.data.aspect)):
+        return True
+    model_folder.check_models(config.model.path, config.model.variant, base=True, start=config.start, teacher=config.teacher)
+    distributed.check_full(config.hardware)
+    optim.check(config.optim, config.hardware.weights, shard=config.hardware.shard)
     distributed.check_dtype("save_dtype", config.save_dtype)
     if config.ledger:
         ledger.consumed(config.ledger)
+    return False
+
+
+def _models(config: RecoverConfig) -> dict[str, str]:
+    """role -> path of the models that the result depends on."""
+    models = {"base": config.model.path, "start": config.start, "teacher": config.teacher}
+    return {role: path for role, path in models.items() if path}
 
 
 def record_in_ledger(config: RecoverConfig, snapshots: RunSnapshots, artifact: Artifact) -> Artifact:
     """Records the finished run in the ledger as a consumer of its shards, and returns the artifact."""
-    if config.ledger and snapshots.is_main_process:
+    if config.ledger and snapshots.is_main_process and not config.check:
         epochs = config.steps / artifact.metrics["data"]["steps_per_epoch"]
         ledger.record(config.ledger, artifact.id, snapshots.train.id, [shard.sha256 for shard in snapshots.train.shards], epochs)
     return artifact

@@ -26,6 +26,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not item.nodeid.startswith(MINUTES))
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what is marked gpu where torch finds none."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
 ROOT = Path(__file__).resolve().parent.parent
 CAPTIONS = [f"a handwritten {name}" for name in ("zero", "one", "two", "three", "four", "five")]
 
@@ -122,7 +131,7 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six captioned pictures of 32x32, the same ones as `folder/` and as `shard.tar`; the last two of them as `heldout.tar`. Indexed."""
+    """Six captioned pictures of 32x32, as `folder/` and as `shard.tar`; two others with the last two captions as `heldout.tar`. Indexed."""
     import io
 
     import numpy as np
@@ -134,15 +143,16 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("tiny_data")
     (folder / "folder").mkdir()
-    noise = np.random.default_rng(0).integers(0, 256, (len(CAPTIONS), 8, 8, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (len(CAPTIONS) + 2, 8, 8, 3), dtype=np.uint8)
     samples = []
-    for i, (pixels, caption) in enumerate(zip(noise, CAPTIONS, strict=True)):
+    for i, (pixels, caption) in enumerate(zip(noise, CAPTIONS + CAPTIONS[-2:], strict=True)):
         encoded = io.BytesIO()
         Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC).save(encoded, "PNG")
         samples.append({"__key__": f"{i:04d}", "png": encoded.getvalue(), "txt": caption})
-        (folder / "folder" / f"{i:04d}.png").write_bytes(encoded.getvalue())
-        (folder / "folder" / f"{i:04d}.txt").write_text(caption + "\n")
-    for name, members in (("shard.tar", samples), ("heldout.tar", samples[4:])):
+        if i < len(CAPTIONS):
+            (folder / "folder" / f"{i:04d}.png").write_bytes(encoded.getvalue())
+            (folder / "folder" / f"{i:04d}.txt").write_text(caption + "\n")
+    for name, members in (("shard.tar", samples[: len(CAPTIONS)]), ("heldout.tar", samples[len(CAPTIONS) :])):
         with webdataset.TarWriter(str(folder / name)) as shard:
             for sample in members:
                 shard.write(sample)

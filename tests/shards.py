@@ -181,5 +181,5 @@ def called(main: Callable[[], None], *args: str | Path) -> tuple[object, str, st
 def command(module: str, *args: str | Path, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", module, *map(str, args)], cwd=cwd or ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-        capture_output=True, text=True, errors="surrogateescape", timeout=60, check=False,
+        capture_output=True, text=True, errors="surrogateescape", timeout=300, check=False,
     )  # fmt: skip

@@ -71,11 +71,20 @@ class Order:
         by_size = [(size, np.flatnonzero(self._assigned == b)) for b, size in enumerate(self.buckets)]
         return [(size, rows) for size, rows in by_size if len(rows)]
 
-    def cropped_away(self) -> float:
-        """The mean share of a picture that lies outside its crop."""
+    def cropped(self) -> np.ndarray:
+        """The share (N,) of each picture that lies outside its crop."""
         columns, forms = self.snapshot.columns, np.array([w / h for w, h in self.buckets])
         fit = columns["width"] / columns["height"] / forms[self._assigned]
-        return float(np.mean(1 - np.minimum(fit, 1 / fit)))
+        return 1 - np.minimum(fit, 1 / fit)
+
+    def enlarged(self) -> np.ndarray:
+        """How many times (N,) each picture is enlarged to fill its bucket; below 1 it is reduced."""
+        columns, (width, height) = self.snapshot.columns, np.array(self.buckets).T
+        return np.maximum(width[self._assigned] / columns["width"], height[self._assigned] / columns["height"])
+
+    def cropped_away(self) -> float:
+        """The mean share of a picture that lies outside its crop."""
+        return float(np.mean(self.cropped()))
 
     def histogram(self) -> list[tuple[Size, int, int, int]]:
         """(size, samples an epoch, steps, remainder) of every bucket in use."""

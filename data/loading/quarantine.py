@@ -30,11 +30,12 @@ class Fault:
 
 
 class Quarantine:
-    """A file of JSON lines; `python -m data.snapshot --without` takes it. Without a path it only counts."""
+    """A file of JSON lines; `python -m data.snapshot --without` takes it. Without a path it only counts. `faults`: all of them."""
 
     def __init__(self, snapshot: Snapshot, path: str | None = None) -> None:
         self.path = path
         self._sizes = {shard.sha256: shard.samples for shard in snapshot.shards}
+        self.faults: list[Fault] = []
         self._known: set[tuple[str, int]] = set()
         self._reasons: Counter[str] = Counter()
         if path and os.path.exists(path):
@@ -65,6 +66,7 @@ class Quarantine:
                 self._known.add(name)
                 self._reasons[fault.reason] += 1
                 fresh.append(fault)
+        self.faults += fresh
         return fresh
 
     def _check(self, bad: int, total: int, what: str) -> None:

@@ -34,10 +34,11 @@ DEFAULT_PARTS = ("picture", "caption")
 
 @dataclass(frozen=True)
 class Augment:
-    """What may happen to a picture on its way: crop (center, random) and mirroring (probability one half)."""
+    """What may happen to a picture on its way: crop (center, random), mirroring (probability one half), a colour behind transparent pixels."""
 
     crop: str = "center"
     flip: bool = False
+    background: str = pictures.WHITE
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Stream:
         self, order: Order, config: ReadConfig, augment: Augment, quarantine: Quarantine, parts: Sequence[str] = DEFAULT_PARTS, keep: bool = False
     ) -> None:  # fmt: skip
         self.order, self.config, self.augment, self.quarantine, self.parts, self.keep = order, config, augment, quarantine, tuple(parts), keep
+        self.background = pictures.other_than_white(augment.background)
         self.wait_seconds = 0.0
 
     def steps(self, first: int, last: int, slots: Sequence[range]) -> Iterator[Batch]:
@@ -122,7 +124,7 @@ class Stream:
     @property
     def fixed(self) -> bool:
         """Whether a sample has the same pixels and caption at every step: no random draws and no stored encodings."""
-        drawn = self.augment != Augment() or bool(self.order.snapshot.columns["caption_json"].any())
+        drawn = self.augment.crop != "center" or self.augment.flip or bool(self.order.snapshot.columns["caption_json"].any())
         return not drawn and self.parts == DEFAULT_PARTS
 
     def captions(self) -> tuple[int, Iterator[str]]:
@@ -251,7 +253,7 @@ class _Pipeline(torch.utils.data.IterableDataset):
         snapshot = self.order.snapshot
         texts = _captions(parts, bool(snapshot.columns["caption_json"][row]))
         choice = int(self._draw("caption", job) * len(texts)) if len(texts) > 1 and job.step >= 0 else 0
-        image = pictures.upright(parts["picture"], max(job.size)) if "picture" in parts else None
+        image = pictures.upright(parts["picture"], max(job.size), self.augment.background) if "picture" in parts else None
         stored = {f"{part}.{name}": value for part in encoded.PARTS if part in parts for name, value in encoded.tensors(parts[part], part).items()}
         return {"caption": texts[choice], "image": image, "stored": stored, "parts": parts if self.keep else {}}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data.shards import encoded, pictures, tar
+from data.shards import encoded, notes, pictures, tar
 from data.shards.pictures import BadContent
 from data.shards.sidecar import COLUMNS, LIMITS, PARTS, Sidecar, key_number
 from data.shards.tar import DamagedTar, Member
@@ -78,6 +78,7 @@ class _Sample:
     offset: int
     parts: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     size: tuple[int, int] = (0, 0)
+    altered: tuple[str, ...] = ()
     chars: int = 0
     json: bool = False
     bad: Rejection | None = None
@@ -103,7 +104,7 @@ class _SidecarBuilder:
         if match is None or part is None:
             kind = printable(f".{suffix[:40]}" if match else "without a key")
             self.ignored[kind if kind in self.ignored or len(self.ignored) < KINDS else "others"] += 1
-        if match is None or (part is None and suffix.rpartition(".")[2] not in pictures.SUFFIXES):
+        if match is None or (part is None and suffix.rpartition(".")[2] not in {**pictures.SUFFIXES, **pictures.PLUGINS}):
             return
         if member.name in self.names:
             raise DamagedTar(member.offset - tar.BLOCK, f"{member.name!r} is there twice; webdataset would drop or mix samples")
@@ -114,7 +115,9 @@ class _SidecarBuilder:
         if part is None:
             sample.no_picture = sample.no_picture or (
                 member.offset,
-                f"{member.name!r} is no picture of a sample: a key ends at the first dot. Rename it",
+                f"{member.name!r} is no picture of a sample: a key ends at the first dot. Rename it"
+                if suffix not in pictures.PLUGINS
+                else f"a .{suffix} is read only where {pictures.PLUGINS[suffix]} is installed (pip install {pictures.PLUGINS[suffix]})",
             )
         elif part == "caption":
             self._add_caption(sample, suffix == "json", member, reader)
@@ -129,7 +132,7 @@ class _SidecarBuilder:
             raise BadContent(f"it has two {'pictures' if part == 'picture' else f'members with {part}'}")
         content = _content(part, member, reader)
         if part == "picture":
-            sample.size = pictures.size(content)
+            sample.size, sample.altered = pictures.size(content), pictures.alterations(content)
         elif self.fingerprints.setdefault(part, fingerprint := encoded.fingerprint(content)) != fingerprint:
             raise BadContent(f"its {part} were made in another way than those before it in the shard")
         sample.parts[part] = (member.offset, member.size, zlib.crc32(content))
@@ -154,7 +157,12 @@ class _SidecarBuilder:
             {"key": printable(key[:MAX_TEXT]), "offset": rejection[0], "reason": printable(rejection[1][:MAX_TEXT])}
             for key, sample in self.samples.items() if (rejection := self._rejection(sample))
         ]  # fmt: skip
-        return {"rejected": rejected, "ignored": dict(self.ignored), "encodings": self.fingerprints}
+        altered: notes.Notes = {}
+        for key, sample in self.samples.items():
+            for kind in sample.altered if not self._rejection(sample) else ():
+                notes.add(altered, kind, [printable(key[:MAX_TEXT])])
+        more = {"altered": altered} if altered else {}
+        return {"rejected": rejected, "ignored": dict(self.ignored), "encodings": self.fingerprints, **more}
 
     def _rejection(self, sample: _Sample) -> Rejection | None:
         if sample.bad:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data.shards import encoded, pictures, table
+from data.shards import encoded, notes, pictures, table
 from data.storage.http import FileInfo
 from data.storage.transport import Transport
 from dev2pro.errors import DataError
@@ -17,6 +17,7 @@ from dev2pro.redact import redact_url
 FORM, VERSION = "dev2pro index", 1
 ENDING = ".index"
 MAX_BYTES = 1 << 28  # of a sidecar
+MAX_REPEAT = 999  # how often an epoch takes a shard
 LIMITS = {"picture": pictures.MAX_BYTES, "caption": pictures.MAX_CAPTION, "latents": 1 << 28, "text": 1 << 28}  # bytes of one member
 PARTS = ("picture", "caption", *encoded.PARTS)
 COLUMNS = {f"{part}_{what}": kind for part in PARTS for what, kind in (("offset", "<u8"), ("bytes", "<u4"), ("crc", "<u4"))} | {
@@ -39,6 +40,11 @@ class Sidecar:
     def info(self) -> FileInfo:
         """Size and ETag or modification time of the tar when it was indexed."""
         return FileInfo(self.head["size"], self.head["etag"], self.head["modified"])
+
+    @property
+    def repeat(self) -> int:
+        """How often an epoch takes the shard, as the name of the packed folder said."""
+        return self.head.get("repeat", 1)
 
     def __len__(self) -> int:
         return len(self.columns["key"])
@@ -64,6 +70,8 @@ def read(url: str, transport: Transport, folder: str | None = None) -> Sidecar:
         head, columns = table.decode(transport.read_all(sidecar_path, MAX_BYTES), FORM, VERSION, redact_url(sidecar_path))
         if {name: column.dtype for name, column in columns.items()} != {name: np.dtype(kind) for name, kind in COLUMNS.items()}:
             raise DataError(f"{redact_url(sidecar_path)} is damaged: it has other columns than an index.")
+        if not _is_sound(head):
+            raise DataError(f"{redact_url(sidecar_path)} is damaged: its notes or repeats are none.")
     except DataError as error:
         command = shlex.join(["python", "-m", "data.index", redact_url(url), *(["--to", redact_url(folder)] if folder else [])])
         raise DataError(
@@ -71,3 +79,12 @@ def read(url: str, transport: Transport, folder: str | None = None) -> Sidecar:
             "which also says what is wrong with a shard that it rejects."
         ) from error
     return Sidecar(head, columns)
+
+
+def _is_sound(head: dict[str, Any]) -> bool:
+    """Whether the values that only some sidecars have are those that an index has."""
+    try:
+        notes.checked(head.get("altered", {}))
+    except (TypeError, KeyError, ValueError, AttributeError):
+        return False
+    return type(head.get("repeat", 1)) is int and 1 <= head.get("repeat", 1) <= MAX_REPEAT

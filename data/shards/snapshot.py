@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.shards import encoded, sidecar, table
+from data.shards import encoded, notes, sidecar, table
+from data.shards.notes import Notes
 from data.shards.sidecar import COLUMNS, Sidecar
 from data.storage import urls
 from data.storage.http import ChangedError, FileInfo
@@ -70,7 +71,10 @@ class Filters:
 
 
 class Snapshot:
-    """Samples are numbered 0 to N-1 in the order of the shards. `id` depends on their contents, not on their URLs."""
+    """Samples are numbered 0 to N-1 in the order of the shards. `id` depends on their contents, not on their URLs.
+
+    `altered`: what decoding changes, of the shards' samples. `left_out`: packed folder -> its files that are not used.
+    """
 
     def __init__(self, head: dict[str, Any], columns: table.Columns) -> None:
         self.head, self.columns = head, columns
@@ -82,6 +86,8 @@ class Snapshot:
         ]
         self.encodings: dict[str, Any] = head["encodings"]
         self.id: str = head["id"]
+        self.altered: Notes = notes.checked(head.get("altered", {}))
+        self.left_out: dict[str, Notes] = {str(folder): notes.checked(files) for folder, files in head.get("left_out", {}).items()}
 
     def __len__(self) -> int:
         return int(self._firsts[-1])
@@ -123,6 +129,7 @@ def build(
     *,
     sources: Sequence[str] = (),
     folders: Mapping[str, str] = MappingProxyType({}),
+    left_out: Mapping[str, Notes] = MappingProxyType({}),
     folder: str | None = None,
     filters: Filters = Filters(),
     repeat: Callable[[str], int] = lambda sha256: 1,
@@ -131,7 +138,7 @@ def build(
 ) -> Snapshot:
     """A snapshot of indexed shards. `repeat`: SHA-256 -> how often an epoch uses the shard; 0 leaves it out.
 
-    `sources` and `folders` (packed folder -> listing) record where the shards came from; `folder` holds the sidecars.
+    `sources`, `folders` (packed folder -> listing) and `left_out` record where the shards came from; `folder` holds the sidecars.
 
     Raises DataError for a shard that is not indexed, changed since, or there twice (or leaves it out, with the reason, where `unusable` is given),
     and for one with other encodings than the rest.
@@ -152,7 +159,7 @@ def build(
     with ThreadPoolExecutor(transport.config.threads) as pool:
         results = [result for result in pool.map(read_verified, shards) if result]
     infos = {url: info for url, _, info in results}
-    used = [(url, shard_index, repeat(shard_index.head["sha256"])) for url, shard_index, _ in results if len(shard_index)]
+    used = [(url, shard_index, repeat(shard_index.head["sha256"]) * shard_index.repeat) for url, shard_index, _ in results if len(shard_index)]
     used = [(url, shard_index, times) for url, shard_index, times in used if times]
     if duplicates := _duplicates([(url, shard_index) for url, shard_index, _ in used]):
         if unusable is None:
@@ -176,6 +183,10 @@ def build(
             for (url, shard_index, times), mask in zip(used, masks, strict=True)
         ],
     }  # fmt: skip
+    altered: Notes = {}
+    for _, shard_index, _ in used:
+        notes.merge(altered, shard_index.head.get("altered", {}))
+    head |= {name: dict(value) for name, value in (("altered", altered), ("left_out", left_out)) if value}
     return Snapshot({**head, "id": _id(head, table.columns_sum(columns))}, columns)
 
 

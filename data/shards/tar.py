@@ -12,7 +12,13 @@ from typing import NamedTuple
 BLOCK = 512
 ZEROS = bytes(BLOCK)
 MAX_EXTENSION = 1 << 20  # bytes of one pax record or long name
-MOST_ZEROS = 21 * BLOCK  # an end mark, and the padding to a record of 20 blocks that tar, Python and webdataset write
+RECORD = 20  # blocks that tar, Python and webdataset pad a tar to
+MOST_ZEROS = (RECORD + 1) * BLOCK  # an end mark, and the padding to a record
+LARGE_RECORDS = sorted(  # blocks that people ask for (tar -b), 32 KiB to 16 MiB
+    {n << k for n in (1, 5) for k in range(16) if 64 <= n << k <= 1 << 15}
+    | {n * 10**k for n in (1, 2, 5) for k in range(1, 5) if 64 <= n * 10**k < 1 << 15}
+)
+CHUNK = 1 << 20  # bytes of padding read at a time
 ADLER = 65521
 OCTAL = re.compile(rb"[ \0]*([0-7]+)[ \0]*")  # int() would take signs and underscores as well
 
@@ -46,13 +52,13 @@ def walk(read_at: ReadAt, size: int) -> Iterator[Member]:
 
     Calls `read_at` with increasing offsets only. Refuses links, devices and sparse files, and skips directories.
     """
-    position, extended = 0, dict[str, str]()
+    position, extended, last = 0, dict[str, str](), 0
     while True:
         block = read_at(position, BLOCK)
         if block == ZEROS:
             if extended:
                 raise DamagedTar(position, "an end mark where the member of a long name or pax header was to come")
-            return _check_end(read_at, position, size)
+            return _check_end(read_at, position, size, last)
         if len(block) < BLOCK or not _checksum_matches(block):
             raise DamagedTar(min(position, size), _header_problem(block, position))
         kind, length = block[156:157], _number(block[124:136], position)
@@ -65,6 +71,7 @@ def walk(read_at: ReadAt, size: int) -> Iterator[Member]:
             if position + BLOCK + length > size:
                 raise DamagedTar(position, f"{name!r} has {length} bytes, of which the file holds {max(0, size - position - BLOCK)}")
             yield Member(name, position + BLOCK, length)
+            last = read_at(position + BLOCK + length - 1, 1)[0] if length else 1
         elif kind in b"xgL":  # of the next member: pax records, global ones, a GNU long name
             extended |= _extension(kind, read_at(position + BLOCK, min(length, MAX_EXTENSION + 1)), length, position)
         elif kind == b"5":
@@ -140,12 +147,28 @@ def _extension(kind: bytes, content: bytes, length: int, position: int) -> dict[
     return records
 
 
-def _check_end(read_at: ReadAt, position: int, size: int) -> None:
-    """Checks that two zero blocks and at most some zero padding follow: a zeroed header in the middle is no end."""
+def _check_end(read_at: ReadAt, position: int, size: int, last: int) -> None:
+    """Checks that two zero blocks and at most the zero padding of a record follow: a zeroed header in the middle is no end.
+
+    `last`: the last byte of the last member, which is 0 where that was not written to its end; 0 without members, 1 for an empty one.
+    """
     if size < position + 2 * BLOCK:
         raise DamagedTar(position, "the file ends here, with half of a tar's end mark")
-    zeros = read_at(position, MOST_ZEROS + 1)
-    if any(zeros):
-        raise DamagedTar(position, "an end mark with more data behind it: a header was overwritten with zeros, or tars were joined")
-    if len(zeros) > MOST_ZEROS:
+    joined = DamagedTar(position, "an end mark with more data behind it: a header was overwritten with zeros, or tars were joined")
+    if any(read_at(position, MOST_ZEROS + 1)):
+        raise joined
+    if size - position > MOST_ZEROS and (last == 0 or not _fills_record(size, size - position)):
         raise DamagedTar(position, f"{size - position} bytes that begin with zeros, more than a tar's end has: the rest was never written here")
+    if any(any(read_at(offset, CHUNK)) for offset in range(position, size, CHUNK)):
+        raise joined
+
+
+def _fills_record(size: int, zeros: int) -> bool:
+    """Whether a tar of `size` bytes may end with so many zeros because its records are large (tar -b).
+
+    A file whose rest was never written has the size of a tar, too: a multiple of 20 blocks, as a rule. So where it is one, only the record
+    sizes that people choose count: powers of two, five times those, and round numbers.
+    """
+    blocks, least = size // BLOCK, -(-zeros // BLOCK) - 1
+    candidates = LARGE_RECORDS if blocks % RECORD == 0 else range(RECORD, LARGE_RECORDS[-1] + 1)
+    return size % BLOCK == 0 and any(record >= least and blocks % record == 0 for record in candidates)

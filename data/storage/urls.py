@@ -1,6 +1,5 @@
 """Paths and URLs of data (local, http(s), s3): normalizes, expands and redacts them."""
 
-import glob
 import itertools
 import math
 import os
@@ -9,7 +8,7 @@ from urllib.parse import urlsplit
 
 import braceexpand
 
-from dev2pro import s3
+from dev2pro import patterns, s3
 from dev2pro.errors import DataError, TryAgainError
 from dev2pro.redact import URL, redact_url
 
@@ -55,18 +54,20 @@ def normalize(url: str) -> str:
 def expand(pattern: str, what: str) -> list[str]:
     """Every path or URL that a pattern names, in order: {000..012} braces anywhere, * and ? for local files and s3.
 
+    A path that exists, and every leading folder that does, is itself, whatever characters its name has.
     Raises DataError, with the setting `what` in its message, if the pattern or one of its expanded braces matches nothing.
     """
-    many = math.prod(abs(int(last) - int(first)) // max(1, int(step or 1)) + 1 for first, last, step in _RANGE.findall(pattern)) > MAX_URLS
-    try:
-        patterns = [] if many else list(itertools.islice(braceexpand.braceexpand(pattern), MAX_URLS + 1))  # it materializes a whole range
+    if os.path.lexists(pattern):
+        return [normalize(pattern)]
+    above, rest = patterns.existing(pattern)
+    many = math.prod(abs(int(last) - int(first)) // max(1, int(step or 1)) + 1 for first, last, step in _RANGE.findall(rest)) > MAX_URLS
+    try:  # it materializes a whole range
+        singles = [] if many else [above + single for single in itertools.islice(braceexpand.braceexpand(rest), MAX_URLS + 1)]
     except ValueError:  # braces that do not balance: a plain path may hold one
-        patterns = [pattern]
-    if os.path.exists(pattern):
-        patterns = [pattern]
-    elif many or len(patterns) > MAX_URLS:
+        singles = [pattern]
+    if many or len(singles) > MAX_URLS:
         raise DataError(f"{what}: {redact_url(pattern)} names more than {MAX_URLS:,} places. Correct the numbers in its braces.")
-    matches = {single: _matches(single) for single in patterns}
+    matches = {single: _matches(single) for single in singles}
     for single, locations in matches.items():
         if not locations:
             among = f", one of {redact_url(pattern)}" if single != pattern else ""
@@ -77,7 +78,7 @@ def expand(pattern: str, what: str) -> list[str]:
 def _matches(pattern: str) -> list[str]:
     url = normalize(pattern)
     if not is_remote(url):
-        return [url] if os.path.lexists(url) else sorted(glob.glob(url))
+        return patterns.matches(url)
     if url.startswith("s3://"):
         return _list_s3(url) if re.search(r"[*?\[]", url) else [url]
     if "*" in url:

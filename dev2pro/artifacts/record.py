@@ -22,9 +22,12 @@ RECORD = "artifact.json"
 CONFIG = "config.json"  # which run a folder belongs to; written when the run starts
 PRUNED = "pruned.json"  # which files of a finished artifact were removed on purpose, to make room
 CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")  # a folder
-TRANSIENT = re.compile(r"(artifact|pruned)\.json$|checkpoint-|.*\.(partial|lock)$")  # in a stage's folder, but not part of its artifact
+CELLS = "cells"  # folder of an evaluation's sampled pictures
+TRANSIENT = re.compile(rf"(artifact|pruned)\.json$|checkpoint-|{CELLS}(/|$)|.*\.(partial|lock)$")  # in a stage's folder, but not part of its artifact
 PREVIEWS = "previews"  # folder of preview sheets sampled during training
-EXCLUDED_FROM_ID = re.compile(rf".*\.(jsonl|log|snapshot)$|{PREVIEWS}/")  # logs, snapshots, previews; the id of a snapshot is among the parents
+REPORT, FACTS = "data.html", "data.json"  # the report on the data of a training stage: for people, and for programs
+# logs, snapshots, previews, what the data holds; the id of a snapshot is among the parents
+EXCLUDED_FROM_ID = re.compile(rf".*\.(jsonl|log|snapshot)$|{PREVIEWS}/|data\.(html|json)$")
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 DATA = "data."  # prefix of the roles of data snapshots; `data/` computes their ids, and `watched` detects changes
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,13 +93,22 @@ def with_ids(parents: Parents) -> dict[str, tuple[str, str]]:
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """A config as JSON values, without `out` and the fields with identity=False, which do not change the result."""
+    """A config as JSON values, without `out` and the fields with identity=False, which do not change the result.
+
+    A field with identity="if set" is left out while it has its default, so that a new key changes no id of earlier runs.
+    """
     values = {
         field.name: identity(value) if dataclasses.is_dataclass(value := getattr(config, field.name)) else value
         for field in dataclasses.fields(config)
-        if field.name != "out" and field.metadata.get("identity", True)
+        if field.name != "out"
+        and (rule := field.metadata.get("identity", True))
+        and (rule != "if set" or getattr(config, field.name) != _default(field))
     }
     return json.loads(json.dumps(values))
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def compute_id(kind: str, stage: str, config_digest: str, parents: list[dict[str, str]], files: list[dict[str, Any]]) -> str:

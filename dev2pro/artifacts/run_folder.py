@@ -9,11 +9,11 @@ from typing import Any
 
 from dev2pro.artifacts import record, verify
 from dev2pro.artifacts.record import Artifact
-from dev2pro.errors import ConfigError, TryAgainError
+from dev2pro.errors import ConfigError, TryAgainError, out_of_space
 from dev2pro.escape import printable
 
-# files that a run writes before its first result
-STARTUP_FILES = {record.CONFIG, record.PREVIEWS, "metrics.jsonl", "train.snapshot", "heldout.snapshot"}
+# files that a run writes before its first result; cells are named after what they depend on, so any run may find them
+STARTUP_FILES = {record.CONFIG, record.PREVIEWS, record.CELLS, "metrics.jsonl", "train.snapshot", "heldout.snapshot", record.REPORT, record.FACTS}
 LOCK_TIMEOUT = 5.0  # seconds to wait for a folder that is in use
 SIDE_EFFECTS = ("ledger", "publish")  # config keys with effects outside the artifact; only the stage can check whether they are done
 
@@ -24,26 +24,28 @@ def has_output(out: str) -> bool:
     return folder.is_dir() and any(f.name not in STARTUP_FILES and f.suffix != ".partial" for f in folder.iterdir())
 
 
-def acquire(out: str, stage: str, config: Any, parents: record.Parents) -> Artifact | None:
+def acquire(out: str, stage: str, config: Any, parents: record.Parents, *, look: bool = False) -> Artifact | None:
     """Claims the folder `out` for one configuration, and on the first rank locks it until `release` or the end of the process.
 
     Returns the finished artifact if it has this configuration and these parents and its files are unchanged. Returns None if there is work
     to do: a new run, an unfinished one, or one with more `steps` than before. Raises ConfigError if the folder belongs to another
-    configuration, TryAgainError while another process works in it.
+    configuration, TryAgainError while another process works in it. `look`: only looks, and writes nothing.
     """
     folder = Path(out)
     claim = {"stage": stage, "config": record.identity(config), "parents": {role: id for role, (_, id) in record.with_ids(parents).items()}}
-    folder.mkdir(parents=True, exist_ok=True)
+    if look and not folder.is_dir():
+        return None
+    _make(folder)
     _wait_for_lock(folder)
     if not has_output(out):
-        if not (folder / record.CONFIG).exists() or record.read_json(folder / record.CONFIG) != claim:  # other ranks find it written
+        if not look and (not (folder / record.CONFIG).exists() or record.read_json(folder / record.CONFIG) != claim):  # other ranks find it written
             record.write_json(folder / record.CONFIG, claim)
         return None
     if not (folder / record.CONFIG).is_file():
         raise ConfigError(f"out={out} is not empty and no stage of dev2pro wrote it. Choose another out=, or empty that folder.")
     existing = record.read_json(folder / record.CONFIG)
     if _extends(existing, claim):
-        _extend(folder, existing["config"]["steps"], claim)
+        _extend(folder, existing["config"]["steps"], claim, look)
         return None
     _refuse_other(out, existing, claim)
     return _finished(folder)
@@ -55,11 +57,21 @@ def _extends(existing: dict[str, Any], requested: dict[str, Any]) -> bool:
     return now > before and existing == {**requested, "config": {**requested["config"], "steps": before}}
 
 
-def _extend(folder: Path, before: int, claim: dict[str, Any]) -> None:
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if out_of_space(error):
+            raise
+        raise ConfigError(f"out={folder} cannot be made ({error.strerror}). Choose another out=.") from error
+
+
+def _extend(folder: Path, before: int, claim: dict[str, Any], look: bool) -> None:
     finished = (folder / record.RECORD).is_file()
     if finished and not any(record.CHECKPOINT.fullmatch(path.name) for path in folder.iterdir()):
         raise ConfigError(f"out={folder} has finished {before} steps, and the checkpoint it would go on from was removed. Choose another out=.")
-    record.write_json(folder / record.CONFIG, claim)
+    if not look:
+        record.write_json(folder / record.CONFIG, claim)
     what = "the finished run" if finished else "the run"
     print(
         f"extending {what} from {before} to {claim['config']['steps']} steps; a learning rate that falls with them falls more slowly now", flush=True

@@ -1,14 +1,13 @@
-"""What an evaluation compares: prompts, LoRAs, the models they are applied to, and the cells that these make."""
+"""What an evaluation compares: LoRAs, the models they are applied to, and the cells that these make."""
 
-import glob
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from dev2pro.artifacts import record, store
 from dev2pro.artifacts.record import Artifact
 from dev2pro.errors import ConfigError
+from dev2pro.judging import lora_folder
+from dev2pro.patterns import matches
 
 
 @dataclass(frozen=True)
@@ -21,28 +20,15 @@ class Inference:
     cfg_scale: float
 
 
-def read_prompts(path: str) -> list[list[str]]:
-    """Prompts grouped by meaning, from a JSON list (of prompts, or of lists that say the same in other words) or a text file, one a line."""
-    try:
-        text = Path(path).read_text()
-        prompts = json.loads(text) if path.endswith(".json") else [line for line in text.splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"prompts={path} cannot be read ({error}). Give a JSON list of prompts, or a text file with one a line.") from error
-    groups = [group if isinstance(group, list) else [group] for group in (prompts if isinstance(prompts, list) else [])]
-    texts = [text for group in groups for text in group]
-    if len(groups) < 2 or not all(groups) or not all(isinstance(text, str) and text.strip() for text in texts) or len(set(texts)) < len(texts):
-        raise ConfigError(
-            f"prompts={path} must hold at least two prompts, all different and none empty: R-precision asks which of them a picture shows."
-        )
-    return groups
-
-
 def find_loras(patterns: Sequence[str], base: str) -> list[Artifact]:
     """The finished LoRA artifacts of globs and store addresses. Raises ConfigError for none, for other artifacts, and for LoRAs of another base."""
-    folders = [f for pattern in patterns for f in ([store.resolve(pattern)] if "://" in pattern else sorted(glob.glob(pattern)))]
+    found = {pattern: [store.resolve(pattern)] if "://" in pattern else matches(pattern) for pattern in patterns}
+    folders = [folder for some in found.values() for folder in some]
     if not folders:
         raise ConfigError(f"loras={patterns} matches no folder. Give the output folders of stages.lora, such as loras=[runs/demo/lora/*/*].")
-    loras = [record.read(f) for f in folders]
+    if missed := [pattern for pattern, some in found.items() if not some]:
+        raise ConfigError(f"loras={patterns}: nothing matches {missed[0]}. Correct it, or leave it out.")
+    loras = [lora_folder.read(f) for f in folders]
     id = record.fingerprint(base)
     for lora in loras:
         if lora.kind != "lora":

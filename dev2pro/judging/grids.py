@@ -3,22 +3,36 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from dev2pro.contact_sheet import contact_sheet
+from dev2pro.judging.cell_store import CellFiles
 from dev2pro.judging.comparison import Cell
-from dev2pro.judging.report import Grid
+from dev2pro.judging.report import LARGEST, Grid
 
 GRID_SEEDS = 2  # grids per style
 SIDE = 64  # pixels of a thumbnail on a sheet
 
 
-def thumbnails(images: Tensor, meaning: Tensor) -> list[list[Image.Image]]:
-    """The pictures (P, R, 3, H, W) of the first seeds and of the first prompt of each meaning, as PIL images: [seed][meaning]."""
+def thumbnails(files: CellFiles, meaning: Tensor, seeds: int) -> list[list[Image.Image]]:
+    """The pictures of the first seeds and of the first prompt of each meaning, of up to LARGEST pixels: [seed][meaning].
+
+    `meaning` (P,): the number of each prompt's meaning; a cell has `seeds` pictures of each prompt, one after the other.
+    """
     first = [int((meaning == number).nonzero()[0]) for number in meaning.unique()]
-    ready = (images[first, :GRID_SEEDS] * 255).round().byte().permute(1, 0, 3, 4, 2).numpy()
-    return [[Image.fromarray(picture) for picture in row] for row in ready]
+    shown = {seed: [prompt * seeds + seed for prompt in first] for seed in range(min(seeds, GRID_SEEDS))}
+    rows = sorted(row for some in shown.values() for row in some)
+    images = dict(zip(rows, map(_thumbnail, files.read_rows(rows)), strict=True))
+    return [[images[row] for row in some] for some in shown.values()]
+
+
+def _thumbnail(picture: Tensor) -> Image.Image:
+    ready = picture if picture.dtype == torch.uint8 else (picture * 255).round().byte()
+    image = Image.fromarray(ready.permute(1, 2, 0).numpy())
+    image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+    return image
 
 
 def arrange(cells: Sequence[Cell], styles: Sequence[str], prompts: list[str]) -> list[Grid]:

@@ -53,12 +53,11 @@ def kid(images: Tensor, reference: Tensor) -> float:
     return (off_diagonal_mean(kernel(x, x)) + off_diagonal_mean(kernel(y, y)) - 2 * kernel(x, y).mean()).item()
 
 
-def measure(
-    features: Tensor, images: Tensor, prompts: Tensor, meaning: Tensor, style: Tensor, ideal: Tensor | None
-) -> tuple[dict[str, Tensor], float]:
+def measure(features: Tensor, prompts: Tensor, meaning: Tensor, style: Tensor, distance_to_ideal: Tensor | None) -> tuple[dict[str, Tensor], float]:
     """Every metric of a cell picture by picture, name -> (P, R), and the KID of them all.
 
-    `features` (P, R, D), `prompts` (P, D) and `style` (N, D) are the judge's unit vectors; `images` and `ideal` are as for `distance`.
+    `features` (P, R, D), `prompts` (P, D) and `style` (N, D) are the judge's unit vectors; `distance_to_ideal` (P, R), if there is one, is as
+    from `distance`.
     """
     values = {
         "prompt_fidelity": r_precision(features, prompts, meaning),
@@ -66,11 +65,11 @@ def measure(
         "style_similarity": style_similarity(features, style),
         "diversity": diversity(features),
     }
-    if ideal is not None:
-        values["distance_to_ideal"] = distance(images, ideal)
+    if distance_to_ideal is not None:
+        values["distance_to_ideal"] = distance_to_ideal
     return values, kid(features.flatten(0, 1), style)
 
 
 def distance(images: Tensor, ideal: Tensor) -> Tensor:
-    """Mean squared difference of pixels in [-1, 1]: (P, R) from images (P, R, 3, H, W) in [0, 1], same noise in both."""
+    """Mean squared difference of pixels in [-1, 1]: (...) from images (..., 3, H, W) in [0, 1], same noise in both."""
     return (2 * (images - ideal)).square().mean((-3, -2, -1))

@@ -4,18 +4,16 @@ Plots are HTML and hand-made SVG in the page's own colours and letters, so they 
 Names and prompts are untrusted: the template escapes them, and the page forbids itself scripts and network.
 """
 
-import base64
-import io
 import math
 import pathlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 from PIL import Image
 
-from dev2pro.escape import printable
+from dev2pro import page
+from dev2pro.page import number
 
 TEMPLATE = pathlib.Path(__file__).with_name("report.html.j2")
 LARGEST, SMALLEST = 160, 56  # pixels of a picture's longer side in the page
@@ -56,23 +54,18 @@ METRICS = (  # the template has a sentence on each
 GAINS = METRICS[:3]  # the ones whose gains are drawn
 
 
-def _escape_controls(value: Any) -> Any:
-    """Escapes the control characters of a text (see `printable`), except tabs and line breaks; returns other values unchanged."""
-    return "".join(c if c in "\t\n" else printable(c) for c in value) if type(value) is str and not value.isprintable() else value
-
-
 def write(path: pathlib.Path, metrics: dict[str, Any], grids: list[Grid]) -> None:
     """Writes the report of an evaluation's metrics (the contents of metrics.json) and its pictures as one HTML file.
 
     `gains` are read as signed so that more is better, distances too. Without a teacher or a recovery their parts are left out.
     """
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_escape_controls
-    )
-    environment.globals |= {"number": number, "interval": interval, "picture": _picture}
-    environment.filters["arm"] = _arm
     matrices = [m for metric in METRICS if (m := _matrix(metrics, metric))["blocks"]]
-    page = environment.from_string(TEMPLATE.read_text("utf-8")).render(
+    html = page.render(
+        TEMPLATE,
+        number=number,
+        interval=interval,
+        picture=lambda image: page.picture(image, LARGEST, SMALLEST),
+        arm_of=_arm,
         verdict=metrics["verdict"],
         settings=metrics["settings"],
         styles=metrics["styles"],
@@ -87,15 +80,7 @@ def write(path: pathlib.Path, metrics: dict[str, Any], grids: list[Grid]) -> Non
         gallery={style: [g for g in grids if g.style == style] for style in dict.fromkeys(g.style for g in grids)},
         plot=PLOT,
     )
-    path.write_text(page, "utf-8", newline="\n")
-
-
-def number(value: float | None, digits: int, sign: bool = False) -> str:
-    """Formats a number, with a true minus sign; a dash for None and non-finite values."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    rounded = round(value, digits) + 0.0  # no minus before a zero
-    return f"{rounded:{'+' if sign and rounded else ''}.{digits}f}".replace("-", "−")
+    path.write_text(html, "utf-8", newline="\n")
 
 
 def interval(score: dict[str, float] | None, metric: Metric, digits: int | None = None) -> str:
@@ -257,15 +242,3 @@ def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
     choices = [[m * 10.0**e for e in powers for m in inner if low <= math.log10(m * 10.0**e) <= high] for inner in ((1,), (1, 3), (1, 2, 5))]
     ticks = next((choice for choice in choices if len(choice) >= 3), choices[-1])
     return [(tick, f"{tick:g}") for tick in ticks]
-
-
-# ---- pictures -------------------------------------------------------------------------------------------------------------------
-
-
-def _picture(image: Image.Image) -> dict[str, Any]:
-    """A picture for the page: a data URI and the size to show it at; small ones stay exact, large ones are made smaller."""
-    small, data = image.convert("RGB"), io.BytesIO()
-    small.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
-    small.save(data, "WEBP", lossless=small.size == image.size, quality=80, method=6)
-    zoom, code = math.ceil(SMALLEST / max(small.size)), base64.b64encode(data.getvalue()).decode()
-    return {"uri": f"data:image/webp;base64,{code}", "width": small.width * zoom, "height": small.height * zoom, "pixelated": zoom > 1}

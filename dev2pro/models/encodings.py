@@ -1,15 +1,18 @@
 """Encodings of samples by the frozen VAE and text encoders, and the random noise, time and caption dropout added for training."""
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from dev2pro import draws
 from dev2pro.models import flow_matching
-from dev2pro.models.flux1 import Conditioning, Encoders, ModelConfig, build_conditioning
+from dev2pro.models.flux1 import TEXT_BATCH, Conditioning, Encoders, ModelConfig, build_conditioning
+from dev2pro.models.transfer import to_device
 
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
 
@@ -39,7 +42,7 @@ def concatenate(batches: Sequence[EncodedBatch]) -> EncodedBatch:
 
 
 class PromptEncoder:
-    """Encodes captions and caches the result. Each is encoded once, in a batch of its own, because other captions would change the last bits.
+    """Encodes captions and caches the result in host memory.
 
     The cache holds up to `limit` bytes and evicts the least recently used first. `empty`: the prompt (L, D) and pooled prompt (P) of "".
     """
@@ -47,35 +50,45 @@ class PromptEncoder:
     def __init__(self, model: ModelConfig, encoders: Encoders, limit: float) -> None:
         self.model, self.limit = model, limit
         self.device, self.dtype = encoders.device, encoders.dtype
-        self._encoders: Encoders | None = encoders
+        self._encoders, self._freed = encoders, False
         self._cache: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
         self._bytes = encoders.text_bytes()
-        prompt, pooled = self._encode_one("")
-        self.empty = prompt.to(self.device), pooled.to(self.device)
+        prompt, pooled = self.encode([""])
+        self.empty = prompt[0], pooled[0]
 
-    def precompute(self, captions: Iterable[str]) -> None:
-        """Encodes all captions in advance, then frees the encoders."""
-        for caption in captions:
-            self._encode_one(caption)
-        assert self._encoders is not None
+    def precompute(self, captions: Iterable[str], accelerator: Accelerator | None = None) -> None:
+        """Encodes all captions in advance, then frees the encoders. The ranks of an accelerator share the work; all get all of it."""
+        rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+        fresh = (caption for caption in dict.fromkeys(captions) if caption not in self._cache)
+        while some := list(itertools.islice(fresh, ranks * TEXT_BATCH)):
+            mine = some[rank * TEXT_BATCH : (rank + 1) * TEXT_BATCH]
+            states = self._encoders.encode_text(mine + [""] * (TEXT_BATCH - len(mine)))  # every rank sends as much
+            self._keep(some, *(accelerator.gather(states) if accelerator else states))
         self._encoders.free(*TEXT_PARTS)
-        self._encoders = None
+        self._freed = True
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Prompts (B, L, D) and pooled prompts (B, P)."""
-        prompts, pooled = zip(*map(self._encode_one, captions), strict=True)
-        return torch.stack(prompts).to(self.device), torch.stack(pooled).to(self.device)
+        known = {caption: self._cache[caption] for caption in captions if caption in self._cache}
+        if fresh := [caption for caption in dict.fromkeys(captions) if caption not in known]:
+            if self._freed:  # two captions share a checksum, so this one was not precomputed
+                self._encoders, self._freed = Encoders(self.model, self.dtype, self.device, int8=self._encoders.int8), False
+            known |= self._keep(fresh, *self._encoders.encode_text(fresh))
+        for caption in captions:
+            if caption in self._cache:
+                self._cache.move_to_end(caption)
+        prompts, pooled = zip(*(known[caption] for caption in captions), strict=True)
+        return to_device(torch.stack(prompts), self.device), to_device(torch.stack(pooled), self.device)
 
-    def _encode_one(self, caption: str) -> tuple[Tensor, Tensor]:
-        if caption not in self._cache:
-            if self._encoders is None:  # two captions share a checksum, so this one was not precomputed
-                self._encoders = Encoders(self.model, self.dtype, self.device)
-            prompt, pooled = self._encoders.encode_text([caption])
-            self._cache[caption] = prompt[0].to("cpu", self.dtype), pooled[0].to("cpu", self.dtype)
+    def _keep(self, captions: Sequence[str], prompts: Tensor, pooled: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """The states of each caption, which are the first ones of (K, L, D) and (K, P), in host memory; as many stay there as fit."""
+        kept = {}
+        for caption, *states in zip(captions, prompts, pooled, strict=False):
+            prompt, pool = (state.to("cpu", self.dtype, copy=True) for state in states)  # a view would keep the memory of all
+            kept[caption] = self._cache[caption] = prompt, pool
             while len(self._cache) * self._bytes > self.limit and len(self._cache) > 1:
                 self._cache.popitem(last=False)
-        self._cache.move_to_end(caption)
-        return self._cache[caption]
+        return kept
 
 
 @dataclass(frozen=True)
@@ -93,6 +106,11 @@ class NoisedBatch:
         """The flow-matching target."""
         return flow_matching.velocity(self.x0, self.noise)
 
+    def null_conditioning(self, empty: tuple[Tensor, Tensor]) -> Conditioning:
+        """The conditioning of the empty caption, whose prompt (L, D) and pooled prompt (P) are given, for every sample."""
+        prompt, pooled = (part.expand(len(self.t), *part.shape) for part in empty)
+        return replace(self.conditioning, prompt=prompt, pooled=pooled)
+
 
 def noise_batch(
     batch: EncodedBatch, empty: tuple[Tensor, Tensor], scheduler: dict, dropout: float, seed: int, step: int, slots: Sequence[int]
@@ -102,10 +120,12 @@ def noise_batch(
     `empty`: the embeddings that replace a dropped caption; `scheduler`: the settings with the resolution shift.
     """
     shape = batch.mean.shape[1:]
-    x0 = batch.mean + batch.std * draws.normal(seed, "posterior", step, slots, shape).to(batch.mean)
-    noise = draws.normal(seed, "noise", step, slots, shape).to(x0)
-    t = flow_matching.training_timesteps(draws.normal(seed, "time", step, slots), flow_matching.shift_mu(shape[0], scheduler)).to(x0)
-    keep = (draws.uniform(seed, "caption dropout", step, slots) >= dropout).to(x0.device)
+    device = batch.mean.device
+    x0 = batch.mean + batch.std * to_device(draws.normal(seed, "posterior", step, slots, shape), device)
+    noise = to_device(draws.normal(seed, "noise", step, slots, shape), device)
+    t = flow_matching.training_timesteps(draws.normal(seed, "time", step, slots), flow_matching.shift_mu(shape[0], scheduler))
+    t = to_device(t, device)
+    keep = to_device(draws.uniform(seed, "caption dropout", step, slots) >= dropout, device)
     prompt = torch.where(keep[:, None, None], batch.prompt, empty[0])
     conditioning = build_conditioning(prompt, torch.where(keep[:, None], batch.pooled, empty[1]), batch.grid)
     return NoisedBatch(flow_matching.interpolate(x0, noise, t), x0, noise, t, conditioning)

@@ -2,19 +2,27 @@
 
 import hashlib
 import json
-import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import CLIPTextModel, T5EncoderModel
 
-from dev2pro.artifacts import record, store
-from dev2pro.errors import ConfigError, TryAgainError
+from dev2pro.artifacts import store
+from dev2pro.errors import ConfigError
+from dev2pro.models import model_folder
+from dev2pro.models.model_folder import check_pipeline, fetch, transformer_config
+from dev2pro.models.transfer import to_device
+from dev2pro.models.vae import decode, encode
+from dev2pro.models.weight_files import DIFFUSERS, TRANSFORMERS, variant_of
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+TEXT_BATCH = 4  # captions per call of the text encoders: as many as a micro-batch on large cards; T5 fills a GPU with fewer
 
 
 @dataclass(slots=True, kw_only=True)
@@ -47,103 +55,96 @@ def predict(transformer: torch.nn.Module, x_t: Tensor, t: Tensor, conditioning: 
 
     `guidance` is the guidance INPUT of the transformer, a number or (B,); it is not a CFG scale.
     """
-    x_t = x_t.to(conditioning.prompt.dtype)  # latents are float32, the prompt has the model's precision
-    guidance = torch.as_tensor(guidance, dtype=x_t.dtype, device=x_t.device).expand(x_t.shape[0])
+    whole: Any = getattr(transformer, "module", transformer)
+    dtype = whole.x_embedder.weight.dtype  # latents and encodings have precisions of their own
     return transformer(
-        hidden_states=x_t,
-        timestep=t.to(x_t),
-        guidance=guidance,
-        encoder_hidden_states=conditioning.prompt,
-        pooled_projections=conditioning.pooled,
-        txt_ids=conditioning.text_ids,
-        img_ids=conditioning.image_ids,
+        hidden_states=x_t.to(dtype),
+        timestep=t.to(dtype),
+        guidance=torch.as_tensor(guidance, dtype=dtype, device=x_t.device).expand(x_t.shape[0]),
+        encoder_hidden_states=conditioning.prompt.to(dtype),
+        pooled_projections=conditioning.pooled.to(dtype),
+        txt_ids=conditioning.text_ids.to(dtype),
+        img_ids=conditioning.image_ids.to(dtype),
         return_dict=False,
     )[0]
 
 
+class _NoGuidance(torch.nn.Module):
+    """In place of a guidance embedder: adds nothing to the time's embedding, whatever the guidance."""
+
+    def forward(self, guidance: Tensor) -> Tensor:
+        """A zero."""
+        return guidance.new_zeros(())
+
+
+def bypass_guidance(transformer: FluxTransformer2DModel) -> None:
+    """Removes the transformer's guidance input: it takes a guidance still, and makes nothing of it.
+
+    That is how ai-toolkit and diffusion-pipe train LoRAs on a base "without guidance" (`bypass_guidance_embedding`).
+    """
+    transformer.time_text_embed.guidance_embedder = _NoGuidance()
+
+
 def load_transformer(path: str, dtype: torch.dtype = torch.float32, variant: str | None = None) -> FluxTransformer2DModel:
     """The transformer of a pipeline folder, an artifact of `recover` or `distill` (here or in s3), or a hub id. Checks it before reading weights."""
-    check_transformer(path)
+    model_folder.check_transformer(path, variant)
     path = store.resolve(path)
-    transformer, info = _load_or_raise(
+    variant = variant_of(path, "transformer", DIFFUSERS, variant)
+    transformer, info = fetch(
         path,
-        lambda: FluxTransformer2DModel.from_pretrained(path, subfolder="transformer", dtype=dtype, variant=variant, output_loading_info=True),
+        lambda: FluxTransformer2DModel.from_pretrained(
+            path, subfolder="transformer", dtype=dtype, variant=variant, use_safetensors=True, output_loading_info=True
+        ),
     )
-    if info["missing_keys"]:  # diffusers would initialize them randomly with a warning
-        raise ConfigError(f"The model in {path} cannot be read: its weights lack {min(info['missing_keys'])}. Download or convert it again.")
+    check_complete(path, info["missing_keys"], ())
     return transformer
 
 
-def parameters(path: str) -> int:
-    """The number of the transformer's parameters, without reading them."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in FluxTransformer2DModel.from_config(check_transformer(path)).parameters())
-
-
-def check_transformer(path: str) -> dict[str, Any]:
-    """The transformer's configuration. Raises ConfigError if `path` holds no guidance-distilled FLUX transformer."""
+def weight_files(path: str, variant: str | None = None) -> dict[str, Path]:
+    """Parameter -> the safetensors file that holds it, for a transformer as `load_transformer` takes it; fetched first if it is on the hub."""
     path = store.resolve(path)
-    _check_path(path)
-    config = _load_or_raise(path, lambda: FluxTransformer2DModel.load_config(path, subfolder="transformer"))
-    if config.get("_class_name") != "FluxTransformer2DModel":
-        raise ConfigError(
-            f"{path}/transformer is a {config.get('_class_name')}, not a FluxTransformer2DModel. dev2pro works on FLUX.1-dev and its kin."
-        )
-    if not config.get("guidance_embeds"):
-        raise ConfigError(
-            f"The transformer in {path} has no guidance input (guidance_embeds is false), so it is not guidance-distilled: "
-            "there is nothing to recover, train on it directly. Give FLUX.1-dev or a model made from it."
-        )
-    return config
-
-
-def check_pipeline(path: str) -> None:
-    """Raises ConfigError unless `path` holds a complete FluxPipeline."""
-    _check_path(path)
-    index = _load_or_raise(path, lambda: FluxPipeline.load_config(path))
-    if index.get("_class_name") != "FluxPipeline":
-        raise ConfigError(f"{path} is a {index.get('_class_name')}, not a FluxPipeline. Point model.path at a FLUX.1-dev folder in diffusers layout.")
-
-
-def _check_path(path: str) -> None:
-    folder = Path(path)
-    if folder.is_dir():
-        if (folder / record.CONFIG).is_file():
-            record.read(path)  # a stage's output folder counts only once it is finished
-        if record.pruned(path):
-            raise ConfigError(f"The weights of {path} were removed to make room; only its record is left. Give a newer model, or make it again.")
-        if not (folder / "model_index.json").is_file() and not (folder / "transformer" / "config.json").is_file():
-            raise ConfigError(
-                f"{path} is no diffusers pipeline folder (no model_index.json and no transformer/config.json). Give the folder that "
-                "holds model_index.json; a single .safetensors file must be converted to the diffusers layout first."
-            )
-    elif folder.exists():
-        raise ConfigError(f"{path} is a file. Give a folder in diffusers layout, which holds model_index.json.")
-    elif not HUB_ID.fullmatch(path) or path.startswith(("runs/", "data/")):
-        raise ConfigError(f"The model folder {path} does not exist. Correct the path, or give a hub id such as black-forest-labs/FLUX.1-dev.")
-
-
-def _load_or_raise(path: str, load: Any) -> Any:
+    if not Path(path).is_dir():
+        path = fetch(path, lambda: snapshot_download(path, allow_patterns=["transformer/*"]))
+    variant = variant_of(path, "transformer", DIFFUSERS, variant)
+    folder, suffix = Path(path) / "transformer", f".{variant}" if variant else ""
+    index = folder / f"{DIFFUSERS}.safetensors.index{suffix}.json"
+    if index.is_file():
+        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    file = folder / f"{DIFFUSERS}{suffix}.safetensors"
     try:
-        return load()
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        if Path(path).is_dir():
-            raise ConfigError(f"The model in {path} cannot be read: {reason}. Download or convert it again.") from error
-        raise TryAgainError(
-            f"{path} is no local folder and could not be fetched from the Hugging Face hub ({reason}). Check the name and the network, accept "
-            "the model's licence and run `hf auth login` if it is gated, or give a local folder."
-        ) from error
+        with safe_open(file, framework="pt") as opened:
+            return dict.fromkeys(opened.keys(), file)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"The model in {path} cannot be read: {error}. Download or convert it again.") from error
+
+
+def check_complete(path: str, names: Collection[str], found: Collection[str]) -> None:
+    """Raises ConfigError if weights lack parameters, which diffusers would initialize randomly with a warning."""
+    if missing := set(names) - set(found):
+        raise ConfigError(f"The model in {path} cannot be read: its weights lack {min(missing)}. Download or convert it again.")
+
+
+def blocks(model: Any) -> list[torch.nn.Module]:
+    """The transformer blocks, in the order they run."""
+    return [module for module in model.modules() if type(module).__name__ in model._repeated_blocks]
+
+
+def skeleton(path: str, dtype: torch.dtype = torch.float32) -> FluxTransformer2DModel:
+    """The transformer on the meta device: names, shapes and types without memory. Its weights are not read."""
+    with torch.device("meta"):
+        return FluxTransformer2DModel.from_config(transformer_config(path)).to(dtype)
 
 
 class Encoders:
-    """The frozen parts of a pipeline: VAE, CLIP, T5 and the scheduler's settings. Free them once everything is encoded."""
+    """The frozen parts of a pipeline: VAE, CLIP, T5 and the scheduler's settings.
 
-    def __init__(self, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-        check_pipeline(model.path)
-        self.pipeline = _load_or_raise(
-            model.path, lambda: FluxPipeline.from_pretrained(model.path, transformer=None, dtype=dtype, variant=model.variant)
-        ).to(device)
+    A part is in host memory until its first use moves it to `device`; free it once everything is encoded. `int8`: the weights of T5's
+    linear layers are rounded to int8 with one scale a row (torchao) on the way, which halves the 9.5 GB of T5-XXL in bfloat16.
+    """
+
+    def __init__(self, model: ModelConfig, dtype: torch.dtype, device: torch.device, *, int8: bool = False) -> None:
+        check_pipeline(model.path, model.variant)
+        self.pipeline = fetch(model.path, lambda: _load_pipeline(model, dtype))
         for tokens, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
             size, expected = len(getattr(self.pipeline, tokens)), getattr(self.pipeline, encoder).config.vocab_size
             if size < 0.9 * expected:  # transformers makes an empty tokenizer if the files are missing
@@ -151,7 +152,8 @@ class Encoders:
                     f"The model in {model.path} cannot be read: {tokens} knows {size} pieces and {encoder} {expected}. Download or convert it again."
                 )
         self.max_sequence_length = model.max_sequence_length
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.int8 = device, dtype, int8
+        self._on_device: set[str] = set()
 
     @property
     def pixels_per_token(self) -> int:
@@ -179,7 +181,8 @@ class Encoders:
         return (self.max_sequence_length * width + pooled) * self.dtype.itemsize
 
     def weights(self, *parts: str) -> str:
-        """SHA-256 over the weights and configurations of parts such as "vae"; equal hashes mean equal encodings."""
+        """SHA-256 over the weights and configurations of parts such as "vae", before their first use; equal hashes mean equal encodings."""
+        assert not (self.int8 and "text_encoder_2" in self._on_device), "T5's weights are rounded already"
         digest = hashlib.sha256()
         for part in parts:
             module = getattr(self.pipeline, part)
@@ -196,49 +199,68 @@ class Encoders:
         for part in parts:
             setattr(self.pipeline, part, None)
 
+    def _use(self, *parts: str) -> None:
+        """Moves parts to the device if they are not there."""
+        for part in set(parts) - self._on_device:
+            module = getattr(self.pipeline, part)
+            if part == "text_encoder_2" and self.int8:
+                from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+                quantize_(module, Int8WeightOnlyConfig(), device=self.device)  # layer by layer, so that the whole is never there in bfloat16
+            module.to(self.device)
+            self._on_device.add(part)
+
     @torch.no_grad()
-    def encode_text(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """T5 states (K, L, D) and pooled CLIP states (K, P)."""
-        prompt, pooled, _ = self.pipeline.encode_prompt(
-            prompts, prompts, device=self.device, num_images_per_prompt=1, max_sequence_length=self.max_sequence_length
-        )
-        return prompt, pooled
+    def encode_text(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """T5 states (K, L, D) and pooled CLIP states (K, P).
+
+        Every call of the encoders has TEXT_BATCH rows, the last one filled up with "". A kernel is chosen by its shapes and computes a
+        row without the others, so a caption's bits do not depend on what is encoded beside it; another number of rows could change them.
+        """
+        self._use("text_encoder", "text_encoder_2")
+        states = []
+        for first in range(0, len(prompts), TEXT_BATCH):
+            chunk = [*prompts[first : first + TEXT_BATCH]]
+            chunk += [""] * (TEXT_BATCH - len(chunk))
+            prompt, pooled, _ = self.pipeline.encode_prompt(
+                chunk, chunk, device=self.device, num_images_per_prompt=1, max_sequence_length=self.max_sequence_length
+            )
+            states.append((prompt, pooled))
+        return torch.cat([prompt for prompt, _ in states])[: len(prompts)], torch.cat([pooled for _, pooled in states])[: len(prompts)]
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the packed, normalised latents, (B, S, C) each, for pixels (B, 3, H, W) in [-1, 1]."""
-        vae = self.pipeline.vae
-        posterior = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist
-        mean = (posterior.mean - vae.config.shift_factor) * vae.config.scaling_factor
-        return pack(mean), pack(posterior.std * vae.config.scaling_factor)
+        self._use("vae")
+        return encode(self.pipeline.vae, pixels.to(self.device))
 
     def decode(self, packed: Tensor, height: int, width: int) -> Tensor:
         """Pixels (B, 3, H, W) in [0, 1] of packed latents (B, S, C)."""
+        self._use("vae")
         return decode(self.pipeline.vae, packed, self.grid((width, height)))
+
+
+def _load_pipeline(model: ModelConfig, dtype: torch.dtype) -> FluxPipeline:
+    """The pipeline without its transformer. In a folder, each part is read in the variant that it has."""
+    parts = {}
+    if model.variant and Path(model.path).is_dir():  # diffusers' own choice cannot stand a file without an ending
+        for part, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", T5EncoderModel)):
+            variant = variant_of(model.path, part, TRANSFORMERS, model.variant)
+            parts[part] = kind.from_pretrained(model.path, subfolder=part, dtype=dtype, variant=variant, use_safetensors=True)
+        parts["vae"] = load_vae(model, dtype)
+    variant = None if parts else model.variant
+    return FluxPipeline.from_pretrained(model.path, transformer=None, dtype=dtype, variant=variant, use_safetensors=True, **parts)
 
 
 def load_vae(model: ModelConfig, dtype: torch.dtype) -> AutoencoderKL:
     """The VAE alone, on the CPU."""
-    return _load_or_raise(model.path, lambda: AutoencoderKL.from_pretrained(model.path, subfolder="vae", dtype=dtype, variant=model.variant))
-
-
-@torch.no_grad()
-def decode(vae: AutoencoderKL, packed: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Pixels (B, 3, H, W) in [0, 1] of packed latents (B, S, C) of `grid` (down, across) tokens."""
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    latents = FluxPipeline._unpack_latents(packed, *(2 * factor * tokens for tokens in grid), factor)
-    latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-    return (vae.decode(latents.to(vae.dtype), return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
-
-
-def pack(latents: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H/2 * W/2, 4C): 2x2 patches as tokens."""
-    return FluxPipeline._pack_latents(latents, *latents.shape)
+    variant = variant_of(model.path, "vae", DIFFUSERS, model.variant)
+    return fetch(model.path, lambda: AutoencoderKL.from_pretrained(model.path, subfolder="vae", dtype=dtype, variant=variant, use_safetensors=True))
 
 
 def image_ids(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(S, 3) positions of the packed tokens of a latent grid of `height` x `width` tokens."""
-    return FluxPipeline._prepare_latent_image_ids(1, height, width, device, dtype)
+    return to_device(FluxPipeline._prepare_latent_image_ids(1, height, width, torch.device("cpu"), dtype), device)
 
 
 def scheduler_settings(path: str) -> dict[str, Any]:
@@ -247,4 +269,4 @@ def scheduler_settings(path: str) -> dict[str, Any]:
         return json.loads((Path(path) / "scheduler" / "scheduler_config.json").read_text())
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    return _load_or_raise(path, lambda: FlowMatchEulerDiscreteScheduler.load_config(path, subfolder="scheduler"))
+    return fetch(path, lambda: FlowMatchEulerDiscreteScheduler.load_config(path, subfolder="scheduler"))

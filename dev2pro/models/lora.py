@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 from peft import LoraConfig as PeftConfig
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialized
@@ -49,11 +50,39 @@ def check(config: AdapterConfig) -> str:
         raise ConfigError(f"adapter.targets={config.targets} is neither a preset ({', '.join(PRESETS)}) nor a regex ({error}).") from error
 
 
+def check_fit(config: AdapterConfig, transformer: FluxTransformer2DModel, base: str) -> None:
+    """Raises ConfigError for a rank beyond a target layer's smaller side, before a LoRA is allocated. The transformer may be on the meta device."""
+    targets = re.compile(check(config))
+    linear = [(name, layer) for name, layer in transformer.named_modules() if isinstance(layer, torch.nn.Linear) and targets.fullmatch(name)]
+    name, layer = min(linear, key=lambda one: min(one[1].weight.shape), default=("", None))
+    if layer is not None and config.rank > (smallest := min(layer.weight.shape)):
+        raise ConfigError(
+            f"adapter.rank={config.rank} is more than {base} has: its layer {name} is {layer.in_features} x {layer.out_features}, so that a "
+            f"rank of {smallest} can do all that a larger one can. Choose 1 to {smallest}; 8 to 32 are usual."
+        )
+
+
 def to_int8(transformer: FluxTransformer2DModel, device: torch.device) -> None:
-    """Rounds the linear layers of the blocks to int8 with one scale a row (torchao), moving each to `device`; the rest is unchanged."""
+    """Rounds the linear layers of the blocks to int8 with one scale a row (torchao), moving each to `device`; the rest is unchanged.
+
+    The modulation keeps its precision: its outputs scale and shift everything in the block.
+    """
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    quantize_(transformer, Int8WeightOnlyConfig(), filter_fn=lambda m, name: isinstance(m, torch.nn.Linear) and "blocks." in name, device=device)
+    quantize_(transformer, Int8WeightOnlyConfig(), filter_fn=block_linear, device=device)
+
+
+def block_linear(module: torch.nn.Module, name: str) -> bool:
+    """Whether a module is a linear layer of a block, and not of its modulation."""
+    return isinstance(module, torch.nn.Linear) and "blocks." in name and not re.fullmatch(BLOCKS + MODULATION, name)
+
+
+class MasterLinear(torch.nn.Linear):
+    """A linear layer with float32 weights that computes in its input's precision."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As Linear's."""
+        return torch.nn.functional.linear(input, self.weight.to(input.dtype))
 
 
 def inject(transformer: FluxTransformer2DModel, config: AdapterConfig, seed: int) -> None:
@@ -67,9 +96,11 @@ def inject(transformer: FluxTransformer2DModel, config: AdapterConfig, seed: int
             raise ConfigError(
                 f"adapter.targets={config.targets} must match linear layers of this transformer, and nothing else. Presets: {', '.join(PRESETS)}."
             ) from error
-    for parameter in transformer.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # the LoRA is trained in float32, whatever the base's dtype
+    for module in transformer.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False  # else peft computes in the LoRA's own precision
+            for half in (module.lora_A["default"], module.lora_B["default"]):
+                half.__class__, half.weight.data = MasterLinear, half.weight.data.float()  # trained in float32, whatever the base's dtype
 
 
 def save(transformer: FluxTransformer2DModel, config: AdapterConfig, out: str, contract: dict[str, Any]) -> None:
@@ -109,16 +140,22 @@ def read(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return weights, contract
 
 
-def load_lora(transformer: FluxTransformer2DModel, path: str, strength: float = 1.0) -> None:
-    """Loads a LoRA file into the transformer; `unload_lora` restores the transformer exactly."""
+def _fitting(transformer: FluxTransformer2DModel, path: str) -> dict[str, Tensor]:
+    """The weights of a LoRA. Raises ConfigError if any is for a module that the transformer lacks, which diffusers would skip with a warning."""
     weights, _ = read(path)
     modules = {f"transformer.{name}" for name, _ in transformer.named_modules()}
     unknown = [key for key in weights if re.sub(r"\.lora_[AB]\.weight$", "", key) not in modules]
-    if unknown or not weights:  # diffusers would skip them with a warning
+    if unknown or not weights:
         raise ConfigError(
             f"The LoRA {path} does not fit this transformer ({unknown[0] if unknown else 'it is empty'}). Apply it to the model family it was "
             "trained on."
         )
+    return weights
+
+
+def load_lora(transformer: FluxTransformer2DModel, path: str, strength: float = 1.0) -> None:
+    """Loads a LoRA file into the transformer; `unload_lora` restores the transformer exactly."""
+    weights = _fitting(transformer, path)
     try:
         transformer.load_lora_adapter(weights, prefix="transformer", adapter_name="style")
         transformer.set_adapters("style", strength)
@@ -126,6 +163,41 @@ def load_lora(transformer: FluxTransformer2DModel, path: str, strength: float = 
         raise ConfigError(
             f"The LoRA {path} does not fit this transformer ({str(error).splitlines()[0]}). Apply it to the model family it was trained on."
         ) from error
+
+
+def merge(transformer: FluxTransformer2DModel, path: str) -> None:
+    """Adds a LoRA to the weights themselves: computed in float32, then rounded to their type. On the meta device it checks only that it fits."""
+    weights = {key: value.to(transformer.device, torch.float32) for key, value in _fitting(transformer, path).items()}
+    for key in (key for key in weights if key.endswith(".lora_A.weight")):
+        weight = transformer.get_submodule(key.removeprefix("transformer.").removesuffix(".lora_A.weight")).weight
+        up, down = weights.get(key.replace("lora_A", "lora_B")), weights[key]
+        if up is None or (up.shape[0], down.shape[1], up.shape[1]) != (*weight.shape, down.shape[0]):
+            raise ConfigError(f"The LoRA {path} does not fit this transformer ({key}). Apply it to the model family it was trained on.")
+        weight.data = (weight.data.float() + up @ down).to(weight.dtype)
+
+
+def begin_from(transformer: FluxTransformer2DModel, config: AdapterConfig, path: str) -> None:
+    """Sets the weights that `inject` added to those of a LoRA file. Raises ConfigError unless that has the same layers and rank.
+
+    On the meta device it checks only that.
+    """
+    weights, _ = read(path)
+    own = {f"transformer.{name}": name for name in get_peft_model_state_dict(transformer)}
+    parameters = dict(transformer.named_parameters())
+    shapes = {key: parameters[_parameter(name)].shape for key, name in own.items()}
+    if {key: value.shape for key, value in weights.items()} != shapes:
+        raise ConfigError(
+            f"start={path} has other layers or another rank than adapter.rank={config.rank} adapter.targets={config.targets} make. Set these as it "
+            "was trained."
+        )
+    for key, name in own.items():
+        scale = config.rank / config.alpha if "lora_B" in name else 1.0  # in the file alpha equals the rank
+        parameters[_parameter(name)].data.copy_(weights[key].float() * scale)
+
+
+def _parameter(name: str) -> str:
+    """The parameter of a name in peft's state."""
+    return re.sub(r"\.lora_([AB])\.weight$", r".lora_\1.default.weight", name)
 
 
 def unload_lora(transformer: FluxTransformer2DModel) -> None:

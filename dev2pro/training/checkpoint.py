@@ -1,6 +1,6 @@
 """Saves checkpoints asynchronously during training and restores them on any number of ranks, bit for bit. Tensors and JSON, no pickle.
 
-A checkpoint is a folder `checkpoint-<step>`: a safetensors file from each rank that has something to write (in torch.distributed.checkpoint's
+A checkpoint is a folder `checkpoint-<step>`: safetensors files from each rank that has something to write (in torch.distributed.checkpoint's
 layout, which any number of ranks can read), and checkpoint.json with the numbers and the SHA-256 of every file.
 """
 
@@ -10,7 +10,6 @@ import time
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,29 +17,21 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from dev2pro import draws, signals
+from dev2pro import draws, schedulers, signals
 from dev2pro.artifacts.record import digest
 from dev2pro.errors import ConfigError, InterruptedRun, SpaceError, out_of_space
 from dev2pro.escape import printable
-from dev2pro.training import checkpoint_files
+from dev2pro.training import checkpoint_files, checkpoint_space, checkpoint_writer
+from dev2pro.training.checkpoint_space import CheckpointConfig
 from dev2pro.training.step import Training
+from dev2pro.training.stop_time import StopTime
 
 VERSION = 1
-
-
-@dataclass(slots=True, kw_only=True)
-class CheckpointConfig:
-    """When checkpoints are written, how many are kept, and how long a stop may take."""
-
-    every: int  # steps; a run killed in between resumes from the last checkpoint with the same result
-    keep: int = 2  # the newest ones; the one with the lowest held-out loss is kept as well
-    grace: float = 30.0  # seconds from SIGTERM or SIGINT until the checkpoint must be written
 
 
 class Checkpoints:
@@ -59,13 +50,20 @@ class Checkpoints:
         )
         self._group = dist.new_group(backend="gloo") if self._ranks > 1 else None  # separate process group for the writer thread
         self._executor, self._writing = ThreadPoolExecutor(1, "checkpoint"), None
-        self._exit_stack = ExitStack()
+        self._exit_stack, self._staging = ExitStack(), checkpoint_writer.Staging()
+        trained = checkpoint_space.trained(training.accelerator.unwrap_model(training.model))
+        self.stop = StopTime(checkpoint_space.state_bytes(trained, training.config, training.ema is not None), config.grace)
+        self._limits = schedulers.limits(config.grace)  # those that no warning has named yet
         training.stop_requested = lambda: signals.stop_requested() or self._failed()
 
     _writing: Future | None
 
     def __enter__(self) -> Self:
-        self._exit_stack.enter_context(signals.grace_period(self.config.grace))
+        self._exit_stack.enter_context(signals.grace_period(self.stop.grace))
+        self._exit_stack.callback(self._staging.release)
+        self.training.accelerator.print(self.stop.describe(), flush=True)
+        self._warn()
+        self.stop.resume()
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
@@ -77,6 +75,7 @@ class Checkpoints:
 
         Raises DivergedError if the new held-out loss diverged.
         """
+        self.stop.end_step()
         new = bool(curve) and curve[-1]["step"] == step
         if new:
             self.training.guard.held_out(curve)
@@ -84,15 +83,19 @@ class Checkpoints:
             return
         self.wait()
         before = time.perf_counter()
+        self.stop.begin_checkpoint()
         training, held_out = self.training, curve[-1]["loss"] if new else None
         numbers = {
             "version": VERSION, "draws": draws.VERSION, "step": step, "data": self.data, "curve": curve, "held_out": held_out,
-            "recent": training.guard.recent, "ema_steps": training.ema.optimization_step if training.ema else 0,
+            "recent": training.guard.recent, "ema_steps": training.ema.steps if training.ema else 0,
         }  # fmt: skip
-        copied = BlockingAsyncStager().stage(_tensors(self.training))
+        tensors = _tensors(training)
+        self.stop.state_bytes = sum(map(checkpoint_writer.size, tensors.values()))
+        copied = self._staging.copy(checkpoint_writer.share(tensors, self._rank, self._ranks))
         self._writing = self._executor.submit(self._write, step, copied, json.loads(json.dumps(numbers)))
         self.stalled, self.written = self.stalled + time.perf_counter() - before, self.written + 1
-        if self.training.stopping:
+        self.stop.resume()
+        if training.stopping:
             self.wait()
             raise InterruptedRun(f"interrupted after step {step} of {self.steps}. The same command goes on from there.")
 
@@ -102,10 +105,17 @@ class Checkpoints:
         if writing:
             writing.result()
             self.stalled += time.perf_counter() - before
+            self._warn()
 
     def metrics(self) -> dict[str, Any]:
         """Speed, memory and checkpoint timings, for the run's record."""
         return {**self.training.clock.metrics(), "checkpoints": self.written, "stalled_seconds": round(self.stalled, 3)}
+
+    def _warn(self) -> None:
+        """Says once of each limit that it is too short for a stop."""
+        for limit in [limit for limit in self._limits if self.stop.warning(limit)]:
+            self._limits.remove(limit)
+            self.training.accelerator.print(printable(self.stop.warning(limit)), flush=True)
 
     def _failed(self) -> bool:
         return bool(self._writing and self._writing.done() and self._writing.exception())
@@ -115,24 +125,21 @@ class Checkpoints:
     def _write(self, step: int, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         partial = self.out / f"checkpoint-{step}.partial"
         try:
-            self._on_all_ranks(lambda: self._prepare_folder(partial, tensors))
-            self._on_all_ranks(lambda: _save(tensors, partial, self._group))
-            mine = self._on_all_ranks(
-                lambda: {file.name: checkpoint_files.fsync_and_hash(file) for file in sorted(partial.glob(f"shard-{self._rank + 1:05d}-*"))}
-            )
+            self._on_all_ranks(lambda: self._prepare_folder(partial))
+            mine = self._on_all_ranks(lambda: _save(tensors, partial, self._group))
             numbers["files"] = {name: entry for files in self._all_gather(mine) for name, entry in files.items()}
             self._on_all_ranks(lambda: self._publish(partial, step, numbers))
+            self.stop.end_checkpoint()
         except BaseException:
             if self._main:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
-    def _prepare_folder(self, partial: Path, tensors: dict[str, Tensor]) -> None:
+    def _prepare_folder(self, partial: Path) -> None:
         if self._main:
-            need = sum(value.numel() * value.element_size() for value in tensors.values())
-            if not checkpoint_files.has_space(self.out, need):
+            if not checkpoint_files.has_space(self.out, self.stop.state_bytes):
                 checkpoint_files.prune(self.out, 1)
-            checkpoint_files.check_space(self.out, need)
+            checkpoint_files.check_space(self.out, self.stop.state_bytes)
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
 
@@ -195,10 +202,10 @@ class Checkpoints:
             raise ConfigError(
                 f"{folder} is on other data, or of another version ({other}, not { ({k: now[k] for k in other}) }). Choose another out=."
             )
-        get_optimizer_state_dict(training.model, training.optimizer.optimizer)  # allocates the optimizer's state, which is loaded next
+        get_optimizer_state_dict(training.model, training.optimizer)  # allocates the optimizer's state, which is loaded next
         _read(_tensors(training), folder, self._group)
         if training.ema:
-            training.ema.optimization_step = numbers["ema_steps"]
+            training.ema.steps = numbers["ema_steps"]
         training.guard.recent = numbers["recent"]
         training.schedule.load_state_dict({**training.schedule.state_dict(), "last_epoch": numbers["step"] - 1})
         training.schedule.step()
@@ -211,8 +218,8 @@ def _tensors(training: Training) -> dict[str, Any]:
     named = [(name, p) for name, p in training.accelerator.unwrap_model(training.model).named_parameters() if p.requires_grad]
     tensors = {f"model/{name}": p.detach() for name, p in named}
     if training.ema:
-        tensors |= {f"ema/{name}": average for (name, _), average in zip(named, training.ema.shadow_params, strict=True)}
-    moments = training.optimizer.optimizer.state
+        tensors |= {f"ema/{name}": average for (name, _), average in zip(named, training.ema.average, strict=True)}
+    moments = training.optimizer.state
     return tensors | {
         f"optimizer/{what}{part}/{name}": value for name, p in named for what, moment in moments[p].items() for part, value in _plain_tensors(moment)
     }
@@ -234,8 +241,10 @@ def _read(tensors: dict[str, Any], folder: Path, group: Any) -> None:
         raise KeyboardInterrupt if signals.stop_requested() else RuntimeError(f"{folder} cannot be read: {error}") from error
 
 
-def _save(tensors: dict[str, Any], folder: Path, group: Any) -> None:
+def _save(tensors: dict[str, Tensor], folder: Path, group: Any) -> dict[str, list[Any]]:
+    """Writes this rank's tensors: name of every file -> [bytes, SHA-256]."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that there is only one process
-        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        writer = checkpoint_writer.StreamingWriter(folder)
         dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=not group)
+    return writer.files

@@ -1,21 +1,25 @@
-"""Feeds encoded samples to training: what fits into memory is encoded once in advance and the encoders are freed; the rest batch by batch."""
+"""Feeds encoded samples to training: what fits into host memory is encoded once, in advance and by all ranks, and the encoders are freed; the
+rest is encoded batch by batch."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from dev2pro.errors import DataError
 from dev2pro.log import Progress
 from dev2pro.models.encodings import TEXT_PARTS, EncodedBatch, PromptEncoder, concatenate
 from dev2pro.models.flux1 import Encoders, ModelConfig
-from dev2pro.training.distributed import DTYPES, HardwareConfig
+from dev2pro.models.transfer import to_device
+from dev2pro.training.distributed import HardwareConfig
 
-VAE_BATCH = 16  # samples per VAE call in advance of training; always the same ones, because the last bits depend on the others
+PICTURES = 16  # read and encoded together where pictures are encoded once; always the same ones, because the last bits depend on the others
 Size = tuple[int, int]  # width, height in pixels
 STORABLE = ("latents", "text")  # what stages.encode can store beside a picture
+CPU = torch.device("cpu")
 ATTEMPTS = 100  # substitutes tried for one slot, as in the stream
 
 
@@ -30,10 +34,15 @@ class Batch(Protocol):
 
 
 class Source(Protocol):
-    """The source of batches: `data/`'s Stream. `fixed`: nothing about a sample is random, no crop, mirroring or caption."""
+    """The source of batches: `data/`'s Stream. `fixed`: nothing about a sample is random, no crop, mirroring or caption.
+
+    `background`: the colour behind transparent pixels, "" for white.
+    """
 
     order: Any
+    background: str
     parts: tuple[str, ...]
+    quarantine: Any
 
     @property
     def fixed(self) -> bool:
@@ -78,7 +87,7 @@ class CachedFeed:
         requested = self.order.step(step)
         samples = [self._find_readable(int(requested.rows[slot]), step, slot) for slot in slots]
         means, deviations, captions = zip(*samples, strict=True)
-        mean, std = (torch.stack(tensors).to(self.prompt_encoder.device) for tensors in (means, deviations))
+        mean, std = (to_device(torch.stack(tensors), self.prompt_encoder.device) for tensors in (means, deviations))
         return EncodedBatch(mean, std, *self.prompt_encoder.encode(captions), (requested.size[1] // self.side, requested.size[0] // self.side))
 
     def _find_readable(self, row: int, step: int, slot: int) -> tuple[Tensor, Tensor, str]:
@@ -98,38 +107,54 @@ def prepare(
     """Returns the feed, the prompt encoder, and all of `heldout`, batches of one size, encoded.
 
     What fits into `hardware.encodings_gb` is encoded now and its encoders are freed, before the transformer is loaded: all captions if they
-    fit, and all latents too if nothing about a sample is random. Raises ConfigError for sizes that do not fit the VAE, DataError for stored
-    encodings of other models or settings.
+    fit, and all latents too if nothing about a sample is random. Text comes first, so that T5 leaves the device before the VAE comes.
+    Raises ConfigError for sizes that do not fit the VAE, DataError for stored encodings of other models or settings.
     """
-    encoders, limit = Encoders(model, DTYPES[hardware.dtype], accelerator.device), hardware.encodings_gb * 1e9
+    encoders, limit = Encoders(model, hardware.encoders, accelerator.device, int8=hardware.int8_encoders), hardware.encodings_gb * 1e9
     for size in stream.order.buckets:
         encoders.grid(size)
     stored = {part for part in STORABLE if part in stream.parts}
-    check_stored({part: stream.order.snapshot.encodings[part] for part in stored}, fingerprints(encoders, stream.order.buckets, stored))
-    prompt_encoder = PromptEncoder(model, encoders, limit)
-    if not (references := [encode(batch, encoders, prompt_encoder) for batch in heldout if len(batch.rows)]):
+    check_stored(
+        {part: stream.order.snapshot.encodings[part] for part in stored}, fingerprints(encoders, stream.order.buckets, stored, stream.background)
+    )
+    if not (references := [batch for batch in heldout if len(batch.rows)]):
         raise DataError("No held-out picture could be read. Look at the pictures of data.heldout.")
+    prompt_encoder = PromptEncoder(model, encoders, limit)
+    reference_text = [_text(batch, prompt_encoder) for batch in references]
     count, captions = stream.captions()
     text_bytes = 0 if "text" in stored else count * encoders.text_bytes()
     tokens, channels = encoders.token_shape(stream.order.buckets[-1])
     latent_bytes = 2 * 4 * tokens * channels * len(stream.order.snapshot)
     if text_bytes <= limit:
-        prompt_encoder.precompute(captions if text_bytes else [])
+        prompt_encoder.precompute(captions if text_bytes else [], accelerator)
+    encoded = concatenate([_join(batch, _latents(batch, encoders), text, encoders) for batch, text in zip(references, reference_text, strict=True)])
     if stream.fixed and text_bytes + latent_bytes <= limit:
-        feed: Feed = CachedFeed(stream, _encode_all(stream, encoders, accelerator.is_main_process), prompt_encoder, encoders.pixels_per_token)
+        feed: Feed = CachedFeed(stream, _encode_all(stream, encoders, accelerator), prompt_encoder, encoders.pixels_per_token)
     else:
         feed = StreamingFeed(stream, encoders, prompt_encoder)
     if isinstance(feed, CachedFeed) or "latents" in stored:
         encoders.free("vae")
-    return feed, prompt_encoder, concatenate(references)
+    return feed, prompt_encoder, encoded
 
 
-def fingerprints(encoders: Encoders, sizes: Sequence[Size], parts: Collection[str]) -> dict[str, dict[str, Any]]:
-    """What identifies latents and text encodings of this run: encoder weights, sizes, dtype. Stored encodings must match."""
+def fingerprints(encoders: Encoders, sizes: Sequence[Size], parts: Collection[str], background: str = "") -> dict[str, dict[str, Any]]:
+    """What identifies latents and text encodings of this run: encoder weights, sizes, dtype, a background but white. Stored encodings must match.
+
+    Call it before anything is encoded, which may round weights.
+    """
     dtype = str(encoders.dtype).removeprefix("torch.")
     recipes: dict[str, Callable[[], dict[str, Any]]] = {
-        "latents": lambda: {"vae": encoders.weights("vae"), "crop": "center", "sizes": [list(size) for size in sizes]},
-        "text": lambda: {"encoders": encoders.weights(*TEXT_PARTS), "max_sequence_length": encoders.max_sequence_length},
+        "latents": lambda: {
+            "vae": encoders.weights("vae"),
+            "crop": "center",
+            "sizes": [list(size) for size in sizes],
+            **({"background": background} if background else {}),
+        },
+        "text": lambda: {
+            "encoders": encoders.weights(*TEXT_PARTS),
+            "max_sequence_length": encoders.max_sequence_length,
+            **({"int8": True} if encoders.int8 else {}),
+        },
     }
     return {part: {"version": 1, "dtype": dtype, **recipes[part]()} for part in parts}
 
@@ -137,39 +162,69 @@ def fingerprints(encoders: Encoders, sizes: Sequence[Size], parts: Collection[st
 def check_stored(stored: dict[str, dict[str, Any]], expected: dict[str, dict[str, Any]]) -> None:
     """Raises DataError if stored encodings differ from those of this run."""
     for part, wanted in expected.items():
-        if differing := [f"{key} is {stored[part].get(key)} there and {wanted[key]} here" for key in wanted if stored[part].get(key) != wanted[key]]:
+        keys = [key for key in {**wanted, **stored[part]} if stored[part].get(key) != wanted.get(key)]
+        if differing := [f"{key} is {stored[part].get(key)} there and {wanted.get(key)} here" for key in keys]:
             raise DataError(
                 f"The stored {part} were made in another way ({'; '.join(differing)}). Encode them again with stages.encode, or drop data.stored."
             )
 
 
-def _encode_all(stream: Source, encoders: Encoders, main: bool) -> dict[int, tuple[Tensor, Tensor, str]]:
+def _encode_all(stream: Source, encoders: Encoders, accelerator: Accelerator) -> dict[int, tuple[Tensor, Tensor, str]]:
+    """sample -> (mean, deviation, caption), on the CPU. The ranks take the batches in turn and send them to each other; all get all of them."""
+    rank, ranks = accelerator.process_index, accelerator.num_processes
     encodings: dict[int, tuple[Tensor, Tensor, str]] = {}
-    with Progress("encoding pictures", len(stream.order.snapshot), main) as progress:
+    with Progress("encoding pictures", len(stream.order.snapshot), accelerator.is_main_process) as progress:
         for size, rows in stream.order.rows_by_size():
-            for batch in stream.rows(rows, size, VAE_BATCH):
-                mean, std = encoders.encode_images(pixels(batch))
-                encodings |= {row: (m, s, c) for row, m, s, c in zip(batch.rows, mean.float().cpu(), std.float().cpu(), batch.captions, strict=True)}
+            mine = [row for number, row in enumerate(rows) if number // PICTURES % ranks == rank]
+            batches = stream.rows(mine, size, PICTURES) if mine else iter(())
+            for _ in range(-(-len(rows) // (PICTURES * ranks))):
+                encodings |= _exchange(next(batches, None), size, encoders, accelerator)
                 progress.step(len(encodings))
+    stream.quarantine.add(gather_object(stream.quarantine.faults))
     return encodings
+
+
+def _exchange(batch: Batch | None, size: Size, encoders: Encoders, accelerator: Accelerator) -> dict[int, tuple[Tensor, Tensor, str]]:
+    """What `_encode_all` returns, of the batches of all ranks. A rank without a batch sends none, but it must call."""
+    sent = torch.zeros(PICTURES, 2, *encoders.token_shape(size), device=encoders.device)
+    if batch:
+        sent[: len(batch.rows)] = torch.stack(_latents(batch, encoders), 1)
+    received = accelerator.gather(sent).cpu().split(PICTURES)
+    labels = gather_object([(batch.rows, batch.captions) if batch else ([], [])])
+    return {
+        row: (mean, std, caption)
+        for (rows, captions), latents in zip(labels, received, strict=True)
+        for row, caption, (mean, std) in zip(rows, captions, latents, strict=False)
+    }
 
 
 def encode(batch: Batch, encoders: Encoders, prompt_encoder: PromptEncoder) -> EncodedBatch:
     """Encodes a batch, or takes its stored encodings."""
-    stored, device = batch.stored, prompt_encoder.device
-    mean, std = (stored["latents.mean"], stored["latents.std"]) if "latents.mean" in stored else encoders.encode_images(pixels(batch))
-    prompt, pooled = (stored["text.prompt"], stored["text.pooled"]) if "text.prompt" in stored else prompt_encoder.encode(batch.captions)
-    return EncodedBatch(
-        mean.to(device, torch.float32),
-        std.to(device, torch.float32),
-        prompt.to(device, prompt_encoder.dtype),
-        pooled.to(device, prompt_encoder.dtype),
-        encoders.grid(batch.size),
-        tuple(batch.captions),
-    )
+    return _join(batch, _latents(batch, encoders), _text(batch, prompt_encoder), encoders)
 
 
-def pixels(batch: Batch) -> Tensor:
-    """(B, 3, H, W) in [-1, 1]."""
+def _latents(batch: Batch, encoders: Encoders) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (B, S, C) float32 on the device."""
+    if "latents.mean" in batch.stored:
+        mean, std = (to_device(batch.stored[name], encoders.device) for name in ("latents.mean", "latents.std"))
+    else:
+        mean, std = encoders.encode_images(pixels(batch, encoders.device))
+    return mean.float(), std.float()
+
+
+def _text(batch: Batch, prompt_encoder: PromptEncoder) -> tuple[Tensor, Tensor]:
+    """Prompts (B, L, D) and pooled prompts (B, P) on the device."""
+    if "text.prompt" not in batch.stored:
+        return prompt_encoder.encode(batch.captions)
+    prompt, pooled = (to_device(batch.stored[name], prompt_encoder.device).to(prompt_encoder.dtype) for name in ("text.prompt", "text.pooled"))
+    return prompt, pooled
+
+
+def _join(batch: Batch, latents: tuple[Tensor, Tensor], text: tuple[Tensor, Tensor], encoders: Encoders) -> EncodedBatch:
+    return EncodedBatch(*latents, *text, encoders.grid(batch.size), tuple(batch.captions))
+
+
+def pixels(batch: Batch, device: torch.device = CPU) -> Tensor:
+    """(B, 3, H, W) in [-1, 1] on `device`, where the bytes become floats."""
     assert batch.pixels is not None
-    return batch.pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return to_device(batch.pixels, device).permute(0, 3, 1, 2).float() / 127.5 - 1

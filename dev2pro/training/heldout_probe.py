@@ -1,9 +1,10 @@
 """Held-out losses at fixed noise and fixed timesteps, so that they differ between checkpoints only by the weights."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from dev2pro import draws
@@ -27,21 +28,29 @@ class HeldoutProbe:
     """Measures transformers on the first held-out pictures at fixed times, the quantiles of the training distribution.
 
     The mean over bins therefore estimates the training loss on held-out pictures; the bins show how it depends on the time.
+
+    A forward pass takes up to `batch` pictures at one time. The ranks take the passes in turn, as many on each, because a sharded model needs
+    them all in every one: what is left over in the last round repeats the last pass. Their numbers are added in the order of the passes,
+    so that the result does not depend on the number of ranks.
     """
 
-    def __init__(self, data: EncodedBatch, config: ProbeConfig, *, scheduler: dict, seed: int, batch: int) -> None:
+    def __init__(self, data: EncodedBatch, config: ProbeConfig, accelerator: Accelerator, *, scheduler: dict, seed: int, batch: int) -> None:
         rows = range(min(config.samples, len(data)))
-        self.data, self.batch, self.bins, self.count = data, batch, config.bins, len(rows)
+        self.data, self.bins, self.count, self.accelerator = data, config.bins, len(rows), accelerator
         quantiles = torch.special.ndtri((torch.arange(config.bins) + 0.5) / config.bins)
         self.times = flow_matching.training_timesteps(quantiles, flow_matching.shift_mu(data.mean.shape[1], scheduler))
         self.x0 = data.mean[: self.count]
         self.noise = draws.normal(seed, PURPOSE, 0, rows, self.x0.shape[1:]).to(self.x0)
+        parts = [slice(first, min(first + batch, self.count)) for first in range(0, self.count, batch)]
+        self.passes = [(number, part) for number in range(config.bins) for part in parts]  # (bin, rows)
+        rank, ranks = accelerator.process_index, accelerator.num_processes
+        self._mine = [self.passes[min(first + rank, len(self.passes) - 1)] for first in range(0, len(self.passes), ranks)]
         self._teacher: list[Tensor] | None = None
 
     @torch.no_grad()
     def set_teacher(self, teacher: torch.nn.Module) -> None:
         """Stores the teacher's predictions at guidance 1; `measure` then also reports the distance to them."""
-        self._teacher = [v for _, v in self._predictions(teacher, 1.0)]
+        self._teacher = list(self._predictions(teacher, 1.0))
 
     @torch.no_grad()
     def measure(self, transformer: torch.nn.Module, guidance: float, usual_guidance: float) -> dict[str, float | list[float]]:
@@ -51,18 +60,15 @@ class HeldoutProbe:
         guidance_gap: between the predictions at the two guidances (0: the input has no effect).
         teacher_distance: between the predictions at `guidance` and the teacher's at 1, if a teacher is set.
         """
-        target = flow_matching.velocity(self.x0, self.noise)
         by_time = torch.zeros(self.bins)
         usual, gap, teacher = 0.0, 0.0, 0.0
-        for i, ((rows, v), (_, w)) in enumerate(
-            zip(self._predictions(transformer, guidance), self._predictions(transformer, usual_guidance), strict=True)
-        ):
-            weight = len(v) / (self.count * self.bins)
-            by_time[self._bin(i)] += _mse(v, target[rows]) * len(v) / self.count
-            usual += _mse(w, target[rows]) * weight
-            gap += _mse(v, w) * weight
-            if self._teacher:
-                teacher += _mse(v, self._teacher[i]) * weight
+        for (number, rows), errors in zip(self.passes, self._errors(transformer, guidance, usual_guidance), strict=True):
+            samples = rows.stop - rows.start
+            weight = samples / (self.count * self.bins)
+            by_time[number] += errors[0] * samples / self.count
+            usual += errors[1] * weight
+            gap += errors[2] * weight
+            teacher += errors[3] * weight
         metrics: dict[str, float | list[float]] = {
             "loss": by_time.mean().item(),
             "loss_by_time": [round(x, 6) for x in by_time.tolist()],
@@ -71,20 +77,27 @@ class HeldoutProbe:
         }
         return {**metrics, "teacher_distance": teacher} if self._teacher else metrics
 
-    def _bin(self, chunk: int) -> int:
-        return chunk // -(-self.count // self.batch)
+    def _errors(self, transformer: torch.nn.Module, guidance: float, usual_guidance: float) -> Sequence[list[float]]:
+        """Of every pass of all ranks: the squared errors at the two guidances, between them, and to the teacher (0 without one)."""
+        target, own = flow_matching.velocity(self.x0, self.noise), []
+        predictions = zip(self._predictions(transformer, guidance), self._predictions(transformer, usual_guidance), strict=True)
+        for i, ((_, rows), (v, w)) in enumerate(zip(self._mine, predictions, strict=True)):
+            pairs = [(v, target[rows]), (w, target[rows]), (v, w), (v, self._teacher[i] if self._teacher else v)]
+            own.append(torch.stack([_mse(*pair) for pair in pairs]))
+        ranks = self.accelerator.num_processes
+        found = self.accelerator.gather(torch.stack(own)).unflatten(0, (ranks, -1)).transpose(0, 1).flatten(0, 1)
+        return found[: len(self.passes)].tolist()  # the one read of the device
 
-    def _predictions(self, transformer: torch.nn.Module, guidance: float) -> Iterator[tuple[slice, Tensor]]:
-        for t in self.times:
-            for first in range(0, self.count, self.batch):
-                rows = slice(first, min(first + self.batch, self.count))
-                times = t.expand(rows.stop - rows.start).to(self.x0)
-                x_t = flow_matching.interpolate(self.x0[rows], self.noise[rows], times)
-                yield rows, predict(transformer, x_t, times, self._conditioning(rows), guidance)
+    def _predictions(self, transformer: torch.nn.Module, guidance: float) -> Iterator[Tensor]:
+        """Of this rank's passes."""
+        for number, rows in self._mine:
+            times = self.times[number].expand(rows.stop - rows.start).to(self.x0)
+            x_t = flow_matching.interpolate(self.x0[rows], self.noise[rows], times)
+            yield predict(transformer, x_t, times, self._conditioning(rows), guidance)
 
     def _conditioning(self, rows: slice) -> Conditioning:
         return build_conditioning(self.data.prompt[rows], self.data.pooled[rows], self.data.grid)
 
 
-def _mse(a: Tensor, b: Tensor) -> float:
-    return (a.float() - b.float()).square().mean().item()
+def _mse(a: Tensor, b: Tensor) -> Tensor:
+    return (a.float() - b.float()).square().mean()

@@ -1,7 +1,6 @@
-"""Optimizer, learning-rate schedule and weight averaging, as the stages' configs name them."""
+"""Optimizer and learning-rate schedule, as the stages' configs name them."""
 
-import importlib.util
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +8,7 @@ from diffusers.optimization import get_scheduler
 
 from dev2pro.errors import ConfigError
 
-OPTIMIZERS = ("adamw", "adamw_8bit")
+OPTIMIZERS = ("auto", "adamw", "adamw_8bit")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "polynomial")
 
 
@@ -17,7 +16,7 @@ SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "polynomial
 class OptimConfig:
     """Optimizer settings; see the stages' yaml files."""
 
-    name: str = "adamw"  # adamw (torch, fused) or adamw_8bit (torchao, stochastic rounding for bfloat16 weights)
+    name: str = "auto"  # adamw (torch, fused), adamw_8bit (torchao, stochastic rounding for bfloat16 weights); auto: what fits the weights
     lr: float
     schedule: str = "cosine"  # a name diffusers' get_scheduler knows: cosine, linear, constant_with_warmup, ...
     warmup: int = 0  # steps
@@ -26,30 +25,33 @@ class OptimConfig:
     clip: float = 1.0  # largest norm of the whole gradient
 
 
-def check(config: OptimConfig, *, shard: bool = False) -> None:
-    """Raises ConfigError for an unknown or unusable optimizer or schedule, before any model is loaded."""
+def check(config: OptimConfig, weights: torch.dtype = torch.float32, *, shard: bool = False) -> None:
+    """Raises ConfigError for an unknown optimizer or schedule, or one that cannot train `weights`, before any model is loaded."""
     if config.name not in OPTIMIZERS:
         raise ConfigError(f"optim.name={config.name} is unknown. Choose one of {', '.join(OPTIMIZERS)}.")
-    if config.name == "adamw_8bit":
-        need_torchao("optim.name=adamw_8bit")
-        if shard:
-            raise ConfigError(
-                "optim.name=adamw_8bit has a state that no other number of ranks could go on with. Set optim.name=adamw, or hardware.shard=false."
-            )
+    if config.name == "adamw" and weights != torch.float32:
+        raise ConfigError(
+            "optim.name=adamw on bfloat16 weights loses most of the training: its updates are smaller than half of a weight's last bit and are "
+            "rounded away. Set optim.name=adamw_8bit, which rounds them at random, or hardware.dtype=float32 with mixed_precision=bf16."
+        )
+    if config.name == "adamw_8bit" and shard:
+        raise ConfigError(
+            "optim.name=adamw_8bit has a state that no other number of ranks could go on with. Set optim.name=adamw, or hardware.shard=false."
+        )
     if config.schedule not in SCHEDULES:
         raise ConfigError(f"optim.schedule={config.schedule} is unknown. Choose one of {', '.join(SCHEDULES)}.")
 
 
-def need_torchao(setting: str) -> None:
-    """Raises ConfigError if a setting needs torchao and it is not installed."""
-    if importlib.util.find_spec("torchao") is None:
-        raise ConfigError(f"{setting} needs torchao, which is not installed. Run `pip install torchao==0.18.0`.")
+def chosen(config: OptimConfig, weights: torch.dtype) -> str:
+    """The optimizer that trains weights of this precision."""
+    automatic = "adamw" if weights == torch.float32 else "adamw_8bit"
+    return automatic if config.name == "auto" else config.name
 
 
-def optimizer(config: OptimConfig, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer of a checked config."""
+def optimizer(config: OptimConfig, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer of a checked config for parameters of one precision."""
     betas = (0.9, config.beta2)
-    if config.name == "adamw_8bit":
+    if chosen(config, parameters[0].dtype) == "adamw_8bit":
         from torchao.optim import AdamW8bit
 
         return AdamW8bit(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay, bf16_stochastic_round=True)

@@ -4,20 +4,22 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from diffusers import FluxTransformer2DModel
-from diffusers.training_utils import EMAModel
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dev2pro import signals
-from dev2pro.training import distributed, optim
+from dev2pro.training import distributed, optim, sharding, wrapping
 from dev2pro.training.distributed import HardwareConfig
 from dev2pro.training.divergence_guard import DivergenceGuard, GuardConfig
+from dev2pro.training.ema import Ema
+from dev2pro.training.gradient_release import GradientRelease
 from dev2pro.training.optim import OptimConfig
 
 B = TypeVar("B")
@@ -42,16 +44,14 @@ class Training:
         guard: GuardConfig | None = None,
     ) -> None:
         self.accelerator, self.config = accelerator, config
-        self.slots = distributed.rank_slots(batch, hardware.micro_batch, accelerator)
+        self.slots = distributed.rank_slots(batch, hardware, accelerator)
         self.batch = batch
-        if hardware.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
-        model.train()
-        optimizer = optim.optimizer(config, [p for p in model.parameters() if p.requires_grad])
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.model = wrapping.prepare(model, hardware, accelerator)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.schedule = optim.schedule(config, self.optimizer.optimizer, steps)
-        self.ema = EMAModel(self.parameters, decay=ema) if ema else None
+        self.optimizer = optim.optimizer(config, self.parameters)
+        self.schedule = optim.schedule(config, self.optimizer, steps)
+        self.ema = Ema(self.parameters, ema, every=hardware.ema_every, offload=hardware.ema_offload) if ema else None
+        self.release = GradientRelease(self.optimizer, self.parameters, config.clip) if hardware.step_in_backward else None
         self.clock, self.guard = StepTimer(), DivergenceGuard(guard or GuardConfig())
         self.stop_requested: Callable[[], bool] = signals.stop_requested  # of this rank; `stopping`: of any, on all ranks after the same step
         self.stopping = False
@@ -60,12 +60,13 @@ class Training:
         """One optimizer step: (mean loss, gradient norm before clipping), the same on every rank.
 
         `make_batch(slots)` makes the micro-batch for some slots of this step, `compute_loss` its mean loss. Raises DivergedError if the
-        guard does; the weights are then those of the previous step.
+        guard does; the weights are then those of the previous step, except where gradients are released: what came before was trained on, and
+        the last checkpoint is what is left.
         """
         total = torch.zeros((), device=self.accelerator.device)
+        torch.manual_seed(step)  # for stochastic rounding, which must be the same after a resume
         for i, slots in enumerate(self.slots):
-            last = i == len(self.slots) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
+            with self._gradients_stay_local() if i < len(self.slots) - 1 else nullcontext():
                 share = len(slots) * self.accelerator.num_processes / self.batch
                 batch = make_batch(slots)
                 with self.clock.compute():
@@ -73,19 +74,24 @@ class Training:
                     self.accelerator.backward(loss)
                 total += loss.detach()
         with self.clock.compute():
-            norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.clip)
+            norm = self.release.norm() if self.release else torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
             values = torch.stack([total, total.new_tensor(float(self.stop_requested()))])
-            (mean, stop_share), size = self.accelerator.reduce(values, "mean").tolist(), _to_float(norm)
+            size = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            mean, stop_share, size = torch.cat([self.accelerator.reduce(values, "mean"), size.float().view(1)]).tolist()  # the step's one host read
             self.stopping = stop_share > 0
             self.guard.check_step(step, mean, size)
-            torch.manual_seed(step)  # for stochastic rounding, which must be the same after a resume
-            self.optimizer.step()
+            if not self.release:
+                self.optimizer.step()
+                self.optimizer.zero_grad()
             self.schedule.step()
-            self.optimizer.zero_grad()
             if self.ema:
-                self.ema.step(self.parameters)
+                self.ema.step()
         self.clock.steps += 1
         return mean, size
+
+    def _gradients_stay_local(self) -> AbstractContextManager:
+        """Until the last micro-batch of a step; a sharded model would keep them whole, so it shares them out every time."""
+        return nullcontext() if sharding.is_sharded(self.model) else self.accelerator.no_sync(self.model)
 
     @property
     def lr(self) -> float:
@@ -94,33 +100,29 @@ class Training:
 
     def save(self, out: str, dtype: torch.dtype) -> None:
         """Writes the model, with the averaged weights if there are any, as `out`/transformer in diffusers layout."""
-        with self.ema_weights() as model:
-            state = self.accelerator.get_state_dict(model)
-            if self.accelerator.is_main_process:
-                with torch.device("meta"):
-                    copy = FluxTransformer2DModel.from_config(self.accelerator.unwrap_model(model).config)
-                copy.load_state_dict({name: value.to(dtype) for name, value in state.items()}, assign=True)
-                whole, partial = Path(out) / "transformer", Path(out) / "transformer.partial"
-                shutil.rmtree(partial, ignore_errors=True)
-                copy.save_pretrained(partial)
-                for file in partial.iterdir():  # safetensors creates files that only their owner may read
-                    file.chmod((partial / "config.json").stat().st_mode)
-                shutil.rmtree(whole, ignore_errors=True)
-                partial.rename(whole)
+        model, main = self.accelerator.unwrap_model(self.model), self.accelerator.is_main_process
+        named = zip([name for name, _ in model.named_parameters()], self.ema.average, strict=True) if self.ema else model.named_parameters()
+        state = sharding.whole_tensors(named, dtype, keep=main)
+        if main:
+            with torch.device("meta"):
+                copy = FluxTransformer2DModel.from_config(model.config)
+            copy.load_state_dict(state, assign=True)
+            whole, partial = Path(out) / "transformer", Path(out) / "transformer.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            copy.save_pretrained(partial)
+            for file in partial.iterdir():  # safetensors creates files that only their owner may read
+                file.chmod((partial / "config.json").stat().st_mode)
+            shutil.rmtree(whole, ignore_errors=True)
+            partial.rename(whole)
 
     @contextmanager
     def ema_weights(self) -> Iterator[torch.nn.Module]:
         """The model in evaluation mode, with the averaged weights if there are any."""
         self.model.eval()
-        if self.ema:
-            self.ema.store(self.parameters)
-            self.ema.copy_to(self.parameters)
         try:
-            with torch.no_grad(), self.clock.paused():
+            with self.ema.applied() if self.ema else nullcontext(), torch.no_grad(), self.clock.paused():
                 yield self.model
         finally:
-            if self.ema:
-                self.ema.restore(self.parameters)
             self.model.train()
 
 
@@ -155,7 +157,3 @@ class StepTimer:
             "share_outside": round(max(0.0, 1 - self.computing / seconds), 4),
             "peak_memory_mb": round(peak),
         }
-
-
-def _to_float(norm: Any) -> float:
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)

@@ -22,7 +22,7 @@ from prefect.client.schemas.actions import ArtifactUpdate
 
 from dev2pro.artifacts import record
 from dev2pro.escape import markdown, printable
-from flows.ui import charts
+from flows.ui import charts, dataset
 
 POLL_SECONDS = 5.0  # seconds between two updates of the progress
 FULL_EVERY = 6  # updates of the progress per update of curves, pictures and checkpoints
@@ -72,6 +72,7 @@ class ProgressReporter:
             if self.events:
                 self._progress()
             if full:
+                self._data()
                 self._curves()
                 self._pictures()
                 self._checkpoints()
@@ -90,6 +91,10 @@ class ProgressReporter:
         event = self.events[-1][1]
         description = f"{markdown(event['stage'])}: {pace(self.events)}  {markdown(event['text'])}"
         self._show(ProgressArtifact(progress=100 * event["step"] / event["of"], description=description))
+
+    def _data(self) -> None:
+        if page := dataset.page(self.out):
+            self._show(MarkdownArtifact(markdown=page, description=f"{self.title}: what it is trained on"), "data")
 
     def _curves(self) -> None:
         losses = self.rows.read()

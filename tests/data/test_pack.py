@@ -1,10 +1,10 @@
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow
@@ -14,6 +14,8 @@ import webdataset
 from PIL import Image
 
 from data import pack
+from data.folders.files import Reading, survey
+from data.folders.samples import find_samples
 from data.shards import sidecar
 from data.storage.transport import ReadConfig, Transport
 from dev2pro.errors import DataError
@@ -43,7 +45,7 @@ def read(out: Path) -> list[dict]:
 
 
 def captions_of(folder: Path, table: Path | None = None) -> dict[str, tuple[str, ...]]:
-    return {sample.name: sample.captions for sample in pack.find_samples(folder, table)}
+    return {sample.name: sample.captions for sample in find_samples(survey(folder, table is not None), Reading(), table)}
 
 
 def refusal(folder: Path, table: Path | None = None, out: Path | None = None) -> str:
@@ -128,13 +130,6 @@ def test_captions_of_a_table(tmp_path, name, inside):
     assert json.loads(read(tmp_path / "out")[1]["json"]) == {"captions": ["two", third]}
 
 
-def test_a_table_that_is_given_goes_before_one_in_the_folder(tmp_path):
-    folder = write(captioned(tmp_path / "set", "a.jpg"), {"metadata.jsonl": '{"file_name": "a.jpg", "text": "inside"}'})
-    assert captions_of(folder) == {"a.jpg": ("inside",)}
-    (tmp_path / "t.csv").write_text("file_name,text\na.jpg,given\n")
-    assert captions_of(folder, tmp_path / "t.csv") == {"a.jpg": ("given",)}
-
-
 # ---- what is refused: everything at once, each with its cure -------------------------------------------------------------------------
 
 
@@ -169,14 +164,14 @@ def test_everything_that_is_wrong_is_listed_at_once(tmp_path):
 
 def test_every_picture_is_decoded_before_anything_is_written(tmp_path):
     good = jpeg(9, 64, 64)
-    files = {"cut.jpg": good[: len(good) // 2], "words.png": b"no picture", "gif.jpg": encoded(Image.new("L", (8, 8)), "GIF")}
+    files = {"cut.jpg": good[: len(good) // 2], "words.png": b"no picture", "tga.jpg": encoded(Image.new("L", (8, 8)), "TGA")}
     folder = write(tmp_path / "set", files | {"twice.jpg": jpeg(0), "\x1b[31m.jpg": b"x"})
     captioned(folder, "good.jpg")
     write(folder, {str(Path(name).with_suffix(".txt")): "x" for name in (*files, "twice.jpg", "\x1b[31m.jpg")})
     message = refusal(folder).splitlines()
     assert message[0].endswith("mend these 5, or move them away:")
     assert [line.removeprefix(f"  {folder}/").partition(":")[0] for line in message[1:]] == [
-        "\\x1b[31m.jpg", "cut.jpg", "gif.jpg", "words.png", "twice.jpg"
+        "\\x1b[31m.jpg", "cut.jpg", "tga.jpg", "words.png", "twice.jpg"
     ]  # fmt: skip
     assert "its pixels cannot be decoded" in message[2]
     assert message[5].endswith(f"{folder}/good.jpg has the same (every byte of the picture)")
@@ -190,7 +185,7 @@ def test_a_long_list_is_cut(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("t.csv", "file_name,caption\na.jpg,x\n", "(row 1: KeyError, 'text')"),
+        ("t.csv", "file_name,words\na.jpg,x\n", "(row 1: KeyError, 'text')"),
         ("t.csv", "file_name,text\na.jpg,a cat, on a mat\n", "(row 1: ValueError, more values than columns: a caption with commas needs quotes"),
         ("t.csv", "file_name,text\na.jpg,x\nb.jpg," + "x" * 200_000, "(row 2: Error, field larger than field limit"),
         ("t.csv", b"file_name,text\na.jpg,na\xefve\n", "UnicodeDecodeError"),
@@ -227,9 +222,9 @@ def test_rows_without_a_picture_and_pictures_without_a_row(tmp_path):
 
 def test_no_folder_no_table_and_a_folder_without_pictures(tmp_path):
     assert refusal(tmp_path / "none").startswith(f"{tmp_path}/none is no folder")
-    write(tmp_path, {"file": b"x", "set/a.gif": b"x"})
+    write(tmp_path, {"file": b"x", "set/a.tga": b"x"})
     assert refusal(tmp_path / "file").startswith(f"{tmp_path}/file is no folder")
-    assert f"{tmp_path}/set holds no pictures (jpg, jpeg, png, webp)" in refusal(tmp_path / "set")
+    assert f"{tmp_path}/set holds no pictures (jpg, jpeg, png, webp, " in refusal(tmp_path / "set")
     assert refusal(tmp_path / "set", tmp_path / "t.csv") == f"{tmp_path}/t.csv cannot be read: No such file or directory. Correct the path."
 
 
@@ -259,30 +254,30 @@ def test_a_picture_that_would_be_lost_in_a_shard_is_told(tmp_path):
 
 
 def test_the_command_says_how_to_go_on_and_what_was_left_out(tmp_path, monkeypatch):
-    folder = write(captioned(tmp_path / "set", "a.jpg"), {"b.gif": b"x", "c.HEIC": b"x", "d.heic": b"x", "README": b"x"})
+    folder = write(captioned(tmp_path / "set", "a.jpg"), {"b.tga": b"x", "c.NPZ": b"x", "d.npz": b"x", "README": b"x"})
     monkeypatch.chdir(tmp_path)
     code, stdout, stderr = called(pack.main, folder, "out")
     assert (code, stderr) == (0, "")
     assert stdout.splitlines() == [
-        "pack: left out are files of other kinds: 2 .heic, 1 README, 1 .gif",
+        "pack: left out: 2 .npz (c.NPZ, d.npz), 1 README (README), 1 .tga (b.tga; pictures of a kind that is not read; convert them to PNG)",
         "pack: 1 indexed shards in out. Train on them with \"data.train=['out/*.tar']\"",
     ]
     assert len(read(tmp_path / "out")) == 1
     assert called(pack.main, folder, "out") == (3, "", "pack: out exists and is no empty folder. Choose another one, or remove it.\n")
 
 
-def wait_for_half(path: Path, alive: Callable[[], bool]) -> None:
-    while not list(path.glob("out.*.partial/*.tar")):
-        assert alive(), "it should have taken longer"
-        time.sleep(0.002)
+STOPPING = "lambda *x: (os.kill(os.getpid(), signal.SIGSTOP), write(*x))"
+STOPS_ITSELF = f"import os, signal; from data import pack; write = pack._write_shard; pack._write_shard = {STOPPING}; pack.main()"
 
 
 def test_interrupted_it_leaves_nothing_and_says_so(tmp_path):
-    folder = captioned(tmp_path / "set", *(f"{i:03d}.jpg" for i in range(400)))
-    child = subprocess.Popen([sys.executable, "-m", "data.pack", folder, tmp_path / "out"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    wait_for_half(tmp_path, lambda: child.poll() is None)
+    folder = captioned(tmp_path / "set", "a.jpg", "b.jpg")
+    child = subprocess.Popen([sys.executable, "-c", STOPS_ITSELF, folder, tmp_path / "out"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert os.WIFSTOPPED(os.waitpid(child.pid, os.WUNTRACED)[1])  # it is about to write the first shard
+    assert list(tmp_path.glob("out.*.partial"))
     child.terminate()
-    assert (child.communicate(timeout=20)[1], child.returncode) == ("pack: interrupted. Nothing is half done; run the same command again.\n", 130)
+    child.send_signal(signal.SIGCONT)
+    assert (child.communicate(timeout=300)[1], child.returncode) == ("pack: interrupted. Nothing is half done; run the same command again.\n", 130)
     assert [file.name for file in tmp_path.iterdir()] == ["set"]
 
 
@@ -291,7 +286,9 @@ def test_killed_it_leaves_no_out_and_is_no_hindrance(tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "SHARD_SAMPLES", 1)
     child = multiprocessing.get_context("fork").Process(target=pack.pack, args=(str(folder), str(tmp_path / "out")))
     child.start()
-    wait_for_half(tmp_path, child.is_alive)
+    while not list(tmp_path.glob("out.*.partial/*.tar")):
+        assert child.is_alive(), "it should have taken longer"
+        time.sleep(0.002)
     child.kill()
     child.join()
     assert not (tmp_path / "out").exists()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dev2pro import ranks
+from dev2pro.errors import LOST
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = """
@@ -29,7 +30,7 @@ def start(tmp_path: Path, *args: str) -> subprocess.Popen:
 
 def test_a_rank_s_own_code_comes_out(tmp_path):
     child = start(tmp_path, "1", "3")
-    _, error = child.communicate(timeout=60)
+    _, error = child.communicate(timeout=300)
     assert child.returncode == 3
     assert "Traceback" not in error
 
@@ -39,13 +40,18 @@ def test_an_interruption_is_one(tmp_path):
     while len(list(tmp_path.glob("started-*"))) < 2:
         time.sleep(0.05)
     child.send_signal(signal.SIGTERM)
-    child.communicate(timeout=60)
+    child.communicate(timeout=300)
     assert child.returncode == 130
 
 
 @pytest.mark.parametrize(
     ("args", "seconds"),
-    [([], 45), (["checkpoint.grace=600"], 615), (["checkpoint.grace=5", "checkpoint.grace=7.5"], 22.5), (["checkpoint.grace=x"], 45)],
+    [
+        ([], 615),
+        (["checkpoint.grace=30"], 45),
+        (["checkpoint.grace=5", "checkpoint.grace=7.5"], 22.5),
+        (["checkpoint.grace=5", "checkpoint.grace=null"], 615),
+    ],
 )
 def test_ranks_have_their_grace_before_they_are_killed(args, seconds):
     assert ranks.grace_seconds(["-m", "stages.recover", *args]) == seconds
@@ -65,10 +71,23 @@ def test_ranks_have_their_grace_before_they_are_killed(args, seconds):
         ([130, -9], 137),
         ([-9, 5], 5),
         ([1, -15], 1),
+        ([LOST, LOST], LOST),
+        ([LOST, 1], 1),
+        ([LOST, 3], 3),
+        ([LOST, -9], 137),
+        ([LOST, 130], 130),
     ],
 )
 def test_the_rank_that_caused_the_failure_gives_the_exit_code(exit_codes, code):
-    assert ranks._exit_code(exit_codes) == code
+    assert ranks._exit_code([(one, 7) for one in exit_codes]) == code
+
+
+@pytest.mark.parametrize(
+    ("failures", "code"),
+    [([(LOST, 7), (130, 9)], LOST), ([(LOST, 7), (-9, 60)], LOST), ([(1, 7), (130, 9)], 1), ([(130, 7), (-9, 60)], 130), ([(LOST, 7), (3, 9)], 3)],
+)
+def test_what_torchrun_stopped_later_is_no_cause(failures, code):
+    assert ranks._exit_code(failures) == code
 
 
 def test_words_that_torchrun_does_not_know():

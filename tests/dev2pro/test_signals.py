@@ -18,7 +18,7 @@ try:
     print("preparing", flush=True)
     while sys.argv[1] == "prepare":
         time.sleep(0.01)
-    with signals.grace_period(float(sys.argv[2])):
+    with signals.grace_period(lambda: float(sys.argv[2])):
         print("training", flush=True)
         while not signals.stop_requested():
             time.sleep(0.01)
@@ -54,7 +54,7 @@ def read_until(child: subprocess.Popen, word: str) -> None:
 
 
 def ended(child: subprocess.Popen) -> tuple[int, str, str]:
-    output, stderr = child.communicate(timeout=20)
+    output, stderr = child.communicate(timeout=300)
     return child.returncode, output, stderr
 
 
@@ -116,7 +116,7 @@ def test_that_nobody_reads_is_being_asked_to_stop(deaf, tmp_path):
     child = started("talk", "20", str(tmp_path / "saved"), until="training")
     for name in deaf:
         getattr(child, name).close()
-    assert child.wait(timeout=20) == 7
+    assert child.wait(timeout=300) == 7
     assert (tmp_path / "saved").exists()
 
 
@@ -197,4 +197,15 @@ def test_a_child_that_reads_is_ended_by_its_parent_alone():
     for number in (signal.SIGTERM, signal.SIGINT):  # as systemd, scancel and terminals do to all that belongs to a job
         os.kill(pid, number)
     time.sleep(0.3)
-    assert parent.communicate("go on\n", timeout=20)[0] == "alive\ndead\n"
+    assert parent.communicate("go on\n", timeout=300)[0] == "alive\ndead\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_it_ends_changes_nothing_but_the_time(number):
+    """As torchrun sends to ranks whose neighbour ended a moment earlier."""
+    ending = "import atexit, sys, time; from dev2pro import signals; signals.install_handlers(); signals.nothing_left_to_stop(3)"
+    slowly = "atexit.register(lambda: (print('ending', flush=True), time.sleep(60))); sys.exit(3)"
+    child = subprocess.Popen([sys.executable, "-c", f"{ending}; {slowly}"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    read_until(child, "ending")
+    child.send_signal(number)
+    assert ended(child) == (3, "", "")

@@ -13,7 +13,7 @@ from prefect.utilities.callables import parameter_schema
 from pydantic import BaseModel, ValidationError
 
 from dev2pro.artifacts.record import ROOT
-from flows import forms, plan, single
+from flows import plan, roots, single
 from flows.concepts import concepts
 from flows.forms import Concepts, Distill, Evaluate, Lora, Pipeline, Recover, Recurring, overrides
 from flows.pipeline import pipeline
@@ -209,7 +209,7 @@ def test_a_link_that_leads_outside_is_outside(tmp_path):
 
 
 def test_roots_can_be_added(tmp_path, monkeypatch):
-    monkeypatch.setenv(forms.ROOTS, f"{tmp_path}, s3://ours/shards")
+    monkeypatch.setenv(roots.ROOTS, f"{tmp_path}, s3://ours/shards")
     for url in (f"{tmp_path}/pictures", "s3://ours/shards/a.tar", "s3://ours/shards/{000..999}.tar", "data/miniature/pipeline"):
         assert Recover(data={"train": [url]}).data.train == [url]
     for url in ("s3://ours/shardsother/a.tar", f"{tmp_path}x/a", "s3://ours/other/a.tar", "https://ours/shards/a.tar"):
@@ -226,11 +226,11 @@ def test_aliases_need_no_root():
     "url", [".env", "./.prefect/password", "runs/../.env", "*/.git/*", "runs/{a,.b}/../.x", f"{ROOT}/.env", "s3://ours/shards/.x"]
 )
 def test_hidden_files_hold_secrets_and_are_not_read(url, monkeypatch):
-    monkeypatch.setenv(forms.ROOTS, "s3://ours/shards")
+    monkeypatch.setenv(roots.ROOTS, "s3://ours/shards")
     with pytest.raises(ValidationError, match=r"hidden|should match pattern"):
         Evaluate(prompts=url)
 
 
 def test_a_project_in_a_hidden_folder_is_not_hidden(tmp_path, monkeypatch):
-    monkeypatch.setenv(forms.ROOTS, f"{tmp_path}/.mine")
+    monkeypatch.setenv(roots.ROOTS, f"{tmp_path}/.mine")
     assert Evaluate(prompts=f"{tmp_path}/.mine/prompts.txt").prompts

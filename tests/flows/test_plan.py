@@ -144,12 +144,54 @@ def test_every_style_with_every_arm_and_the_recovered_ones_last():
         "recovered@1": {"base": "recovered", "guidance": 1.0},
         "base@3.5": {"base": "base", "guidance": 3.5},
         "recovered@2": {"base": "recovered", "guidance": 1.0},
+        "empty": {"base": "base", "guidance": 3.5, "teacher": "recovered", "lora": {"loss.name": "guidance"}},
         "teacher@1": {"base": "teacher", "guidance": 1.0},
     }
-    assert make_plan(arms=arms).pairs() == [
+    assert make_plan(arms=arms, teacher="ideal").pairs() == [
         *[("chalk", "base@3.5"), ("neon", "base@3.5"), ("chalk", "teacher@1"), ("neon", "teacher@1")],
-        *[("chalk", "recovered@1"), ("neon", "recovered@1"), ("chalk", "recovered@2"), ("neon", "recovered@2")],
+        *[
+            ("chalk", "recovered@1"),
+            ("neon", "recovered@1"),
+            ("chalk", "recovered@2"),
+            ("neon", "recovered@2"),
+            ("chalk", "empty"),
+            ("neon", "empty"),
+        ],
     ]
+
+
+def test_a_distilled_arm_comes_after_its_teacher_s_and_begins_from_it(monkeypatch):
+    from flows import pipeline
+
+    started = []
+    monkeypatch.setattr(pipeline, "launch", lambda stage, args, out, ranks: started.append(args))
+    arms = {
+        "redistilled": {"base": "base", "guidance": 3.5, "teacher": "recovered", "teacher_arm": "recovered@1", "lora": {"loss.name": "distillation"}},
+        "recovered@1": {"base": "recovered", "guidance": 1.0},
+    }
+    plan = make_plan(arms=arms)
+    assert plan.pairs() == [("chalk", "recovered@1"), ("neon", "recovered@1"), ("chalk", "redistilled"), ("neon", "redistilled")]
+    pipeline.lora.fn(plan, 0, "runs/x", "neon", "redistilled", "an artifact", "another")
+    theirs = "runs/x/lora/neon/recovered@1"
+    assert {"loss.teacher=runs/x/recover", f"loss.teacher_lora='{theirs}'", f"start='{theirs}'", "trained_on=model"} <= set(started[0])
+
+
+def test_an_arm_s_own_values_and_models_reach_its_stage(monkeypatch):
+    from flows import pipeline
+
+    started = []
+    monkeypatch.setattr(pipeline, "launch", lambda stage, args, out, ranks: started.append((stage, args, out)))
+    own = {"loss.name": "guidance", "loss.guidance_range": [2, 6], "steps": 7}
+    arms = {"empty": {"base": "base", "guidance": 3.5, "teacher": "recovered", "lora": own}, "plain": {"base": "base", "guidance": 1.0}}
+    plan = make_plan(arms=arms, lora={"steps": 300, "batch": 4})
+    for arm in arms:
+        pipeline.lora.fn(plan, 0, "runs/x", "chalk", arm, "an artifact")
+    (stage, args, out), (_, plain, _) = started
+    assert (stage, out) == ("lora", "runs/x/lora/chalk/empty")
+    assert {"steps=7", "batch=4", "loss.name=guidance", "loss.guidance_range=[2.0,6.0]", "trained_on=model", "guidance=3.5"} <= set(args)
+    assert "loss.teacher=runs/x/recover" in args
+    assert "steps=300" in plain
+    assert not [word for word in plain if word.startswith("loss.")]
 
 
 def test_the_plans_of_this_repository_are_right():
@@ -190,6 +232,11 @@ def test_a_plan_that_does_not_exist(home, name):
         ({"arms": {"a": {"base": "pro", "guidance": 1}}}, "arms.a.base"),
         ({"arms": {"a": {"base": "base", "guidance": 0}}}, "arms.a.guidance"),
         ({"arms": {"a": {"base": "base", "guidance": 1, "loss": "x"}}}, "arms.a.loss"),
+        ({"arms": {"a": {"base": "base", "guidance": 1, "teacher": "pro"}}}, "arms.a.teacher"),
+        ({"arms": {"a": {"base": "base", "guidance": 1, "teacher": "teacher"}}}, "teacher is not set"),
+        ({"arms": {"a": {"base": "base", "guidance": 1, "teacher": "recovered", "teacher_arm": "b"}}}, "arms.a.teacher_arm=b is no arm"),
+        ({"arms": {"a": {"base": "recovered", "guidance": 1, "teacher": "recovered", "teacher_arm": "a"}}}, "arms.a.teacher_arm=a is no arm"),
+        ({"arms": {"a": {"base": "base", "guidance": 1, "lora": {"loss": {"name": "x"}}}}}, "arms.a.lora.loss"),
         ({"styles": {"../x": {}}}, "../x"),
         ({"common": {"steps": {"nested": 1}}}, "common.steps"),
         ({"arms": {"teacher@1": {"base": "teacher", "guidance": 1}}}, "teacher"),

@@ -19,9 +19,10 @@ from pydantic import ValidationError
 
 from dev2pro.artifacts import record, run_folder
 from dev2pro.artifacts.record import ROOT
-from flows import recurring
-from flows.forms import ROOTS, Recurring
+from flows import frame, recurring
+from flows.forms import Recurring
 from flows.generations import aliases, lifecycle
+from flows.roots import ROOTS
 from tests.shards import jpeg, pairs, tar
 
 LINE = "test-recurring"
@@ -89,7 +90,7 @@ def test_it_can_be_triggered_as_it_is():
 
 
 def test_words_become_the_form(capsys):
-    values = recurring.nested(["line=a", "shards=x*.tar", "heldout=['{0..3}.tar', b]", "optim.lr=1e-4", "keep=2"])
+    values = frame.nested(["line=a", "shards=x*.tar", "heldout=['{0..3}.tar', b]", "optim.lr=1e-4", "keep=2"], recurring.LISTS)
     assert values == {"line": "a", "shards": ["x*.tar"], "heldout": ["{0..3}.tar", "b"], "optim": {"lr": "1e-4"}, "keep": "2"}
     for args, message in (
         (["lien=a"], "lien=a: Extra inputs are not permitted. There are line, shards,"),

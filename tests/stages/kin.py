@@ -30,8 +30,9 @@ def adopt() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def family() -> list[Seen]:
-    """All living descendants of this process."""
+def family(of: int = 0) -> list[Seen]:
+    """All living descendants of a process, by default of this one."""
+    of = of or os.getpid()
     processes: dict[int, Seen] = {}
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -39,10 +40,10 @@ def family() -> list[Seen]:
         except OSError:
             continue
         processes[int(name)] = Seen(int(name), state, int(parent), int(session))
-    kin = {os.getpid()}
+    kin = {of}
     while more := {process.pid for process in processes.values() if process.parent in kin} - kin:
         kin |= more
-    return [processes[pid] for pid in kin - {os.getpid()} if processes[pid].state not in "ZX"]
+    return [processes[pid] for pid in kin - {of} if processes[pid].state not in "ZX"]
 
 
 def catches(pid: int, number: signal.Signals) -> bool:

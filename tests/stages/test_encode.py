@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from data import index
 from data.shards import snapshot
@@ -102,6 +104,42 @@ def test_training_on_what_was_stored_is_training_on_the_pictures(encoded, tmp_pa
         losses_by_stored.append(losses(tmp_path / str(number)))
     assert losses_by_stored[1] == pytest.approx(losses_by_stored[0], rel=1e-4)  # another batch in the VAE
     assert losses_by_stored[2] == losses_by_stored[1]
+
+
+def recover_on(snapshot_path: Path, out: Path, *args: str) -> list[str]:
+    return [
+        "experiment=miniature", "steps=2", "probe.samples=4", "preview.pictures=0", "data.aspect=2", "batch=4", f"data.train=['{snapshot_path}']",
+        "data.stored=[latents,text]", f"out={out}", *args,
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def _any_precision() -> Iterator[None]:
+    """Accelerate keeps one precision per process."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.usefixtures("_any_precision")
+def test_what_was_stored_under_one_hardware_file_is_read_under_another(shards, tmp_path, run_stage):
+    """gpu80 has bfloat16 weights, gpu8 float32 ones that it computes with in bfloat16; both encode in bfloat16. Here they run on the CPU."""
+    code, stderr = run_stage("encode", *words_for(shards, tmp_path / "out", f"{tmp_path}/to", "hardware=gpu80", "hardware.device=cpu"))
+    assert code == 0, stderr
+    AcceleratorState._reset_state()
+    gpu8 = ["hardware=gpu8", "hardware.device=cpu", "hardware.shard=false"]
+    code, stderr = run_stage("recover", *recover_on(tmp_path / "out/encoded.snapshot", tmp_path / "read", *gpu8))
+    assert code == 0, stderr
+    assert len(losses(tmp_path / "read")) == 2
+    config = json.loads((tmp_path / "read/artifact.json").read_text())["config"]["hardware"]
+    assert (config["dtype"], config["mixed_precision"], config["encoder_dtype"]) == ("float32", "bf16", "bfloat16")
+    for word, message in (
+        ("encoder_dtype=float32", "dtype is bfloat16 there and float32 here"),
+        ("int8_encoders=true", "int8 is None there and True"),
+    ):
+        code, stderr = run_stage("recover", *recover_on(tmp_path / "out/encoded.snapshot", tmp_path / word[:4], *gpu8, f"hardware.{word}"))
+        assert code == 3
+        assert message in stderr
 
 
 @pytest.mark.parametrize(

@@ -40,8 +40,9 @@ def test_3_bad_data(args, tmp_path, run_stage):
     assert (code, "is not indexed" in stderr) == (3, True)
 
 
-def test_4_no_room_for_a_checkpoint(args, tiny, disk, run_stage):
-    mount = disk(1)  # enough for a while: only full fine-tunes know beforehand what they need
+def test_4_no_room_for_a_checkpoint(args, tiny, disk, run_stage, monkeypatch):
+    monkeypatch.setattr("dev2pro.training.checkpoint_space.check", lambda *_, **__: None)  # others have filled the disk since
+    mount = disk(1)
     code, stderr = run_stage("lora", *[word for word in args if not word.startswith("save_dtype")], f"out={mount}/out", f"trained_on={tiny}")
     assert code == 4
     assert re.search(r"A checkpoint could not be written into .*A checkpoint needs [\d.]+ GB in .*, and [\d.]+ GB are free\. Make room", stderr)
@@ -49,14 +50,18 @@ def test_4_no_room_for_a_checkpoint(args, tiny, disk, run_stage):
     assert not list(mount.rglob("*.partial"))
 
 
-def test_4_no_room_is_told_before_anything_is_encoded(args, tmp_path, disk, run_stage, monkeypatch):
+@pytest.mark.parametrize("stage", ["recover", "lora", "distill"])
+def test_4_no_room_is_told_before_anything_is_encoded(stage, args, tiny, disk, run_stage, monkeypatch):
     monkeypatch.setattr("dev2pro.training.feed.prepare", lambda *_: pytest.fail("it went on"))
-    code, stderr = run_stage("recover", *args, f"out={disk(2)}/out")
-    assert (code, "A checkpoint needs" in stderr) == (4, True)
+    words = [word for word in args if not word.startswith("save_dtype")] if stage == "lora" else args
+    more = {"recover": [], "lora": [f"trained_on={tiny}"], "distill": [f"teacher={tiny}"]}[stage]
+    code, stderr = run_stage(stage, *words, *more, f"out={disk(1)}/out")
+    assert code == 4
+    assert re.search(r"This run needs [\d.]+ GB in .*/out: up to 2 checkpoints of [\d.]+ GB .* Make room, or choose another out=\.", stderr)
 
 
 def test_5_a_loss_that_is_not_finite(args, tmp_path, run_stage):
-    code, stderr = run_stage("recover", *args, "optim.lr=1e25", "checkpoint.every=1")
+    code, stderr = run_stage("recover", *args, "optim.lr=1", "optim.weight_decay=10", "guard.spike=0", "guard.collapse=0", "checkpoint.every=1")
     assert code == 5
     assert re.search(r"of step [1-3] is not finite", stderr)
     assert [folder.name for folder in (tmp_path / "out").glob("checkpoint-*")]  # and the last good one is there

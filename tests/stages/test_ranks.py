@@ -18,7 +18,7 @@ sys.path.insert(0, os.getcwd())
 from dev2pro.models import encodings
 from dev2pro.training import feed
 from stages import recover
-draw, encode, batches = encodings.noise_batch, feed.encode, []
+draw, encode, batches, build = encodings.noise_batch, feed.encode, [], recover.Training
 def sha256(tensor):
     return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
 def record_encode(batch, *rest):
@@ -33,7 +33,12 @@ def record_noise(batch, empty, scheduler, dropout, seed, step, slots):
             tensors = source.pixels[i], noised.noise[i], noised.t[i], noised.conditioning.prompt[i]
             file.write(json.dumps([step, slot, source.rows[i], source.captions[i], *map(sha256, tensors)]) + "\\n")
     return noised
-encodings.noise_batch, feed.encode = record_noise, record_encode
+def record_types(*args, **named):
+    training = build(*args, **named)
+    with open(os.environ["WITNESS"].replace("seen-", "types-") + os.environ.get("RANK", "0"), "a") as file:
+        file.write(" ".join(sorted({type(p.data).__name__ for p in training.parameters})) + "\\n")
+    return training
+encodings.noise_batch, feed.encode, recover.Training = record_noise, record_encode, record_types
 recover.frame.main("recover", recover.RecoverConfig, recover.run)
 """
 
@@ -64,6 +69,11 @@ def same(one: tuple[list[float], dict, list], other: tuple[list[float], dict, li
     assert furthest < 1e-4
 
 
+def types(folder: Path) -> list[str]:
+    """What each training's weights were, rank by rank: Tensor, or DTensor where they are sharded."""
+    return [line for file in sorted(folder.glob("types-*")) for line in file.read_text().splitlines()]
+
+
 def same_previews(one: Path, other: Path) -> None:
     for name in ("000000.jpg", "000003.jpg"):
         pictures = [Image.open(folder / "out/previews" / name) for folder in (one, other)]
@@ -88,6 +98,7 @@ def alone(undisturbed):
 )
 def test_ranks_see_the_same_and_end_within_rounding(alone, undisturbed, ranks, shard, tmp_path):
     assert start(tmp_path, ranks, f"hardware.shard={shard}") == 0
+    assert types(tmp_path) == ["DTensor" if shard == "true" else "Tensor"] * ranks
     same(read_run(tmp_path), alone)
     same_previews(tmp_path, undisturbed)
 
@@ -95,7 +106,7 @@ def test_ranks_see_the_same_and_end_within_rounding(alone, undisturbed, ranks, s
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after", "shard"), [(2, 1, "false"), (2, 1, "true"), (2, 4, "true"), (1, 2, "true")])
 def test_a_checkpoint_goes_on_with_another_number_of_ranks(alone, before, after, shard, tmp_path):
-    args = ["checkpoint.every=1"]
+    args = ["checkpoint.every=1", "probe.every=1"]  # every checkpoint comes after a measurement
     assert start(tmp_path, before, *args, f"hardware.shard={shard if before > 1 else 'false'}", stop_at=2) != 0
     assert {folder.name for folder in (tmp_path / "out").glob("checkpoint-*")} >= {"checkpoint-1"}  # the one of step 2 may be half written
     assert start(tmp_path, after, *args, f"hardware.shard={shard if after > 1 else 'false'}") == 0

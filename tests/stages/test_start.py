@@ -36,6 +36,10 @@ def test_it_goes_on_from_the_weights_and_says_so(args, tiny, tmp_path, run_stage
     first, second, third = map(written, (one, two, alone))
     assert [(p["role"], p["uri"]) for p in second["parents"]][:3] == [("base", str(tiny)), ("start", str(one)), ("teacher", str(one))]
     assert second["parents"][1]["id"] == first["id"]
+    report = second["metrics"]["data"]["report"]
+    assert json.loads((two / "data.json").read_text())["pictures"] == report["pictures"]
+    assert (two / "data.html").is_file()
+    assert report["pictures"] == second["metrics"]["data"]["samples"]
     assert "start" not in [parent["role"] for parent in first["parents"]]
     assert second["metrics"]["curve"][0]["loss"] == pytest.approx(first["metrics"]["curve"][-1]["loss"], rel=1e-5)
     assert second["metrics"]["curve"][0]["loss"] != third["metrics"]["curve"][0]["loss"]

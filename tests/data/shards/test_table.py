@@ -1,6 +1,7 @@
 """Tables and sidecars: deterministic bytes, no code, and any damage is detected."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -173,3 +174,15 @@ def test_where_a_sidecar_lies():
 def test_keys_have_numbers_of_their_own():
     assert len({sidecar.key_number(key) for key in ("a", "b", "a/b", "ä", "\udcff", "")}) == 6
     assert sidecar.key_number("a") == 3405396810240292928  # as `printf a | b2sum -l 64` has it, read backwards
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"repeat": 0}, {"repeat": 10**9}, {"repeat": True}, {"altered": 3}, {"altered": {"x": {}}}, {"altered": {"x": {"count": "1", "names": []}}}],
+)
+def test_a_sidecar_with_notes_or_repeats_that_no_index_has(tmp_path, wrong):
+    path = tmp_path / "a.tar"
+    indexed(path, tar(pairs(1)))
+    entry = sidecar.read(str(path), Transport(ReadConfig()))
+    Path(f"{path}.index").write_bytes(sidecar.Sidecar({**entry.head, **wrong}, entry.columns).encode())
+    assert "notes or repeats" in refusal(lambda: sidecar.read(str(path), Transport(ReadConfig())))

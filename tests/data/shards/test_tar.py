@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.shards.tar import MAX_EXTENSION, DamagedTar, Member, _checksum_matches, walk
-from tests.shards import DAMAGES, END, FORMS, header, member, pairs, pax, tar
+from tests.shards import DAMAGES, END, FORMS, header, header_offset, member, pairs, pax, tar
 
 
 def walked(content: bytes) -> list[Member]:
@@ -262,3 +262,21 @@ def test_rubbish_ends_in_an_error_and_in_nothing_else(at, noise, seed):
     for content in (good[:at] + noise + good[at + len(noise) :], noise, np.random.default_rng(seed).bytes(at) + good):
         result = attempt(content)
         assert not isinstance(result, DamagedTar) or 0 <= result.offset <= len(content)
+
+
+@pytest.mark.parametrize("blocks", [21, 63, 64, 100, 126, 512, 1000, 2048, 10240, 32768])
+def test_records_of_any_usual_size_are_padded_with_zeros(blocks):
+    good = tar(pairs(2)).rstrip(b"\0")
+    record = 512 * blocks
+    content = good + bytes(-(len(good) + 1024) % record + 1024)
+    assert [member.name for member in walked(content)] == ["0000.jpg", "0000.txt", "0001.jpg", "0001.txt"]
+
+
+@pytest.mark.parametrize("size", [1 << 20, 51200, 20 << 20])
+def test_a_rest_that_was_never_written_is_no_padding(size):
+    good = tar(pairs(6))
+    for cut in (header_offset(good, f"{number:04d}.jpg") + 1300 for number in range(6)):  # within a picture
+        with pytest.raises(DamagedTar):
+            list(walked(good[:cut] + bytes(size - cut)))
+    with pytest.raises(DamagedTar, match="never written"):
+        list(walked(bytes(size)))

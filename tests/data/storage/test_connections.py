@@ -71,7 +71,7 @@ def test_a_link_local_host_is_asked_for_nothing_whatever_its_name(web):
     script = 'ip link set lo up && ip addr add 169.254.77.7/32 dev lo && exec "$@"'
     command = ["unshare", "-rn", "sh", "-c", script, "sh", sys.executable, "-c", NETWORK, str(web.folder)]
     root = str(Path(__file__).resolve().parents[3])
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout.split() == ["refused", "0", "refused", "0", "read", "1"]
 
 

@@ -265,7 +265,7 @@ def test_it_answers_as_a_command_and_loads_no_torch(lora):
     watch = "import sys, runpy; sys.argv = ['x', 'lineage', 'lora']\ntry: runpy.run_module('dev2pro.artifacts', run_name='__main__')\n"
     watch += "finally: print('torch' in sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", watch], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", watch], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300, check=True
     )
     assert done.stdout.startswith(f"thing {lora.id[:12]}")
     assert done.stdout.endswith("False\n")
@@ -276,7 +276,7 @@ def test_a_reader_who_has_seen_enough_is_no_trouble(lora):
     os.close(reader)
     child = started("show", "lora", stdout=writer)
     os.close(writer)
-    assert (child.communicate(timeout=60)[1], child.returncode) == ("", 141)
+    assert (child.communicate(timeout=300)[1], child.returncode) == ("", 141)
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
@@ -285,6 +285,6 @@ def test_an_interrupted_push_ends_with_130(lora, proxy, stop):
     child = started("push", "lora", "s3://store", stdout=subprocess.PIPE)
     proxy.wait("PUT", 1)
     child.send_signal(stop)
-    _, err = child.communicate(timeout=60)
+    _, err = child.communicate(timeout=300)
     assert child.returncode == 130, err
     assert err == "artifact: interrupted. Nothing is half done; the same command goes on from there.\n"

@@ -2,10 +2,12 @@ import shutil
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from dev2pro.errors import ConfigError, TryAgainError
 from dev2pro.judging import judge
+from dev2pro.judging.cell_store import CellFiles
 from dev2pro.judging.judge import Judge
 
 CPU = torch.device("cpu")
@@ -38,6 +40,24 @@ def test_a_picture_is_judged_the_same_in_any_batch(judge_model, monkeypatch):
     monkeypatch.setattr(judge, "BATCH", 2)
     torch.testing.assert_close(judge_model.images(pictures), whole)
     torch.testing.assert_close(judge_model.images(pictures[3:4]), whole[3:4])
+
+
+@pytest.mark.parametrize("side", [32, 48])
+def test_pictures_kept_in_eight_bits_are_judged_as_exact_ones_to_the_bit(judge_model, tmp_path, side):
+    pictures = torch.rand(5, 3, side, side)
+    files = CellFiles(tmp_path, {"resolution": side}, count=5, batch=5, exact=False, out="run")
+    files.create()
+    files.write(0, pictures)
+    assert files.read(0).dtype == torch.uint8
+    assert torch.equal(judge_model.images(files.read(0)), judge_model.images(pictures))
+
+
+def test_ranks_judge_every_picture_in_the_batches_of_one(judge_model, monkeypatch):
+    monkeypatch.setattr(judge, "BATCH", 2)
+    pictures, read = torch.rand(5, 3, 32, 32), []
+    shared = judge_model.shared(Accelerator(cpu=True), 5, lambda rows: read.append(rows) or pictures[rows.start : rows.stop])
+    assert read == [range(2), range(2, 4), range(4, 5)]
+    assert torch.equal(shared, judge_model.images(pictures))
 
 
 def test_a_prompt_is_judged_the_same_beside_any_other(judge_model):

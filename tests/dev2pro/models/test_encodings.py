@@ -6,7 +6,7 @@ import torch
 from dev2pro.errors import ConfigError
 from dev2pro.models import encodings, flow_matching
 from dev2pro.models.encodings import EncodedBatch, PromptEncoder
-from dev2pro.models.flux1 import Encoders, ModelConfig
+from dev2pro.models.flux1 import TEXT_BATCH, Encoders, ModelConfig
 
 CPU, DTYPE = torch.device("cpu"), torch.float32
 SLOTS = range(10)
@@ -56,10 +56,10 @@ def test_a_caption_says_the_same_whatever_is_beside_it(model, encoders):
 def test_a_repeated_caption_is_encoded_once(model, encoders, monkeypatch):
     prompt_encoder, requested = PromptEncoder(model, encoders, 1e9), []
     encode = encoders.encode_text
-    monkeypatch.setattr(encoders, "encode_text", lambda prompts: requested.extend(prompts) or encode(prompts))
+    monkeypatch.setattr(encoders, "encode_text", lambda prompts: requested.append(list(prompts)) or encode(prompts))
     prompt_encoder.encode(["a two", "a one", "a two"])
     prompt_encoder.encode(["a one", "a three", ""])
-    assert requested == ["a two", "a one", "a three"]  # the empty one was encoded before
+    assert requested == [["a two", "a one"], ["a three"]]  # the empty one was encoded before
 
 
 def test_captions_are_kept_within_the_limit_and_come_back_the_same(model, encoders):
@@ -67,9 +67,11 @@ def test_captions_are_kept_within_the_limit_and_come_back_the_same(model, encode
     prompt_encoder = PromptEncoder(model, encoders, limit)
     captions = [f"a {name}" for name in ("one", "two", "three", "four", "five", "six")]
     first = prompt_encoder.encode(captions)
-    assert len(prompt_encoder._cache) == 3
+    assert list(prompt_encoder._cache) == captions[3:]
     assert torch.equal(first[0], prompt_encoder.encode(captions)[0])
     assert encoders.text_bytes() == first[0][0].nbytes + first[1][0].nbytes
+    held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for pair in prompt_encoder._cache.values() for tensor in pair}
+    assert sum(held.values()) == limit  # no caption keeps the memory of those encoded beside it
 
 
 def test_precomputed_captions_free_the_encoders(model, encoders):
@@ -82,6 +84,18 @@ def test_precomputed_captions_free_the_encoders(model, encoders):
     assert torch.equal(
         prompt_encoder.encode(["a nine"])[0], PromptEncoder(model, Encoders(model, DTYPE, CPU), 1e9).encode(["a nine"])[0]
     )  # brought back for it
+
+
+def test_precomputed_captions_are_encoded_in_full_calls(model, encoders, monkeypatch):
+    prompt_encoder, calls = PromptEncoder(model, encoders, 1e9), []
+    encode = encoders.encode_text
+    monkeypatch.setattr(encoders, "encode_text", lambda prompts: calls.append(list(prompts)) or encode(prompts))
+    captions = [f"a {number}" for number in range(TEXT_BATCH + 1)]
+    prompt_encoder.precompute(["", *captions, *captions])
+    assert calls == [captions[:TEXT_BATCH], [captions[-1], *[""] * (TEXT_BATCH - 1)]]  # what is known or comes again is left out
+    again = PromptEncoder(model, Encoders(model, DTYPE, CPU), 1e9)
+    for caption in captions:
+        assert torch.equal(prompt_encoder.encode([caption])[0], again.encode([caption])[0])
 
 
 def test_batches_are_joined(data):

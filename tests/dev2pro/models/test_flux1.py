@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from dev2pro.artifacts import record
 from dev2pro.errors import ConfigError, TryAgainError
-from dev2pro.models import flux1
+from dev2pro.models import flux1, model_folder, vae
 from dev2pro.models.flux1 import Conditioning, Encoders, ModelConfig
 
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def refusal(check, path: Path | str) -> str:
 # ---- paths that hold no model ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("check", [flux1.check_transformer, flux1.check_pipeline, flux1.load_transformer])
+@pytest.mark.parametrize("check", [model_folder.check_transformer, model_folder.check_pipeline, flux1.load_transformer])
 @pytest.mark.parametrize("path", ["/nowhere/FLUX.1-dev", "runs/demo/recover", "data/miniature/nothing", "FLUX.1-dev", "a/b/c"])
 def test_a_path_that_does_not_exist(check, path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -52,24 +52,24 @@ def test_a_path_that_does_not_exist(check, path, tmp_path, monkeypatch):
 
 def test_a_hub_id_without_a_network_can_be_tried_again():
     with pytest.raises(TryAgainError, match=r"nobody/nothing is no local folder and could not be fetched.*hf auth login"):
-        flux1.check_transformer("nobody/nothing")
+        model_folder.check_transformer("nobody/nothing")
 
 
 def test_a_file(tmp_path):
     (tmp_path / "flux1-dev.safetensors").write_bytes(b"")
-    for check in (flux1.check_transformer, flux1.check_pipeline):
+    for check in (model_folder.check_transformer, model_folder.check_pipeline):
         assert "is a file. Give a folder in diffusers layout" in refusal(check, tmp_path / "flux1-dev.safetensors")
 
 
 def test_a_folder_without_a_pipeline(tmp_path):
     (tmp_path / "flux1-dev.safetensors").write_bytes(b"")
-    for check in (flux1.check_transformer, flux1.check_pipeline):
+    for check in (model_folder.check_transformer, model_folder.check_pipeline):
         assert "no diffusers pipeline folder" in refusal(check, tmp_path)
 
 
 def test_a_stage_s_folder_counts_only_once_it_is_finished(model):
     (model / record.CONFIG).write_text("{}")
-    for check in (flux1.check_transformer, flux1.check_pipeline):
+    for check in (model_folder.check_transformer, model_folder.check_pipeline):
         message = refusal(check, model)
         assert "no finished artifact" in message
         assert "Run the stage that makes it" in message
@@ -78,8 +78,8 @@ def test_a_stage_s_folder_counts_only_once_it_is_finished(model):
 def test_a_stage_s_finished_folder_is_a_model(tiny, tmp_path):
     (tmp_path / "transformer").mkdir()
     shutil.copytree(tiny / "transformer", tmp_path / "transformer", dirs_exist_ok=True)
-    assert flux1.check_transformer(str(tmp_path))["guidance_embeds"] is True
-    assert "model_index.json" in refusal(flux1.check_pipeline, tmp_path)  # but no complete pipeline
+    assert model_folder.check_transformer(str(tmp_path))["guidance_embeds"] is True
+    assert "model_index.json" in refusal(model_folder.check_pipeline, tmp_path)  # but no complete pipeline
 
 
 # ---- folders that hold another model -------------------------------------------------------------------------------------------------
@@ -88,26 +88,26 @@ def test_a_stage_s_finished_folder_is_a_model(tiny, tmp_path):
 def test_a_pruned_model(tiny, tmp_path):
     shutil.copytree(tiny / "transformer", tmp_path / "recovered/transformer")
     (tmp_path / "recovered/pruned.json").write_text('{"files": ["transformer/diffusion_pytorch_model.safetensors"]}')
-    assert "recovered were removed to make room; only its record is left" in refusal(flux1.check_transformer, tmp_path / "recovered")
+    assert "recovered were removed to make room; only its record is left" in refusal(model_folder.check_transformer, tmp_path / "recovered")
 
 
 def test_another_transformer(model):
     change(model / "transformer/config.json", _class_name="SD3Transformer2DModel")
-    message = refusal(flux1.check_transformer, model)
+    message = refusal(model_folder.check_transformer, model)
     assert "SD3Transformer2DModel, not a FluxTransformer2DModel" in message
     assert "FLUX.1-dev" in message
 
 
 def test_another_pipeline(model):
     change(model / "model_index.json", _class_name="StableDiffusion3Pipeline")
-    message = refusal(flux1.check_pipeline, model)
+    message = refusal(model_folder.check_pipeline, model)
     assert "StableDiffusion3Pipeline, not a FluxPipeline" in message
     assert "model.path" in message
 
 
 def test_a_transformer_without_a_guidance_input(model):
     change(model / "transformer/config.json", guidance_embeds=False)
-    message = refusal(flux1.check_transformer, model)
+    message = refusal(model_folder.check_transformer, model)
     assert "no guidance input" in message
     assert "FLUX.1-dev" in message
 
@@ -186,6 +186,73 @@ def test_text_has_a_state_per_token_and_one_pooled(encoders):
     torch.testing.assert_close(pooled[1], pooled_alone[0])
     assert not torch.equal(prompt[1], prompt[2])
     assert not torch.equal(pooled[1], pooled[2])
+
+
+def test_a_caption_has_the_same_bits_in_any_company_and_place(encoders):
+    """Of one call, of a full one and of several, because a call has always as many rows."""
+    captions = [f"the digit {number} written by hand" for number in range(2 * flux1.TEXT_BATCH + 1)]
+    straight, reverse = encoders.encode_text(captions), encoders.encode_text(captions[::-1])
+    for i, caption in enumerate(captions):
+        for tensors, place in ((encoders.encode_text([caption]), 0), (reverse, len(captions) - 1 - i)):
+            assert all(torch.equal(tensor[place], expected[i]) for tensor, expected in zip(tensors, straight, strict=True)), caption
+
+
+def test_the_text_encoders_are_always_called_with_as_many_rows(encoders, monkeypatch):
+    rows, encode = [], encoders.pipeline.encode_prompt
+    monkeypatch.setattr(encoders.pipeline, "encode_prompt", lambda prompts, *a, **k: rows.append(len(prompts)) or encode(prompts, *a, **k))
+    for count in (1, flux1.TEXT_BATCH, flux1.TEXT_BATCH + 1):
+        assert len(encoders.encode_text(["a"] * count)[0]) == count
+    assert rows == [flux1.TEXT_BATCH] * 4
+
+
+def test_int8_halves_t5_and_hardly_changes_what_it_says(encoders, tiny):
+    from torchao.quantization import Int8Tensor
+
+    model = flux1.ModelConfig(path=str(tiny), usual_guidance=3.5, max_sequence_length=8)
+    small = flux1.Encoders(model, torch.float32, torch.device("cpu"), int8=True)
+    assert small.weights("text_encoder_2") == encoders.weights("text_encoder_2")
+    captions = ["a handwritten one", "the digit two written by hand"]
+    (prompt, pooled), (exact, exact_pooled) = small.encode_text(captions), encoders.encode_text(captions)
+    linear = [m for m in small.pipeline.text_encoder_2.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(linear) > 10
+    assert {type(m.weight.data) for m in linear} == {Int8Tensor}
+    assert {m.weight.qdata.dtype for m in linear} == {torch.int8}
+    assert torch.equal(pooled, exact_pooled)  # CLIP is small
+    assert not torch.equal(prompt, exact)
+    assert torch.nn.functional.cosine_similarity(prompt, exact, dim=-1).min() > 0.999
+    with pytest.raises(AssertionError, match="rounded already"):
+        small.weights("text_encoder_2")
+
+
+def test_a_part_moves_to_the_device_at_its_first_use(tiny):
+    model = flux1.ModelConfig(path=str(tiny), usual_guidance=3.5, max_sequence_length=8)
+    encoders = flux1.Encoders(model, torch.float32, torch.device("meta"))  # a device that keeps no numbers, but says where they would be
+    devices = lambda: [getattr(encoders.pipeline, part).device.type for part in ("text_encoder", "text_encoder_2", "vae")]  # noqa: E731
+    assert devices() == ["cpu"] * 3
+    encoders.encode_images(torch.zeros(1, 3, 32, 32))
+    assert devices() == ["cpu", "cpu", "meta"]
+
+
+@pytest.mark.parametrize(
+    ("size", "count"), [((1024, 1024), 1), ((1536, 1024), 1), ((768, 768), 1), ((512, 512), 4), ((256, 256), 16), ((32, 32), 1024)]
+)
+def test_the_vae_takes_a_megapixel_at_once(size, count):
+    assert vae.pictures_per_call(*size) == count
+
+
+def test_pictures_go_through_the_vae_in_chunks_both_ways(encoders, monkeypatch):
+    vae, seen = encoders.pipeline.vae, []
+    whole = vae.encode, vae.decode
+    monkeypatch.setattr(vae, "encode", lambda pixels: seen.append(tuple(pixels.shape)) or whole[0](pixels))
+    monkeypatch.setattr(vae, "decode", lambda latents, **k: seen.append(tuple(latents.shape)) or whole[1](latents, **k))
+    pixels = torch.rand(5, 3, 512, 512) * 2 - 1
+    mean, std = encoders.encode_images(pixels)
+    decoded = encoders.decode(mean, 512, 512)
+    assert seen == [(4, 3, 512, 512), (1, 3, 512, 512), (4, 4, 128, 128), (1, 4, 128, 128)]
+    for i in (0, 4):
+        torch.testing.assert_close(encoders.encode_images(pixels[i, None])[0][0], mean[i])
+        torch.testing.assert_close(encoders.decode(mean[i, None], 512, 512)[0], decoded[i])
+    assert std.shape == mean.shape
 
 
 @pytest.mark.parametrize("side", [32, 64])

@@ -125,6 +125,16 @@ def test_what_cannot_be_an_adapter_is_refused_before_a_model_is_loaded(adapter, 
         lora.check(adapter)
 
 
+def test_a_rank_beyond_a_layer_is_refused_before_anything_is_allocated(tiny):
+    skeleton = flux1.skeleton(str(tiny))
+    assert {parameter.device.type for parameter in skeleton.parameters()} == {"meta"}
+    side = skeleton.transformer_blocks[0].attn.to_q.in_features
+    lora.check_fit(config(rank=side), skeleton, "a base")
+    lora.check_fit(config(rank=100_000, targets="nothing_of_it"), skeleton, "a base")
+    with pytest.raises(ConfigError, match=rf"adapter\.rank={side + 1} is more than a base has: its layer .*to_q is {side} x .* Choose 1 to {side};"):
+        lora.check_fit(config(rank=side + 1), skeleton, "a base")
+
+
 @pytest.mark.parametrize("targets", ["attentoin", r"transformer_blocks\.0", ".*", ""])
 def test_targets_that_fit_no_linear_layer(transformer, targets):
     with pytest.raises(ConfigError, match=rf"(?s)adapter\.targets={re.escape(targets)} .*Presets: attention") as caught:

@@ -2,12 +2,15 @@
 
 import json
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from dev2pro.errors import ConfigError, InterruptedRun, SpaceError
 from dev2pro.models import flux1, lora
@@ -97,6 +100,23 @@ def test_moments_in_8_bits_and_their_rounding_go_on_bit_for_bit(tiny, tmp_path):
         assert again.checkpoints.restore()[0] == 3
         assert again.steps(3, 5) == numbers[3:]
     assert same(again, whole)
+
+
+def test_a_checkpoint_of_torch_s_own_writer_is_read_as_before(tiny, tmp_path, monkeypatch):
+    """Which wrote them up to commit 1096444: one file a rank, hashed when it was whole."""
+
+    def save(tensors: dict[str, Any], folder: Path, group: Any) -> dict[str, list[Any]]:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that there is only one process
+            dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True), no_dist=True)
+        return {file.name: checkpoint_files.read_and_hash(file) for file in folder.iterdir()}
+
+    monkeypatch.setattr(checkpoint, "_save", save)
+    old = Run(tiny, tmp_path, every=3)
+    numbers = old.steps(0, 5)
+    new = Run(tiny, tmp_path, every=99)
+    assert new.checkpoints.restore()[0] == 3
+    assert new.steps(3, 5) == numbers[3:]
+    assert same(new, old)
 
 
 def test_saving_changes_nothing(tiny, tmp_path):
@@ -207,7 +227,7 @@ def test_training_goes_on_while_one_is_written(tiny, tmp_path, monkeypatch):
 
     def slow(*what):
         assert go_on.wait(60)
-        written(*what)
+        return written(*what)
 
     monkeypatch.setattr(checkpoint, "_save", slow)
     run = Run(tiny, tmp_path, every=2)

@@ -1,8 +1,13 @@
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 
 from dev2pro.models import flow_matching, flux1
 from dev2pro.models.encodings import EncodedBatch
+from dev2pro.training import distributed
+from dev2pro.training.distributed import HardwareConfig
 from dev2pro.training.heldout_probe import HeldoutProbe, ProbeConfig
 
 COUNT, BINS = 5, 4
@@ -35,7 +40,8 @@ def teacher(tiny):
 
 
 def probe(data: EncodedBatch, *, batch: int = 64, seed: int = 0, config: ProbeConfig = CONFIG) -> HeldoutProbe:
-    return HeldoutProbe(data, config, scheduler=SCHEDULER, seed=seed, batch=batch)
+    accelerator = distributed.accelerator(HardwareConfig(device="cpu"))
+    return HeldoutProbe(data, config, accelerator, scheduler=SCHEDULER, seed=seed, batch=batch)
 
 
 def close(a: dict, b: dict) -> bool:
@@ -113,3 +119,11 @@ def test_more_samples_than_there_are(data, transformer):
 def test_measuring_leaves_no_gradient(data, transformer):
     probe(data).measure(transformer, 1.0, 3.5)
     assert all(p.grad is None for p in transformer.parameters())
+
+
+@pytest.mark.parametrize(("stage", "a_sample"), [("lora", 66.2), ("recover", 86.0)])
+def test_at_full_size_measuring_costs_little_beside_the_training(stage, a_sample):
+    """In forward passes of one picture, of 21.5 TFLOP at 512 px; training on a sample, with gradient checkpointing, is `a_sample`."""
+    config = yaml.safe_load((Path(__file__).resolve().parents[3] / f"conf/{stage}.yaml").read_text())
+    forwards = 2 * config["probe"]["samples"] * config["probe"]["bins"]  # at two guidances
+    assert forwards / (config["probe"]["every"] * config["batch"] * a_sample / 21.5) < 0.05

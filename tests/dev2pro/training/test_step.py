@@ -1,19 +1,21 @@
 import math
-from itertools import pairwise
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dev2pro.errors import ConfigError, DivergedError
+from dev2pro.errors import DivergedError
 from dev2pro.models import encodings, flux1
 from dev2pro.models.encodings import EncodedBatch
 from dev2pro.training import distributed
 from dev2pro.training.distributed import HardwareConfig
+from dev2pro.training.loss import flow_matching_loss
 from dev2pro.training.optim import OptimConfig
 from dev2pro.training.step import StepTimer, Training
 
 BATCH = 8
+EMPTY = torch.zeros(8, 64), torch.zeros(64)
 SCHEDULER = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 16, "max_image_seq_len": 4096}
 
 
@@ -40,12 +42,12 @@ class Run:
         config = OptimConfig(**{"lr": 1e-3, "schedule": "constant", **optim})
         self.training = Training(distributed.accelerator(hardware), self.model, config, hardware, steps=steps, batch=BATCH, ema=ema)
         self.data, self.seen, self.gradients = data, [], []
-        self.training.optimizer.optimizer.register_step_pre_hook(lambda *_: self.gradients.append(flat(self.training.model, "grad")))
+        self.training.optimizer.register_step_pre_hook(lambda *_: self.gradients.append(flat(self.training.model, "grad")))
 
     def step(self, step: int = 0, spoil: float = 1.0) -> tuple[float, float]:
         def make_batch(slots: range) -> encodings.NoisedBatch:
             self.seen.append(list(slots))
-            return encodings.noise_batch(select(self.data, slots), (torch.zeros(8, 64), torch.zeros(64)), SCHEDULER, 0.1, 0, step, slots)
+            return encodings.noise_batch(select(self.data, slots), EMPTY, SCHEDULER, 0.1, 0, step, slots)
 
         def compute_loss(batch: encodings.NoisedBatch) -> torch.Tensor:
             return spoil * torch.nn.functional.mse_loss(
@@ -129,6 +131,33 @@ def test_the_learning_rate_follows_its_schedule(tiny, data):
     assert rates == pytest.approx([0, 0.5e-3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3, 0])
 
 
+class HostReads(TorchDispatchMode):
+    """Operations for which a GPU would have to wait: numbers and shapes that Python asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if (name := function.overloadpacket.__name__) in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2"):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("micro_batch", [8, 2])
+def test_a_step_reads_from_the_device_once(tiny, data, micro_batch, monkeypatch):
+    run = Run(tiny, data, micro_batch=micro_batch, ema=0.9, checkpointing=True)
+    run.training.optimizer._optimizer_step_pre_hooks.clear()
+    run.step(0)
+    batches = {slots: encodings.noise_batch(select(data, slots), EMPTY, SCHEDULER, 0.1, 0, 1, slots) for slots in run.training.slots}
+    with HostReads() as reads:
+        for name in ("tolist", "item", "cpu", "numpy"):  # not every read of a CPU tensor is an operation
+            original = getattr(torch.Tensor, name)
+            monkeypatch.setattr(torch.Tensor, name, lambda self, *a, n=name, f=original: (reads.found.append(n), f(self, *a))[1])
+        run.training.step(1, batches.__getitem__, lambda batch: flow_matching_loss(run.training.model, batch, 1.0))
+    assert reads.found == ["tolist"]
+
+
 # ---- a step that fails ---------------------------------------------------------------------------------------------------------------
 
 
@@ -136,11 +165,11 @@ def test_the_learning_rate_follows_its_schedule(tiny, data):
 def test_a_loss_that_is_not_finite_stops_and_leaves_the_weights(tiny, data, spoil):
     run = Run(tiny, data, micro_batch=2, ema=0.5)
     run.step(0)
-    before, shadows = run.weights, [p.clone() for p in run.training.ema.shadow_params]
+    before, shadows = run.weights, [p.clone() for p in run.training.ema.average]
     with pytest.raises(DivergedError, match=r"step 1 is not finite.*Lower optim\.lr"):
         run.step(1, spoil)
     assert torch.equal(run.weights, before)
-    assert all(torch.equal(a, b) for a, b in zip(shadows, run.training.ema.shadow_params, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(shadows, run.training.ema.average, strict=True))
 
 
 def test_a_gradient_that_is_not_finite_stops_as_well(tiny, data):
@@ -241,40 +270,3 @@ def test_a_timer_that_only_computes_has_nothing_outside(monkeypatch):
     assert clock.metrics()["share_outside"] == pytest.approx(2 / 5)  # at 10: five seconds of training, three of them computing
     monkeypatch.setattr("time.perf_counter", lambda: 10.0)
     assert clock.metrics()["steps_per_second"] == pytest.approx(2 / 5)
-
-
-# ---- where it runs -----------------------------------------------------------------------------------------------------------------------
-
-
-class Rank:
-    """The attributes of an Accelerator that rank_slots uses."""
-
-    def __init__(self, process_index: int, num_processes: int) -> None:
-        self.process_index, self.num_processes = process_index, num_processes
-
-
-@pytest.mark.parametrize("micro_batch", [1, 3, 4, 64])
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_ranks_share_every_slot_once_and_in_order(ranks, micro_batch):
-    parts = [part for rank in range(ranks) for part in distributed.rank_slots(12, micro_batch, Rank(rank, ranks))]
-    assert [slot for part in parts for slot in part] == list(range(12))
-    assert max(map(len, parts)) == min(micro_batch, 12 // ranks)
-    assert all(a.stop == b.start for a, b in pairwise(parts))
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"dtype": "float8"}, r"hardware\.dtype=float8 is unknown. Choose one of float32, bfloat16"),
-        ({"device": "cuda:1"}, r"hardware\.device=cuda:1 is unknown.*CUDA_VISIBLE_DEVICES"),
-        ({"device": "cpu", "shard": True}, r"hardware\.shard=true needs several processes.*torchrun"),
-    ],
-)
-def test_hardware_that_this_machine_has_not(values, message):
-    with pytest.raises(ConfigError, match=message):
-        distributed.accelerator(HardwareConfig(**values))
-
-
-def test_a_batch_that_does_not_divide():
-    with pytest.raises(ConfigError, match=r"batch=7 cannot be shared by 2 processes\. Choose a multiple of 2"):
-        distributed.rank_slots(7, 4, Rank(0, 2))

@@ -63,7 +63,7 @@ def test_each_is_taken_once(holder):
     _, (_, other, _) = holder(1, "second")
     assert {slot, other} == {"0", "3"}
     assert not free(1)
-    first.communicate("done\n", timeout=20)
+    first.communicate("done\n", timeout=300)
     assert free(1)
 
 
@@ -92,9 +92,9 @@ def test_who_wants_all_is_not_overtaken(holder):
     assert many.stdout.readline().startswith("many waits for 2 free of")
     later, _ = holder(1, "later", wait=False)
     time.sleep(1.5)
-    first.communicate("done\n", timeout=20)
+    first.communicate("done\n", timeout=300)
     assert many.stdout.readline().split()[:2] == ["got", "0,3"]
-    many.communicate("done\n", timeout=20)
+    many.communicate("done\n", timeout=300)
     assert later.stdout.readline()
 
 

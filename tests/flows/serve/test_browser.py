@@ -94,6 +94,7 @@ def open_artifact(page: Page, run: str, name: str) -> None:
     page.goto(f"/v2/runs/flow-run/{run}")
     page.get_by_role("tab", name="Artifacts").click()
     page.get_by_role("link", name=re.compile(f"{name}$|{name}\\s", re.MULTILINE)).first.click()
+    page.wait_for_url("**/artifacts/key/**")  # the page before has such links, too
     page.locator("a[href*='/artifacts/artifact/']").first.click()
 
 

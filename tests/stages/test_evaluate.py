@@ -1,0 +1,213 @@
+"""evaluate on the bundled miniature: killed and continued, with another arm, with damaged pictures, with one transformer in memory at a time."""
+
+import gc as collector
+import json
+import os
+import signal
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dev2pro.artifacts import gc, record, run_folder, verify
+from dev2pro.judging import cell_store
+from dev2pro.models import flux1, lora
+from dev2pro.models.lora import AdapterConfig
+from tests.stages import kin
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE, TEACHER = "data/miniature/pipeline", "data/miniature/teacher"
+BATCHES = 4  # of two pictures, in every cell
+CELLS = ("ideal on teacher", "none on base", "base@1 on base", "teacher@1 on base")
+WHOLE = "[0-9]*.safetensors"
+
+
+@dataclass(frozen=True)
+class LoraLike:
+    """As much of a LoRA stage's configuration as an evaluation reads."""
+
+    out: str
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+def make_lora(folder: Path, arm: str, trained_on: str) -> None:
+    """A LoRA of random numbers, as stages.lora writes it."""
+    adapter, config = AdapterConfig(rank=2, alpha=2, targets="attention"), LoraLike(str(folder / arm), {})
+    config.data.update(name="chalk", heldout=[str(ROOT / "data/miniature/shards/chalk/heldout-*.tar")])
+    assert run_folder.acquire(config.out, "lora", config, {}) is None
+    transformer = flux1.load_transformer(str(ROOT / BASE))
+    lora.inject(transformer, adapter, len(arm))
+    torch.manual_seed(len(arm))
+    for name, value in transformer.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=0.05)
+    lora.save(transformer, adapter, config.out, {})
+    contract = {key: {"path": path, "id": record.fingerprint(path)} for key, path in (("trained_on", trained_on), ("apply_to", BASE))}
+    record.write(config.out, "lora", "lora", config, {}, step=1, metrics={}, inference={"arm": arm, **contract})
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("loras")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        make_lora(folder, "base@1", BASE)
+        make_lora(folder, "teacher@1", TEACHER)
+        make_lora(folder, "another@3.5", BASE)
+    (folder / "prompts.json").write_text('["a handwritten one", "a handwritten two", "a handwritten six", "a handwritten nine"]')
+    return folder
+
+
+def words(loras: Path, out: Path, *arms: str) -> list[str]:
+    return [
+        "experiment=miniature", "recovered=null", f"loras=[{','.join(str(loras / arm) for arm in arms)}]", f"prompts={loras}/prompts.json", "seeds=2",
+        "sampling.steps=6", "sampling.batch=2", "bootstrap=20", f"out={out}",
+    ]  # fmt: skip
+
+
+def batches(folder: Path) -> dict[str, int]:
+    """Every whole batch of pictures below a folder -> when it was written."""
+    return {str(file): file.stat().st_mtime_ns for file in folder.rglob(WHOLE)}
+
+
+def metrics(out: Path) -> bytes:
+    return (out / "metrics.json").read_bytes()
+
+
+@pytest.fixture
+def undisturbed(loras, tmp_path, run_stage) -> Path:
+    code, stderr = run_stage("evaluate", *words(loras, tmp_path / "undisturbed", "base@1", "teacher@1"))
+    assert code == 0, stderr
+    rows = json.loads(metrics(tmp_path / "undisturbed"))["cells"]
+    assert tuple(f"{row['arm']} on {row['inference']}" for row in rows) == CELLS
+    return tmp_path / "undisturbed"
+
+
+def descendants(pid: int) -> list[int]:
+    pids = [pid]
+    for _ in range(5):
+        pids += [one.pid for one in kin.family() if one.parent in pids and one.pid not in pids]
+    return pids
+
+
+def start_and_kill(args: list[str], out: Path, ranks: int, after: int) -> None:
+    """Kills a real evaluation, with -9 and all of its ranks, once so many batches are whole."""
+    starter = ["-m", "dev2pro.ranks", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    child = subprocess.Popen([sys.executable, *starter, "-m", "stages.evaluate", *args], cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+    assert kin.until(lambda: child.poll() is not None or len(batches(out)) >= after, 120)
+    assert child.poll() is None
+    pids = descendants(child.pid)
+    assert len(pids) >= ranks
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)  # so that no rank outlives its launcher by another batch
+    kin.send(pids, signal.SIGKILL)
+    child.wait()
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_killed_evaluation_goes_on_and_another_arm_samples_only_its_own_cells(ranks, loras, undisturbed, tmp_path, run_stage, monkeypatch):
+    args, out, total = words(loras, tmp_path / "out", "base@1", "teacher@1"), tmp_path / "out", BATCHES * len(CELLS)
+    start_and_kill(args, out, ranks, after=6)
+    before = batches(out)
+    assert 6 <= len(before) < total
+    assert not (out / "metrics.json").exists()
+
+    sampled: list[str] = []
+    write = cell_store.CellFiles.write
+    monkeypatch.setattr(cell_store.CellFiles, "write", lambda files, *rest: sampled.append(files.id) or write(files, *rest))
+    assert run_stage("evaluate", *args)[0] == 0
+    assert len(sampled) == total - len(before)
+    assert batches(out).items() > before.items()
+    assert metrics(out) == metrics(undisturbed)
+    assert not list(out.rglob("*.partial"))
+
+    sampled.clear()
+    before = batches(out)
+    arms = ("base@1", "teacher@1", "another@3.5")
+    assert run_stage("evaluate", *words(loras, tmp_path / "more", *arms), f"cells={out}/cells")[0] == 0
+    assert len(sampled) == BATCHES
+    assert json.loads((out / "cells" / sampled[0] / "cell.json").read_text())["lora"] == record.read(str(loras / "another@3.5")).id
+    assert batches(out).items() > before.items()
+    assert not (tmp_path / "more/cells").exists()
+    assert run_stage("evaluate", *words(loras, tmp_path / "alone", *arms))[0] == 0
+    assert metrics(tmp_path / "more") == metrics(tmp_path / "alone")
+
+
+def test_damaged_and_foreign_pictures_are_sampled_again_and_it_is_told(loras, undisturbed, tmp_path, run_stage, capfd):
+    before = batches(undisturbed)
+    flipped, cut, foreign, *_ = map(Path, sorted(before))
+    foreign.write_bytes(Path(sorted(before)[-1]).read_bytes())
+    flipped.write_bytes(flipped.read_bytes()[:-1] + b"\x7f")
+    cut.write_bytes(cut.read_bytes()[:200])
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dev2pro.signals.emit", said.append)
+        code, stderr = run_stage("evaluate", *words(loras, tmp_path / "again", "base@1", "teacher@1"), f"cells={undisturbed}/cells")
+    assert code == 0, stderr
+    told = [line for line in said if "Its pictures are sampled again." in line]
+    assert sorted(line.split()[0] for line in told) == sorted(map(str, (flipped, cut, foreign)))
+    after = batches(undisturbed)
+    assert after.keys() == before.keys()
+    assert {name for name in after if after[name] != before[name]} == set(map(str, (flipped, cut, foreign)))
+    assert metrics(tmp_path / "again") == metrics(undisturbed)
+
+
+def test_a_store_is_no_folder_for_pictures(loras, tmp_path, run_stage):
+    code, stderr = run_stage("evaluate", *words(loras, tmp_path / "out", "base@1"), "cells=s3://bucket/cells")
+    assert (code, "cells=s3://bucket/cells is no folder of this machine." in stderr) == (2, True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_cells_are_no_part_of_the_artifact_and_go_with_it(undisturbed):
+    artifact = record.read(str(undisturbed))
+    assert {entry["path"].split("/")[0] for entry in artifact.files} == {"config.json", "metrics.json", "metrics.jsonl", "report.html", "sheets"}
+    assert not list(verify.find_problems(artifact))
+    assert not verify.untracked_files(artifact)
+    assert gc.bytes_of(artifact) > sum(file.stat().st_size for file in undisturbed.rglob(WHOLE)) > 0
+    assert gc.prune(artifact)[1] == ""
+    assert not batches(undisturbed)
+    assert gc.remove(artifact) == []
+    assert not undisturbed.exists()
+
+
+@pytest.fixture
+def loads(monkeypatch) -> Iterator[list[dict[str, Any]]]:
+    """What is alive when a transformer is loaded, transformers and text encoders, where no garbage is collected by chance; dtypes inside a block."""
+    monkeypatch.setattr("gc.enable", collector.disable)
+    seen: list[dict[str, Any]] = []
+    transformers, encoders = weakref.WeakSet[torch.nn.Module](), weakref.WeakSet[torch.nn.Module]()
+    load, begin = flux1.load_transformer, flux1.Encoders.__init__
+
+    def note_encoders(self: flux1.Encoders, *args: Any, **named: Any) -> None:
+        begin(self, *args, **named)
+        encoders.update((self.pipeline.text_encoder, self.pipeline.text_encoder_2))
+
+    def note_load(*args: Any) -> torch.nn.Module:
+        seen.append({"text encoders": len(encoders), "before": len(transformers), "dtypes": set()})
+        transformer = load(*args)
+        transformers.add(transformer)
+        dtypes = seen[-1]["dtypes"]
+        transformer.transformer_blocks[0].attn.to_q.register_forward_hook(lambda module, given, result: dtypes.update((given[0].dtype, result.dtype)))
+        return transformer
+
+    monkeypatch.setattr(flux1.Encoders, "__init__", note_encoders)
+    monkeypatch.setattr(flux1, "load_transformer", note_load)
+    yield seen
+    monkeypatch.undo()
+    collector.enable()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_transformer_in_memory_and_the_text_encoders_gone_before_it(dtype, loras, tmp_path, run_stage: Callable, loads):
+    args = words(loras, tmp_path / "out", "base@1", "teacher@1")
+    more = [f"recovered={TEACHER}", "hardware.encoder_dtype=bfloat16", f"hardware.inference_dtype={dtype}"]
+    code, stderr = run_stage("evaluate", *args, *more, "sampling.steps=2")
+    assert code == 0, stderr
+    assert [(one["before"], one["text encoders"]) for one in loads] == [(0, 0)] * 3  # teacher, base, recovered
+    assert [one["dtypes"] for one in loads] == [{getattr(torch, dtype)}] * 3
