@@ -60,7 +60,7 @@ SECONDS = Range(0, 1_000_000, above=True)
 MULTIPLE = Range(1, 1_000_000, above=True, off=True)  # of a loss: of its own size or less, every step would be one too many
 RANGES = {  # by the end of a dotted key; the longest end counts
     "seed": Range(0, 2**63 - 1), "steps": STEPS, "batch": COUNT, "guidance": STRENGTH, "usual_guidance": STRENGTH, "cfg_scale": STRENGTH,
-    "loss.guidance_range": STRENGTH,
+    "loss.guidance_range": STRENGTH, "line": STRENGTH,
     "caption_dropout": SHARE, "ema": Range(0, 1, below=True, words="a number from 0 to 1, and not 1, which would keep the first weights"),
     "flow_weight": Range(0, 1000), "seeds": Range(1, 100_000), "bootstrap": Range(1, 1_000_000),
     "resolution": Range(8, 8192), "bucket_step": Range(1, 8192),

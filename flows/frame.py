@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from dev2pro.errors import ConfigError, StageError
 from dev2pro.escape import printable
-from flows.forms import Group, mistakes
+from flows.form_fields import Group
+from flows.forms import mistakes
 from flows.processes import reach
 from flows.processes.launch import StageFailed
 

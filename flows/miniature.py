@@ -8,7 +8,7 @@ from prefect.cache_policies import NO_CACHE
 
 from dev2pro.artifacts.record import ROOT
 from flows import frame
-from flows.forms import Group, form_field
+from flows.form_fields import Group, form_field
 from flows.plan import hydra_args, stage_folder
 from flows.processes import reach
 from flows.processes.launch import launch, run_context

@@ -1,4 +1,4 @@
-"""One stage as a flow of its own, for the forms of the UI: recover, lora, evaluate, distill. `python -m flows.single lora out=runs/mine`."""
+"""One stage as a flow of its own, for the forms of the UI. `python -m flows.single lora out=runs/mine`."""
 
 import sys
 from typing import Any
@@ -10,7 +10,7 @@ from prefect.states import Completed, State
 from dev2pro.errors import ConfigError
 from dev2pro.escape import printable
 from flows import frame
-from flows.forms import Distill, Evaluate, Lora, Recover, Stage, overrides
+from flows.forms import Diagnose, Distill, Evaluate, Lora, Recover, Stage, overrides
 from flows.generations import aliases
 from flows.plan import hydra_args
 from flows.processes import reach
@@ -28,6 +28,8 @@ def _run(name: str, form: Stage, *models: str) -> State:
         artifact = stage.with_options(task_run_name=NAMES.get(name, name))(name, hydra_args(overrides(form), resolved), form.out, form.processes)
     if artifact.kind == "evaluation":
         verdict.show(artifact)
+    if artifact.kind == "diagnosis":
+        verdict.show_words(artifact)
     return Completed(message=f"{artifact.kind} {artifact.id[:12]} in {artifact.uri}")
 
 
@@ -49,6 +51,12 @@ def evaluate(evaluate: Evaluate) -> State:
     return _run("evaluate", evaluate, "recovered")
 
 
+@flow(name="diagnose", flow_run_name="{diagnose.out}")
+def diagnose(diagnose: Diagnose) -> State:
+    """Tells without a teacher, and before anything is trained, how a base was distilled and what its guidance input does."""
+    return _run("diagnose", diagnose, "teacher")
+
+
 @flow(name="distill", flow_run_name="{distill.out}")
 def distill(distill: Distill) -> State:
     """Makes a guidance-distilled student from an undistilled teacher, as the article guesses FLUX.1-dev was made."""
@@ -56,7 +64,8 @@ def distill(distill: Distill) -> State:
 
 
 FLOWS: dict[str, tuple[Any, type[Stage]]] = {
-    "recover": (recover, Recover), "lora": (lora, Lora), "evaluate": (evaluate, Evaluate), "distill": (distill, Distill),
+    "recover": (recover, Recover), "lora": (lora, Lora), "evaluate": (evaluate, Evaluate), "diagnose": (diagnose, Diagnose),
+    "distill": (distill, Distill),
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from dev2pro import draws
 from dev2pro.models import flow_matching
 from dev2pro.models.encodings import EncodedBatch
-from dev2pro.models.flux1 import Conditioning, build_conditioning, predict
+from dev2pro.models.flux1 import build_conditioning, predict
 
 PURPOSE = "probe"
 
@@ -50,7 +50,7 @@ class HeldoutProbe:
     @torch.no_grad()
     def set_teacher(self, teacher: torch.nn.Module) -> None:
         """Stores the teacher's predictions at guidance 1; `measure` then also reports the distance to them."""
-        self._teacher = list(self._predictions(teacher, 1.0))
+        self._teacher = list(self.predictions(teacher, 1.0))
 
     @torch.no_grad()
     def measure(self, transformer: torch.nn.Module, guidance: float, usual_guidance: float) -> dict[str, float | list[float]]:
@@ -80,7 +80,7 @@ class HeldoutProbe:
     def _errors(self, transformer: torch.nn.Module, guidance: float, usual_guidance: float) -> Sequence[list[float]]:
         """Of every pass of all ranks: the squared errors at the two guidances, between them, and to the teacher (0 without one)."""
         target, own = flow_matching.velocity(self.x0, self.noise), []
-        predictions = zip(self._predictions(transformer, guidance), self._predictions(transformer, usual_guidance), strict=True)
+        predictions = zip(self.predictions(transformer, guidance), self.predictions(transformer, usual_guidance), strict=True)
         for i, ((_, rows), (v, w)) in enumerate(zip(self._mine, predictions, strict=True)):
             pairs = [(v, target[rows]), (w, target[rows]), (v, w), (v, self._teacher[i] if self._teacher else v)]
             own.append(torch.stack([_mse(*pair) for pair in pairs]))
@@ -88,15 +88,13 @@ class HeldoutProbe:
         found = self.accelerator.gather(torch.stack(own)).unflatten(0, (ranks, -1)).transpose(0, 1).flatten(0, 1)
         return found[: len(self.passes)].tolist()  # the one read of the device
 
-    def _predictions(self, transformer: torch.nn.Module, guidance: float) -> Iterator[Tensor]:
-        """Of this rank's passes."""
+    def predictions(self, transformer: torch.nn.Module, guidance: float, prompt: tuple[Tensor, Tensor] | None = None) -> Iterator[Tensor]:
+        """The velocities (B, S, C) of this rank's passes. `prompt`: the states (L, D) and (P,) of one that all pictures have instead of their own."""
         for number, rows in self._mine:
             times = self.times[number].expand(rows.stop - rows.start).to(self.x0)
             x_t = flow_matching.interpolate(self.x0[rows], self.noise[rows], times)
-            yield predict(transformer, x_t, times, self._conditioning(rows), guidance)
-
-    def _conditioning(self, rows: slice) -> Conditioning:
-        return build_conditioning(self.data.prompt[rows], self.data.pooled[rows], self.data.grid)
+            states, pooled = (one.expand(len(times), *one.shape) for one in prompt) if prompt else (self.data.prompt[rows], self.data.pooled[rows])
+            yield predict(transformer, x_t, times, build_conditioning(states, pooled, self.data.grid), guidance)
 
 
 def _mse(a: Tensor, b: Tensor) -> Tensor:

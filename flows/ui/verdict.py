@@ -1,4 +1,4 @@
-"""The result of an evaluation as a page of the UI: the verdict, the table of gains, pictures, and the path of the report."""
+"""The result of an evaluation or a diagnosis as a page of the UI: the verdict, the table of gains, pictures, and the path of the report."""
 
 import base64
 import io
@@ -18,6 +18,12 @@ WIDTH, QUALITY = 900, 80
 def show(result: Artifact) -> None:
     """Creates the Prefect artifact `<folder>-verdict`."""
     create_markdown_artifact(key=f"{key(Path(result.uri))}-verdict", markdown=page(result), description="How the LoRAs compare")
+
+
+def show_words(result: Artifact) -> None:
+    """Creates the Prefect artifact `<folder>-diagnosis`: the sentences of a diagnosis."""
+    words = "\n\n".join(markdown(line) for line in result.metrics["words"])
+    create_markdown_artifact(key=f"{key(Path(result.uri))}-diagnosis", markdown=words, description="What the base's guidance input does")
 
 
 def page(result: Artifact) -> str:

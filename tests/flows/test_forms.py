@@ -15,14 +15,14 @@ from pydantic import BaseModel, ValidationError
 from dev2pro.artifacts.record import ROOT
 from flows import plan, roots, single
 from flows.concepts import concepts
-from flows.forms import Concepts, Distill, Evaluate, Lora, Pipeline, Recover, Recurring, overrides
+from flows.forms import Concepts, Diagnose, Distill, Evaluate, Lora, Pipeline, Recover, Recurring, overrides
 from flows.pipeline import pipeline
 from flows.recurring import recurring
 
-STAGES = {Recover: "recover", Lora: "lora", Evaluate: "evaluate", Distill: "distill"}
+STAGES = {Recover: "recover", Lora: "lora", Evaluate: "evaluate", Diagnose: "diagnose", Distill: "distill"}
 FLOWS = {
-    Pipeline: pipeline, Recover: single.recover, Lora: single.lora, Evaluate: single.evaluate, Distill: single.distill, Concepts: concepts,
-    Recurring: recurring,
+    Pipeline: pipeline, Recover: single.recover, Lora: single.lora, Evaluate: single.evaluate, Diagnose: single.diagnose,
+    Distill: single.distill, Concepts: concepts, Recurring: recurring,
 }  # fmt: skip
 GROUPS = ("experiment", "model", "hardware")  # of conf/
 
@@ -95,6 +95,7 @@ FILLED: dict[type, dict[str, Any]] = {
     },
     Lora: {"trained_on": "data/miniature/pipeline", "adapter": {"rank": 2, "targets": "all"}, "probe": {"every": 4}, "publish": "runs/store"},
     Evaluate: {"loras": ["runs/a b/*"], "recovered": "runs/x", "prompts": "runs/p.txt", "seeds": 2},
+    Diagnose: {"data": {"heldout": ["runs/held out"]}, "loras": ["runs/x"], "teacher": "data/miniature/teacher"},
     Distill: {"teacher": "data/miniature/teacher", "model": "miniature", "hardware": "cpu"},
 }
 

@@ -10,7 +10,7 @@ from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
 from dev2pro.artifacts.record import Artifact
-from flows import concepts, forms
+from flows import concepts, form_fields
 from flows.generations import aliases, history, lifecycle
 from flows.processes import launch
 from flows.processes.gpu_slots import Slots
@@ -97,12 +97,12 @@ def test_a_server_s_error_is_safe_in_the_log(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("value", ["runs/x\n", "data/\x9b2J", "data/\u202ex", "data/x\u2028", "data/x\n", "main\n"])
 def test_a_form_takes_no_line_break_and_nothing_that_a_terminal_obeys(value):
-    for kind in (forms.RunFolder, forms.Url, forms.Name, forms.Line, forms.Base):
+    for kind in (form_fields.RunFolder, form_fields.Url, form_fields.Name, form_fields.Line, form_fields.Base):
         with pytest.raises(ValidationError):
             TypeAdapter(kind, config={"regex_engine": "python-re"}).validate_python(value)
 
 
-@pytest.mark.parametrize("pattern", [forms.SAFE, forms.plan.NAME + forms.END])
+@pytest.mark.parametrize("pattern", [form_fields.SAFE, form_fields.plan.NAME + form_fields.END])
 def test_a_pattern_means_the_same_in_a_browser(pattern):
     assert not re.search(r"\\[AZ]|\(\?P|\(\?<", pattern)  # what JavaScript knows not, or else
 
