@@ -55,7 +55,7 @@ class EvaluateConfig:
 
 
 def run(config: EvaluateConfig) -> Artifact | None:
-    """Samples and judges every cell; writes metrics.json, report.html, sheets/*.png and artifact.json into `config.out`."""
+    """Samples and judges every cell; writes metrics.json, pictures.csv, report.html, sheets/*.png and artifact.json into `config.out`."""
     config.sampling.check()
     if config.cells and "://" in config.cells:
         raise ConfigError(f"cells={config.cells} is no folder of this machine. Give a folder; pictures are not kept in a store.")
@@ -92,7 +92,7 @@ def run(config: EvaluateConfig) -> Artifact | None:
     }  # fmt: skip
     result = {"settings": settings, **found, "recovery": recovery(config)}
     if accelerator.is_main_process:
-        write_results(Path(config.out), result, judged, [group[0] for group in groups])
+        write_results(Path(config.out), result, judged, groups)
     summary = {"verdict": found["verdict"], "gains": found["gains"]}
     return record.publish(accelerator, config.out, "evaluate", "evaluation", config, parents, step=len(judged), metrics=summary)
 
@@ -152,10 +152,11 @@ def recovery(config: EvaluateConfig) -> dict[str, Any] | None:
     return {key: artifact.metrics[key] for key in ("guidance", "recovered", "curve")} if artifact and artifact.stage == "recover" else None
 
 
-def write_results(out: Path, result: dict[str, Any], judged: list[Cell], prompts: list[str]) -> None:
-    """metrics.json, report.html, and a PNG sheet per style and seed."""
+def write_results(out: Path, result: dict[str, Any], judged: list[Cell], groups: list[list[str]]) -> None:
+    """metrics.json, pictures.csv, report.html, and a PNG sheet per style and seed."""
     (out / "metrics.json").write_text(json.dumps(result, indent=1) + "\n")
-    report_grids = grids.arrange(judged, result["styles"], prompts)
+    comparison.write_pictures(out / "pictures.csv", judged, [number for number, group in enumerate(groups) for _ in group])
+    report_grids = grids.arrange(judged, result["styles"], [group[0] for group in groups])
     report.write(out / "report.html", result, report_grids)
     grids.write_sheets(out / "sheets", report_grids)
 

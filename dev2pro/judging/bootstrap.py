@@ -1,4 +1,7 @@
-"""Bootstrap confidence intervals of metrics and of paired differences."""
+"""Bootstrap confidence intervals of metrics and of paired differences, and what is left of them after many comparisons."""
+
+import math
+from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
@@ -18,7 +21,29 @@ class Bootstrap:
 
     def interval(self, values: Tensor) -> dict[str, float]:
         """mean, low and high (95 %) of the mean of values (P, R), or of paired differences (P, R)."""
-        table = values.double().numpy()
-        means = np.einsum("bp,pr,br->b", self.of_prompts, table, self.of_seeds)
+        table, means = values.double().numpy(), self._means(values)
         low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return {"mean": float(table.mean()), "low": float(low), "high": float(high)}
+
+    def p_value(self, values: Tensor) -> float:
+        """The two-sided p-value of a mean paired difference of 0, at least one by the number of draws."""
+        means = self._means(values)
+        return float(max(min(1.0, 2 * min((means <= 0).mean(), (means >= 0).mean())), 1 / len(means)))
+
+    def _means(self, values: Tensor) -> np.ndarray:
+        return np.einsum("bp,pr,br->b", self.of_prompts, values.double().numpy(), self.of_seeds)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for being one of many: their chance of any false finding is what one alone would have; Holm 1979."""
+    adjusted, highest = list(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = highest
+    return adjusted
+
+
+def repetitions_needed(interval: dict[str, float], repetitions: int) -> int:
+    """About how many repetitions would keep 0 out of an interval of this mean: its width falls with their square root."""
+    half = (interval["high"] - interval["low"]) / 2
+    return math.ceil(repetitions * (half / interval["mean"]) ** 2) if interval["mean"] else 0

@@ -1,6 +1,9 @@
 """Compares evaluated cells: confidence intervals, paired gains over the baselines, and the verdict."""
 
+import csv
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +41,7 @@ def compare(cells: list[Cell], kinds: dict[str, str], draws: int, seed: int) -> 
         {"style": style, "arm": arm, "rival": rival, "inference": "base", "metric": metric, **bootstrap.interval(difference)}
         for arm in (a for a, kind in kinds.items() if kind == "recovered")
         for rival in (a for a, kind in kinds.items() if kind == "base")
-        for metric in dict.fromkeys(name for c in cells for name in c.values)
+        for metric in _metrics(cells)
         for style, difference in _differences(cells, arm, rival, metric).items()
     ]
     return {
@@ -49,6 +52,23 @@ def compare(cells: list[Cell], kinds: dict[str, str], draws: int, seed: int) -> 
         "gains": gains,
         "verdict": verdict(gains),
     }
+
+
+def write_pictures(path: Path, cells: Sequence[Cell], meaning: Sequence[int]) -> None:
+    """Every number of every picture as CSV, a row each; `meaning` numbers what each prompt means, as the same in other words has one number."""
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["style", "arm", "inference", "guidance", "cfg_scale", "prompt", "meaning", "seed", *_metrics(cells)])
+        for c in cells:
+            settings = [c.style, c.arm, c.inference, c.guidance, c.cfg_scale]
+            for prompt, means in enumerate(meaning):
+                for seed in range(c.values["prompt_fidelity"].shape[1]):
+                    numbers = [f"{c.values[name][prompt, seed].item():.6g}" if name in c.values else "" for name in _metrics(cells)]
+                    rows.writerow([*settings, prompt, means, seed, *numbers])
+
+
+def _metrics(cells: Sequence[Cell]) -> list[str]:
+    return list(dict.fromkeys(name for c in cells for name in c.values))
 
 
 def _row(cell: Cell, bootstrap: Bootstrap) -> dict[str, Any]:

@@ -1,0 +1,172 @@
+"""Every way to train a LoRA on every kind of base: `make study`, `make study SEED=0`, `python -m bench.study --base inside --seed 1`.
+
+A part is a base and a seed: it recovers the base, trains the LoRAs of conf/pipeline/study.yaml and evaluates them, each stage with the command that
+`python -m flows.pipeline` would give it, in two processes that stay. A part that was interrupted goes on; a finished stage is skipped. Its numbers
+go to docs/study/<base>-<seed>.csv, one row for an arm, a style and a digit; `python -m bench.study_tables` merges what is there into docs/study.md.
+"""
+
+import stages  # isort: skip  # noqa: F401  (first, because it quiets the libraries)
+
+import argparse
+import contextlib
+import csv
+import importlib
+import json
+import multiprocessing
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+
+from dev2pro.artifacts import record, run_folder
+from dev2pro.artifacts.record import ROOT
+from dev2pro.log import Progress
+from flows import plan as plans
+from flows.plan import Plan, hydra_args
+from stages import frame
+
+RUNS, RESULTS = Path("runs/study"), Path("docs/study")
+BUNDLE = Path("data/miniature")
+METRICS = ("prompt_fidelity", "distance_to_ideal", "style_similarity", "clip_score", "diversity")
+BASES = ("outside", "inside", "dead")  # where guidance 1 lies in what the base was distilled at; or its guidance input does nothing
+DEAD = {"guidance": [3.5, 3.5], "save_dtype": "bfloat16", "preview.pictures": 0}  # always the same guidance: the input means nothing
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage; `needs` are the names of those that come before it."""
+
+    name: str
+    stage: str
+    words: list[str]
+    needs: list[str] = field(default_factory=list)
+
+
+def pipeline(base: str) -> Path:
+    """The pipeline folder of a base, made of the bundled one's frozen parts and the base's transformer."""
+    if base == "outside":
+        return BUNDLE / "pipeline"
+    folder, transformer = RUNS / "bases" / base, (BUNDLE if base == "inside" else RUNS / "bases/distilled") / base / "transformer"
+    if not (folder / "transformer").is_dir():
+        shutil.copytree(BUNDLE / "pipeline", folder, ignore=shutil.ignore_patterns("transformer"), dirs_exist_ok=True)
+        shutil.copytree(transformer, folder / "partial")
+        (folder / "partial").rename(folder / "transformer")
+    return folder
+
+
+def jobs(plan: Plan, base: str, seed: int) -> list[Job]:
+    """The stages of a part: recover, every LoRA, and an evaluation for each style; with a diagnosis of them all."""
+    out, common = RUNS / base / str(seed), plan.common | {"model.path": str(pipeline(base)), "seed": seed}
+    models = {"base": str(pipeline(base)), "teacher": plan.teacher, "recovered": str(out / "recover")}
+    found = [Job("recover", "recover", hydra_args(common, plan.recover, {"preview.pictures": 0, "out": str(out / "recover")}))]
+    for style, arm in plan.pairs():
+        chosen, folder = plan.arms[arm], out / "lora" / style / arm
+        needs = ["recover"] if "recovered" in chosen.models else []
+        values: dict[str, Any] = {"out": str(folder), "arm": arm, "trained_on": models[chosen.base], "guidance": chosen.guidance}
+        if chosen.teacher:
+            values["loss.teacher"] = models[chosen.teacher]
+        if chosen.teacher_arm:
+            values |= dict.fromkeys(("start", "loss.teacher_lora"), str(folder.parent / chosen.teacher_arm))
+            needs.append(f"{style} {chosen.teacher_arm}")
+        found.append(Job(f"{style} {arm}", "lora", hydra_args(common, plan.lora, plan.styles[style], chosen.lora, values), needs))
+    for style in plan.styles:
+        loras = [str(out / "lora" / style / arm) for arm in plan.arms]
+        needs = [f"{style} {arm}" for arm in plan.arms]
+        values = {"out": str(out / "evaluate" / style), "loras": loras, "recovered": None, "cells": str(out / "cells")}
+        found.append(Job(f"evaluate {style}", "evaluate", hydra_args(common, plan.evaluate, values), needs))
+        values = {"out": str(out / "diagnose" / style), "loras": loras, "teacher": plan.teacher}
+        found.append(Job(f"diagnose {style}", "diagnose", hydra_args(common, plan.styles[style], values), needs))
+    return found
+
+
+def run(job: Job, log: str) -> None:
+    """Runs a stage in this process, its lines going to a file."""
+    module = importlib.import_module(f"stages.{job.stage}")
+    schema = getattr(module, f"{job.stage.title()}Config")
+    ConfigStore.instance().store(name=f"{job.stage}_schema", node=schema)
+    GlobalHydra.instance().clear()
+    with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        print(f"== {job.name}: python -m stages.{job.stage} {' '.join(job.words)}", flush=True)
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+            config = frame.typed(schema, hydra.compose(job.stage, job.words))
+        try:
+            module.run(config)
+        finally:
+            run_folder.release()
+
+
+def run_all(todo: list[Job], name: str, log: Path, processes: int) -> None:
+    """Runs jobs as soon as what they need is there, the earlier ones first. The first failure ends the part."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    waiting, running, done = list(todo), dict[Future, Job](), set[str]()
+    context = multiprocessing.get_context("spawn")  # a forked torch may hang
+    with ProcessPoolExecutor(processes, context) as pool, Progress(name, len(todo)) as progress:
+        while waiting or running:
+            for job in [job for job in waiting if set(job.needs) <= done][: processes - len(running)]:
+                waiting.remove(job)
+                running[pool.submit(run, job, str(log))] = job
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                job = running.pop(future)
+                if error := future.exception():
+                    raise SystemExit(f"{name}: {job.name} failed ({error}). {log} has its lines; the same command goes on.")
+                done.add(job.name)
+            progress.step(len(done))
+
+
+def rows(plan: Plan, base: str, seed: int) -> Iterator[list[Any]]:
+    """The rows of a part's CSV: means over a digit's phrasings and seeds, the LoRA on the base at its usual guidance."""
+    out = RUNS / base / str(seed)
+    for style in plan.styles:
+        with (out / "evaluate" / style / "pictures.csv").open() as file:
+            pictures = [row for row in csv.DictReader(file) if row["inference"] == "base"]
+        by_arm: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
+        for row in pictures:
+            by_arm[row["arm"], row["meaning"]].append(row)
+        diagnosis = json.loads((out / "diagnose" / style / "diagnosis.json").read_text())
+        kept = {Path(one["name"]).name: one["response_kept"] for one in diagnosis["found"][1:]}
+        for (arm, digit), some in by_arm.items():
+            trained = record.read(str(out / "lora" / style / arm)) if arm in plan.arms else None
+            seconds = trained.step / trained.metrics["steps_per_second"] if trained else 0.0
+            means = [f"{sum(float(row[metric]) for row in some) / len(some):.6g}" for metric in METRICS]
+            yield [base, seed, style, arm, digit, len(some), trained.step if trained else 0, f"{seconds:.1f}", f"{kept.get(arm, 1.0):.4f}", *means]
+
+
+def part(plan: Plan, base: str, seed: int, processes: int) -> None:
+    """Runs a part and writes its CSV."""
+    start = time.monotonic()
+    if base == "dead":
+        words = hydra_args(plan.common, DEAD, teacher=plan.teacher, out=str(RUNS / "bases/distilled/dead"))
+        run_all([Job("dead base", "distill", words)], "study: the dead base", RUNS / "bases/log.txt", 1)
+    run_all(jobs(plan, base, seed), f"study {base} {seed}", RUNS / base / f"{seed}.txt", processes)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    with (RESULTS / f"{base}-{seed}.csv").open("w", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["base", "seed", "style", "arm", "digit", "pictures", "steps", "seconds", "response_kept", *METRICS])
+        table.writerows(rows(plan, base, seed))
+    print(f"study {base} {seed}: {(time.monotonic() - start) / 60:.1f} min, {RESULTS / f'{base}-{seed}.csv'}", flush=True)
+
+
+def main() -> None:
+    """Runs the parts that are asked for, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", choices=BASES, action="append", help="one of the bases; may be given several times; all of them without it")
+    parser.add_argument("--seed", type=int, action="append", help="of every training and picture; may be given several times; 0, 1 and 2 without it")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--plan", default="study", help="of conf/pipeline/")
+    asked = parser.parse_args()
+    for seed in asked.seed or [0, 1, 2]:
+        for base in asked.base or BASES:
+            part(plans.read(asked.plan), base, seed, asked.processes)
+
+
+if __name__ == "__main__":
+    main()

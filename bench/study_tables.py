@@ -1,0 +1,131 @@
+"""Merges the parts of the study: tables and figure of docs/study.md, from docs/study/*.csv. `python -m bench.study_tables`.
+
+A run is a style and a training seed: every arm was trained in each of them, so arms are compared run by run and digit by digit. Intervals are of a
+two-way bootstrap over digits and runs; p-values are Holm's, over all rivals of an arm on a base.
+"""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dev2pro.judging.bootstrap import Bootstrap, holm, repetitions_needed
+
+RESULTS, PAGE = Path("docs/study"), Path("docs/study.md")
+BEGIN, END = "<!-- written by bench.study_tables -->", "<!-- end -->"
+DRAWS = 10_000
+BASES = {"outside": "guidance 1 outside the distilled range", "inside": "guidance 1 inside the distilled range", "dead": "dead guidance input"}
+LOWER = ("distance_to_ideal",)
+REFERENCES = ("none", "ideal", "teacher@1", "recovered@1-short")  # no rivals: no LoRA, what needs the teacher, a step on the way to another
+RECOVERED = ("recovered@1", "redistilled", "guidance@3.5+empty")  # arms that need the recovered model
+METRICS = {"distance_to_ideal": "distance to the ideal", "prompt_fidelity": "prompt fidelity", "style_similarity": "style similarity"}
+
+
+@dataclass(frozen=True)
+class Results:
+    """One base's numbers: metric -> arm -> (digits, runs), the runs in the same order for all arms; what each arm costs, in seconds; its response."""
+
+    runs: list[tuple[str, str]]
+    tables: dict[str, dict[str, Tensor]]
+    seconds: dict[str, float]
+    kept: dict[str, float]
+
+    @property
+    def arms(self) -> list[str]:
+        """The arms that people could train, the nearest to the ideal first."""
+        tables = self.tables["distance_to_ideal"]
+        return sorted((arm for arm in tables if arm not in REFERENCES), key=lambda arm: tables[arm].mean().item())
+
+    @property
+    def bootstrap(self) -> Bootstrap:
+        """Over digits and runs."""
+        return Bootstrap(10, len(self.runs), DRAWS, seed=0)
+
+    def gain(self, metric: str, arm: str, rival: str) -> Tensor:
+        """Paired differences (digits, runs), more is better."""
+        difference = self.tables[metric][arm] - self.tables[metric][rival]
+        return -difference if metric in LOWER else difference
+
+
+def read(base: str, folder: Path = RESULTS) -> Results | None:
+    """A base's parts; None if there are none. Raises ValueError for a run that lacks an arm."""
+    rows = [row for file in sorted(folder.glob(f"{base}-*.csv")) for row in csv.DictReader(file.open())]
+    if not rows:
+        return None
+    runs = list(dict.fromkeys((row["seed"], row["style"]) for row in rows))
+    arms = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm != "ideal"]
+    tables = {metric: {arm: torch.full((10, len(runs)), float("nan"), dtype=torch.float64) for arm in arms} for metric in METRICS}
+    for row in rows:
+        for metric in METRICS if row["arm"] in arms else ():
+            tables[metric][row["arm"]][int(row["digit"]), runs.index((row["seed"], row["style"]))] = float(row[metric])
+    if lacking := [arm for arm in arms if tables["distance_to_ideal"][arm].isnan().any()]:
+        raise ValueError(f"{base}: not every run has {lacking[0]}. Run the parts that lack it again.")
+    means = [{arm: _mean([float(row[key]) for row in rows if row["arm"] == arm]) for arm in arms} for key in ("seconds", "response_kept")]
+    return Results(runs, tables, *means)
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers)
+
+
+def shown(interval: dict[str, float], metric: str, sign: bool = False) -> str:
+    """mean (low to high), fidelity in points of a hundred."""
+    scale, digits = (100, 1) if metric == "prompt_fidelity" else (1, 3)
+    plus = "+" if sign else ""
+    return f"{interval['mean'] * scale:{plus}.{digits}f} ({interval['low'] * scale:{plus}.{digits}f} to {interval['high'] * scale:{plus}.{digits}f})"
+
+
+def table_of_arms(found: Results) -> list[str]:
+    """Every arm at equal cost, the nearest to the ideal first, references last."""
+    lines = ["| arm | " + " | ".join(METRICS.values()) + " | guidance response kept | seconds |", "|---|" + "---|" * (len(METRICS) + 2)]
+    for arm in [*found.arms, *(one for one in REFERENCES if one in found.tables["distance_to_ideal"])]:
+        name = f"*{arm}*" if arm in REFERENCES else f"**{arm}**" if arm == found.arms[0] else arm
+        cells = [shown(found.bootstrap.interval(found.tables[metric][arm]), metric) for metric in METRICS]
+        lines.append(f"| {name} | {' | '.join(cells)} | {found.kept[arm]:.2f} | {found.seconds[arm]:.0f} |")
+    return lines
+
+
+def table_of_gains(found: Results, arm: str, rivals: Sequence[str]) -> list[str]:
+    """One arm over each of its rivals: paired gains, whether they are shown, and how many runs would decide the others."""
+    lines = []
+    for metric in ("distance_to_ideal", "prompt_fidelity"):
+        gains = [found.gain(metric, arm, rival) for rival in rivals]
+        adjusted = holm([found.bootstrap.p_value(gain) for gain in gains])
+        for rival, gain, p in zip(rivals, gains, adjusted, strict=True):
+            interval = found.bootstrap.interval(gain)
+            decided = "better" if p < 0.05 and interval["mean"] > 0 else "worse" if p < 0.05 else ""
+            open_ = f"undecided; about {repetitions_needed(interval, len(found.runs))} runs would tell"
+            lines.append(f"| {arm} | {rival} | {METRICS[metric]} | {shown(interval, metric, sign=True)} | {p:.3f} | {decided or open_} |")
+    return lines
+
+
+def report(bases: dict[str, Results]) -> str:
+    """The page's written part."""
+    head = ["| arm | against | measure | gain, more is better | p (Holm) | |", "|---|---|---|---|---|---|"]
+    parts = []
+    for base, found in bases.items():
+        styles, seeds = {style for _, style in found.runs}, {seed for seed, _ in found.runs}
+        parts += [f"### {BASES[base].capitalize()} ({base})", "", f"{len(found.runs)} runs: {len(styles)} styles, {len(seeds)} seeds.", ""]
+        parts += [*table_of_arms(found), ""]
+        naive = [arm for arm in found.arms if arm not in RECOVERED]
+        best = found.arms[0]
+        parts += [*head, *table_of_gains(found, "recovered@1", naive)]
+        parts += table_of_gains(found, best, [arm for arm in found.arms if arm != best]) if best != "recovered@1" else []
+        parts += [""]
+    return "\n".join(parts)
+
+
+def main() -> None:
+    """Writes the tables into docs/study.md between its two marks."""
+    bases = {base: found for base in BASES if (found := read(base))}
+    text = PAGE.read_text()
+    before, _, rest = text.partition(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{report(bases)}\n{END}{rest.partition(END)[2]}")
+    print(f"{PAGE}: {', '.join(f'{base} {len(found.runs)} runs' for base, found in bases.items())}")
+
+
+if __name__ == "__main__":
+    main()
