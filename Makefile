@@ -15,7 +15,7 @@ PY := .venv/bin/python
 READY := .venv/ready
 endif
 
-.PHONY: help venv demo serve test promises proof chaos operator year lint format bench peers gpu miniature clean
+.PHONY: help venv demo serve test promises proof chaos operator year lint format bench peers study gpu miniature clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +71,10 @@ bench: $(READY) ## measure the training step, checkpoints and the stream
 
 peers: $(READY) ## measure our LoRA and full steps against diffusers' own scripts and a bare loop: ROUNDS=3
 	$(PY) -m bench.peers $(ROUNDS)
+
+study: $(READY) ## every way to train a LoRA on every kind of base, each part within an hour: BASE=outside SEED=0, all of them without
+	$(PY) -m bench.study $(if $(BASE),--base $(BASE)) $(if $(filter file,$(origin SEED)),,--seed $(SEED))
+	$(PY) -m bench.study_tables
 
 gpu: $(READY) ## on a machine with a GPU: the tests marked gpu, then 12 B weights through every hardware= file; DEVICE=cuda SIZE=12b PIECE=
 	$(PY) -m bench.gpu --device $(DEVICE) --size $(SIZE) --piece "$(PIECE)"

@@ -166,7 +166,14 @@ def test_a_store_is_no_folder_for_pictures(loras, tmp_path, run_stage):
 
 def test_cells_are_no_part_of_the_artifact_and_go_with_it(undisturbed):
     artifact = record.read(str(undisturbed))
-    assert {entry["path"].split("/")[0] for entry in artifact.files} == {"config.json", "metrics.json", "metrics.jsonl", "report.html", "sheets"}
+    assert {entry["path"].split("/")[0] for entry in artifact.files} == {
+        "config.json",
+        "metrics.json",
+        "metrics.jsonl",
+        "pictures.csv",
+        "report.html",
+        "sheets",
+    }
     assert not list(verify.find_problems(artifact))
     assert not verify.untracked_files(artifact)
     assert gc.bytes_of(artifact) > sum(file.stat().st_size for file in undisturbed.rglob(WHOLE)) > 0

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dev2pro.judging.bootstrap import Bootstrap
+from dev2pro.judging.bootstrap import Bootstrap, holm, repetitions_needed
 
 
 def simulated(rng: np.random.Generator, prompts: int, repetitions: int) -> torch.Tensor:
@@ -55,3 +55,23 @@ def test_a_constant_gain_is_certain_because_pictures_are_paired():
     assert interval == pytest.approx({"mean": 0.25, "low": 0.25, "high": 0.25})
     alone = bootstrap.interval(table)
     assert alone["high"] - alone["low"] > 1
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_p_values_are_small_for_an_effect_and_even_without_one():
+    rng, bootstrap = np.random.default_rng(0), Bootstrap(20, 16, 400, seed=0)
+    without = [bootstrap.p_value(simulated(rng, 20, 16)) for _ in range(200)]
+    assert np.mean(np.array(without) < 0.1) < 0.2
+    assert np.median(without) > 0.3
+    assert bootstrap.p_value(simulated(rng, 20, 16) + 3) == 1 / 400
+
+
+def test_four_times_the_repetitions_for_half_the_width():
+    assert repetitions_needed({"mean": 0.5, "low": -0.5, "high": 1.5}, 12) == 48
+    assert repetitions_needed({"mean": 2.0, "low": 1.0, "high": 3.0}, 12) == 3
+    assert repetitions_needed({"mean": 0.0, "low": -1.0, "high": 1.0}, 12) == 0

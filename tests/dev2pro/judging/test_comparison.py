@@ -1,3 +1,5 @@
+import csv
+
 import pytest
 import torch
 from torch import Tensor
@@ -135,3 +137,16 @@ def test_the_verdict_without_rivals(scores):
     result = compare(cells(scores))
     assert result["gains"] == []
     assert result["verdict"].startswith("Nothing to compare")
+
+
+def test_every_picture_has_a_row(tmp_path):
+    one = cell("chalk", "base@1", prompt_fidelity=fidelity(0.3))
+    some = [one, cell("chalk", "none", prompt_fidelity=fidelity(0.9), distance_to_ideal=fidelity(0.1))]
+    comparison.write_pictures(tmp_path / "pictures.csv", some, [0, 0, 1, 1, 2, 2, 3, 3])
+    with (tmp_path / "pictures.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * SHAPE[0] * SHAPE[1]
+    last = rows[-1]
+    assert (last["arm"], last["prompt"], last["meaning"], last["seed"]) == ("none", "7", "3", "5")
+    assert float(last["distance_to_ideal"]) == pytest.approx(some[1].values["distance_to_ideal"][7, 5].item(), rel=1e-5)
+    assert rows[0]["distance_to_ideal"] == ""  # it was not measured

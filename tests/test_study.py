@@ -1,0 +1,101 @@
+"""The study: arms cost the same, parts run the pipeline's own commands, and its tables say what its numbers say."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from bench import study, study_tables
+from bench.study_tables import METRICS
+from flows import plan as plans
+
+PASSES = {"flow_matching": 3, "guidance": 4, "cfg_augmented": 4, "distillation": 5}  # of a step, a backward pass counted as two
+STEP_TOWARDS = "recovered@1-short"
+
+
+def cost(plan: plans.Plan, arm: str) -> int:
+    chosen = plan.arms[arm]
+    own = int(chosen.lora["steps"]) * PASSES[str(chosen.lora.get("loss.name", "flow_matching"))]
+    return own + (cost(plan, chosen.teacher_arm) if chosen.teacher_arm else 0)
+
+
+def test_every_arm_costs_the_same():
+    plan = plans.read("study")
+    assert {cost(plan, arm) for arm in plan.arms if arm != STEP_TOWARDS} == {1800}
+
+
+def test_a_part_is_the_pipeline_s_stages_in_an_order_that_can_be_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(study, "pipeline", lambda base: tmp_path / base)
+    plan, done = plans.read("study"), set()
+    jobs = study.jobs(plan, "inside", 3)
+    for job in jobs:
+        assert set(job.needs) <= done, job.name
+        done.add(job.name)
+    assert [job.stage for job in jobs].count("lora") == len(plan.arms) * len(plan.styles)
+    by_name = {job.name: job for job in jobs}
+    assert by_name["chalk redistilled"].needs == ["recover", "chalk recovered@1-short"]
+    assert by_name["chalk base@1"].needs == []
+    assert "loss.teacher_lora='runs/study/inside/3/lora/chalk/recovered@1-short'" in by_name["chalk redistilled"].words
+    assert all(f"model.path={tmp_path}/inside" in job.words for job in jobs)
+    assert all("seed=3" in job.words for job in jobs)
+
+
+def write(folder: Path, base: str, seed: int, arms: dict[str, float]) -> None:
+    """A part of two styles, in which an arm's distance to the ideal is the given one but for digit and run, fidelity 1 less that."""
+    with (folder / f"{base}-{seed}.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["base", "seed", "style", "arm", "digit", "pictures", "steps", "seconds", "response_kept", *METRICS])
+        for number, style in enumerate(("chalk", "poster")):
+            for arm, distance in arms.items():
+                for digit in range(10):
+                    here = distance + 0.01 * digit + 0.02 * number + 0.001 * ((7 * digit + 3 * seed + len(arm)) % 5)
+                    rows.writerow([base, seed, style, arm, digit, 15, 600, 20.0, 0.5, here, 1 - here, 0.3])
+
+
+ARMS = {"none": 0.5, "base@1": 0.2, "base@3.5": 0.25, "cfg_augmented@3.5": 0.1, "recovered@1": 0.12, "recovered@1-short": 0.15, "redistilled": 0.05}
+
+
+@pytest.fixture
+def found(tmp_path) -> study_tables.Results:
+    for seed in (0, 1):
+        write(tmp_path, "outside", seed, ARMS)
+    return study_tables.read("outside", tmp_path)
+
+
+def test_parts_are_merged_run_by_run(found):
+    assert found.runs == [("0", "chalk"), ("0", "poster"), ("1", "chalk"), ("1", "poster")]
+    assert found.tables["prompt_fidelity"]["base@1"].shape == (10, 4)
+    assert found.arms == ["redistilled", "cfg_augmented@3.5", "recovered@1", "base@1", "base@3.5"]
+
+
+def test_a_gain_is_positive_where_the_arm_is_better(found):
+    assert found.gain("distance_to_ideal", "redistilled", "base@1").min() > 0
+    assert found.gain("prompt_fidelity", "redistilled", "base@1").min() > 0
+
+
+def test_the_report_names_the_best_and_what_is_undecided(found):
+    text = study_tables.report({"outside": found})
+    assert "| **redistilled** |" in text
+    assert "| *none* |" in text
+    assert "4 runs: 2 styles, 2 seeds." in text
+    lines = [line for line in text.splitlines() if line.startswith("| recovered@1 |")]
+    assert any("cfg_augmented@3.5 | distance" in line and line.endswith("| worse |") for line in lines)
+    assert any("base@1 | distance" in line and line.endswith("| better |") for line in lines)
+
+
+def test_an_undecided_gain_says_how_many_runs_would_tell(tmp_path):
+    for seed in range(2):
+        write(tmp_path, "inside", seed, ARMS | {"base@1": ARMS["recovered@1"] + (0.02 if seed else -0.021)})
+    text = study_tables.report({"inside": study_tables.read("inside", tmp_path)})
+    assert "undecided; about" in text
+
+
+def test_a_run_without_an_arm_is_named(tmp_path):
+    write(tmp_path, "outside", 0, ARMS)
+    write(tmp_path, "outside", 1, {arm: value for arm, value in ARMS.items() if arm != "redistilled"})
+    with pytest.raises(ValueError, match="not every run has redistilled"):
+        study_tables.read("outside", tmp_path)
+
+
+def test_a_base_without_parts_has_no_results(tmp_path):
+    assert study_tables.read("dead", tmp_path) is None
