@@ -16,7 +16,7 @@ NAMES = ("data.name", "arm")  # of files and folders, and in tables
 WRITTEN = ("out", "cells", "to", "read.cache")  # folders that a stage makes
 PATHS = (  # on this machine, in a store or on the hub
     *WRITTEN, "publish", "ledger", "model.path", "trained_on", "start", "teacher", "recovered", "judge", "loras", "prompts", "shards", "data.train",
-    "data.heldout", "loss.teacher", "loss.teacher_lora",
+    "data.heldout", "loss.teacher", "loss.teacher_lora", "training_adapter",
 )  # fmt: skip
 
 
@@ -68,7 +68,7 @@ RANGES = {  # by the end of a dotted key; the longest end counts
     "data.max_enlarge": Range(1, words="1 or more, or null for no limit"),
     "data.max_crop": Range(0, 1, words="a share from 0 to 1, or null for no limit"),
     "model.max_sequence_length": Range(1, 512),
-    "adapter.rank": Range(1, 16_384), "adapter.alpha": Range(0.001, 65_536),  # less than that over a rank trains zeros
+    "adapter.rank": Range(1, 16_384), "rank": Range(1, 16_384), "adapter.alpha": Range(0.001, 65_536),  # less than that over a rank trains zeros
     "lr": Range(1e-9, 1), "optim.warmup": Range(0, 10_000_000), "optim.weight_decay": Range(0, 10), "optim.beta2": Range(0, 1, below=True),
     "optim.clip": Range(0, 1_000_000, above=True),
     "checkpoint.every": STEPS, "checkpoint.keep": Range(1, 10_000), "checkpoint.grace": Range(0, 1_000_000),

@@ -1,5 +1,6 @@
 """lora: trains a LoRA on any base, with flow matching or a loss that keeps the guidance, and records what it may be applied to."""
 
+import itertools
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -56,6 +57,7 @@ class LoraConfig:
     preview: PreviewConfig = field(metadata={"identity": False})
     loss: LossConfig = field(default_factory=LossConfig, metadata={"identity": "if set"})
     start: str | None = field(default=None, metadata={"identity": "if set"})
+    training_adapter: str | None = field(default=None, metadata={"identity": "if set"})
     publish: str | None = field(default=None, metadata={"identity": False})
     plan: bool = field(default=False, metadata={"identity": False})
     check: bool = field(default=False, metadata={"identity": False})
@@ -162,14 +164,16 @@ def check(config: LoraConfig) -> bool:
     model_folder.check_models(config.model.path, config.model.variant, base=has_base, **models)
     lora.check_fit(config.adapter, flux1.skeleton(config.trained_on), config.trained_on)
     check_loras(config)
-    for guidance in config.loss.guidances(config.guidance):
-        check_guidance(config.trained_on, guidance)
+    for guidance, model in itertools.product(config.loss.guidances(config.guidance), (config.trained_on, config.training_adapter)):
+        if model:
+            check_guidance(model, guidance)
     return False
 
 
 def further_parents(config: LoraConfig) -> dict[str, str]:
     """Role -> path of what a LoRA may be made from besides its base."""
-    paths = {"start": config.start, "teacher": config.loss.teacher, "teacher_lora": config.loss.teacher_lora}
+    paths = {"start": config.start, "training_adapter": config.training_adapter}
+    paths |= {"teacher": config.loss.teacher, "teacher_lora": config.loss.teacher_lora}
     return {role: path for role, path in paths.items() if path}
 
 
@@ -178,6 +182,8 @@ def load_models(
 ) -> tuple[FluxTransformer2DModel, FluxTransformer2DModel | None]:
     """What the LoRA is trained on, with the LoRA in it, and the frozen teacher of the loss, if it has one."""
     transformer = flux1.load_transformer(config.trained_on, hardware.weights, config.model.variant)
+    if config.training_adapter:
+        lora.merge(transformer, store.resolve(config.training_adapter))
     if hardware.int8_base:
         lora.to_int8(transformer, torch.device("cpu") if hardware.offloaded_blocks else accelerator.device)
     if config.loss.bypass_guidance:
@@ -194,7 +200,9 @@ def load_models(
 
 
 def check_loras(config: LoraConfig) -> None:
-    """Raises ConfigError for a LoRA to begin from or of the teacher that cannot be read or does not fit, or that was not trained on the teacher."""
+    """Raises ConfigError for a LoRA to begin from, to merge or of the teacher that cannot be read or does not fit, or not trained on the teacher."""
+    if config.training_adapter:
+        lora.merge(flux1.skeleton(config.trained_on), store.resolve(config.training_adapter))
     if config.start:
         skeleton = flux1.skeleton(config.trained_on)
         lora.inject(skeleton, config.adapter, config.seed)
@@ -211,9 +219,12 @@ def check_loras(config: LoraConfig) -> None:
 
 
 def check_guidance(base: str, guidance: float) -> None:
-    """Raises ConfigError for training on a recovered model at another guidance than it was recovered at: its guidance input knows no other."""
+    """Raises ConfigError for training on a recovered model at another guidance than it was recovered at: its guidance input knows no other.
+
+    A training adapter that was extracted from one knows only that guidance, too.
+    """
     artifact = record.read_if_artifact(store.resolve(base))
-    if artifact and artifact.stage == "recover" and (recovered_at := artifact.metrics["guidance"]) != guidance:
+    if artifact and artifact.stage in ("recover", "extract") and (recovered_at := artifact.metrics["guidance"]) != guidance:
         raise ConfigError(
             f"guidance={guidance}, but {base} was recovered at guidance {recovered_at} and knows no other. Set "
             f"guidance={recovered_at}; the guidance people use the LoRA at is model.usual_guidance, and true CFG is sampling.cfg_scale."

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,11 @@ def save(transformer: FluxTransformer2DModel, config: AdapterConfig, out: str, c
     for name, value in get_peft_model_state_dict(transformer).items():
         scale = config.alpha / config.rank if "lora_B" in name else 1.0
         state[f"transformer.{name}"] = (value.float() * scale).contiguous().cpu()
+    write(state, out, contract)
+
+
+def write(state: dict[str, Tensor], out: str, contract: dict[str, Any]) -> None:
+    """Writes the weights of a LoRA file, with a contract in its header, as `out`/pytorch_lora_weights.safetensors."""
     content = serialized(state, {"format": "pt", CONTRACT: json.dumps(contract, sort_keys=True)})
     partial = Path(out) / f"{WEIGHTS}.partial"
     partial.write_bytes(_in_order(content))
@@ -144,7 +150,7 @@ def _fitting(transformer: FluxTransformer2DModel, path: str) -> dict[str, Tensor
     """The weights of a LoRA. Raises ConfigError if any is for a module that the transformer lacks, which diffusers would skip with a warning."""
     weights, _ = read(path)
     modules = {f"transformer.{name}" for name, _ in transformer.named_modules()}
-    unknown = [key for key in weights if re.sub(r"\.lora_[AB]\.weight$", "", key) not in modules]
+    unknown = [key for key in weights if re.sub(r"(\.lora_[AB])?\.(weight|bias)$", "", key) not in modules]
     if unknown or not weights:
         raise ConfigError(
             f"The LoRA {path} does not fit this transformer ({unknown[0] if unknown else 'it is empty'}). Apply it to the model family it was "
@@ -166,14 +172,63 @@ def load_lora(transformer: FluxTransformer2DModel, path: str, strength: float = 
 
 
 def merge(transformer: FluxTransformer2DModel, path: str) -> None:
-    """Adds a LoRA to the weights themselves: computed in float32, then rounded to their type. On the meta device it checks only that it fits."""
+    """Adds a LoRA to the weights themselves: computed in float32, then rounded to their type. On the meta device it checks only that it fits.
+
+    Also what `extract` adds to the layers' weights: differences of biases, and the norms' own weights.
+    """
     weights = {key: value.to(transformer.device, torch.float32) for key, value in _fitting(transformer, path).items()}
-    for key in (key for key in weights if key.endswith(".lora_A.weight")):
-        weight = transformer.get_submodule(key.removeprefix("transformer.").removesuffix(".lora_A.weight")).weight
-        up, down = weights.get(key.replace("lora_A", "lora_B")), weights[key]
-        if up is None or (up.shape[0], down.shape[1], up.shape[1]) != (*weight.shape, down.shape[0]):
-            raise ConfigError(f"The LoRA {path} does not fit this transformer ({key}). Apply it to the model family it was trained on.")
-        weight.data = (weight.data.float() + up @ down).to(weight.dtype)
+    parameters, change = dict(transformer.named_parameters()), dict[str, Tensor]()
+    for key in weights:
+        name = key.removeprefix("transformer.")
+        if name.endswith(".lora_A.weight"):
+            up, down = weights.get(key.replace("lora_A", "lora_B")), weights[key]
+            change[name.replace(".lora_A", "")] = down.new_empty(0) if up is None or up.shape[1] != len(down) else up @ down
+        elif name.endswith(".lora_B.bias"):
+            change[name.replace(".lora_B", "")] = weights[key]
+        elif ".lora_" not in name:
+            change[name] = weights[key] - parameters[name].data.float() if name in parameters else weights[key]
+    for name, difference in change.items():
+        if name not in parameters or parameters[name].shape != difference.shape:
+            raise ConfigError(f"The LoRA {path} does not fit this transformer ({name}). Apply it to the model family it was trained on.")
+        parameters[name].data = (parameters[name].data.float() + difference).to(parameters[name].dtype)
+
+
+def extract(
+    base: FluxTransformer2DModel, tuned: FluxTransformer2DModel, rank: int, device: torch.device
+) -> Iterator[tuple[str, dict[str, Tensor], float | None]]:
+    """What a fine-tune has changed, as a LoRA file's weights of at most this rank: (parameter, its part of the file, the share that is lost).
+
+    The share of the change's squared size, for a linear layer's weight; 0 for a rank that holds all of it. Biases are kept whole (as `lora_B.bias`,
+    which diffusers reads too), and so are norms, as the fine-tune has them. The largest singular values are the best approximation of their
+    rank (Eckart and Young 1936); Hu et al. 2021 for the form.
+    """
+    other = dict(tuned.named_parameters())
+    linear = {name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+    for name, parameter in base.named_parameters():
+        (module, _, part), after = name.rpartition("."), other[name].data.to(device, torch.float32)
+        difference = after - parameter.data.to(device, torch.float32)
+        if module not in linear:
+            yield name, {f"transformer.{name}": after.cpu()}, None
+        elif part == "bias":
+            yield name, {f"transformer.{module}.lora_B.bias": difference.cpu()}, None
+        else:
+            left, sizes, right = _largest(difference, rank)
+            root, whole = sizes.sqrt(), difference.square().sum().item()
+            halves = {"A": (right * root).T, "B": left * root}
+            state = {f"transformer.{module}.lora_{half}.weight": value.contiguous().cpu() for half, value in halves.items()}
+            yield name, state, max(0.0, 1 - sizes.square().sum().item() / whole) if whole else 0.0
+
+
+def _largest(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest `rank` singular values (R,) with their left (M, R) and right (N, R) vectors; large matrices by random projections."""
+    if 4 * rank < min(matrix.shape):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            left, sizes, right = torch.svd_lowrank(matrix, q=2 * rank, niter=8)
+    else:
+        left, sizes, rows = torch.linalg.svd(matrix, full_matrices=False)
+        right = rows.T
+    return left[:, :rank], sizes[:rank], right[:, :rank]
 
 
 def begin_from(transformer: FluxTransformer2DModel, config: AdapterConfig, path: str) -> None:

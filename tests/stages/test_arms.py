@@ -113,6 +113,22 @@ def test_a_lora_that_does_not_belong_is_refused(more, said, tiny, other, train, 
     assert not (tmp_path / "refused").exists(), "it is known before anything is begun"
 
 
+def test_with_the_whole_recovery_as_its_training_adapter_a_lora_is_trained_as_on_the_recovered_model(tiny, other, train, tmp_path, run_stage):
+    code, stderr = run_stage("extract", f"model.path={tiny}", f"recovered={other}", "rank=1000", "hardware=cpu", f"out={tmp_path}/adapter")
+    assert code == 0, stderr
+    extracted = json.loads((tmp_path / "adapter/artifact.json").read_text())
+    assert max(extracted["metrics"]["lost"].values()) < 1e-5
+    on_other, losses, _ = train("on the other", "guidance=1")
+    merged, same_losses, artifact = train("with an adapter", "guidance=1", f"training_adapter={tmp_path}/adapter")
+    assert losses == pytest.approx(same_losses, rel=1e-4)
+    for key, value in on_other.items():
+        torch.testing.assert_close(merged[key], value, atol=2e-3, rtol=2e-2)
+    assert {parent["role"]: parent["id"] for parent in artifact["parents"]}["training_adapter"] == extracted["id"]
+    code, stderr = train("refused", "guidance=3.5", f"training_adapter={tmp_path}/adapter", fails=True)
+    assert code == 2
+    assert "knows no other" in stderr
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
