@@ -62,17 +62,28 @@ def pipeline(base: str) -> Path:
     return folder
 
 
+def judged(plan: Plan, out: Path, stage: str, style: str) -> Path:
+    """Where a style's arms are evaluated or diagnosed: elsewhere with other arms, and only pictures of new ones are then sampled."""
+    return out / stage / f"{style}-{record.digest(sorted(plan.arms))[:8]}"
+
+
 def jobs(plan: Plan, base: str, seed: int) -> list[Job]:
     """The stages of a part: recover, every LoRA, and an evaluation for each style; with a diagnosis of them all."""
     out, common = RUNS / base / str(seed), plan.common | {"model.path": str(pipeline(base)), "seed": seed}
     models = {"base": str(pipeline(base)), "teacher": plan.teacher, "recovered": str(out / "recover")}
     found = [Job("recover", "recover", hydra_args(common, plan.recover, {"preview.pictures": 0, "out": str(out / "recover")}))]
+    for rank in plan.adapters:
+        words = hydra_args(common, {"recovered": models["recovered"], "rank": rank, "out": str(out / "adapter" / str(rank))})
+        found.append(Job(f"adapter {rank}", "extract", words, ["recover"]))
     for style, arm in plan.pairs():
         chosen, folder = plan.arms[arm], out / "lora" / style / arm
         needs = ["recover"] if "recovered" in chosen.models else []
         values: dict[str, Any] = {"out": str(folder), "arm": arm, "trained_on": models[chosen.base], "guidance": chosen.guidance}
         if chosen.teacher:
             values["loss.teacher"] = models[chosen.teacher]
+        if chosen.adapter:
+            values["training_adapter"] = str(out / "adapter" / str(chosen.adapter))
+            needs.append(f"adapter {chosen.adapter}")
         if chosen.teacher_arm:
             values |= dict.fromkeys(("start", "loss.teacher_lora"), str(folder.parent / chosen.teacher_arm))
             needs.append(f"{style} {chosen.teacher_arm}")
@@ -80,9 +91,9 @@ def jobs(plan: Plan, base: str, seed: int) -> list[Job]:
     for style in plan.styles:
         loras = [str(out / "lora" / style / arm) for arm in plan.arms]
         needs = [f"{style} {arm}" for arm in plan.arms]
-        values = {"out": str(out / "evaluate" / style), "loras": loras, "recovered": None, "cells": str(out / "cells")}
+        values = {"out": str(judged(plan, out, "evaluate", style)), "loras": loras, "recovered": None, "cells": str(out / "cells")}
         found.append(Job(f"evaluate {style}", "evaluate", hydra_args(common, plan.evaluate, values), needs))
-        values = {"out": str(out / "diagnose" / style), "loras": loras, "teacher": plan.teacher}
+        values = {"out": str(judged(plan, out, "diagnose", style)), "loras": loras, "teacher": plan.teacher}
         found.append(Job(f"diagnose {style}", "diagnose", hydra_args(common, plan.styles[style], values), needs))
     return found
 
@@ -126,12 +137,12 @@ def rows(plan: Plan, base: str, seed: int) -> Iterator[list[Any]]:
     """The rows of a part's CSV: means over a digit's phrasings and seeds, the LoRA on the base at its usual guidance."""
     out = RUNS / base / str(seed)
     for style in plan.styles:
-        with (out / "evaluate" / style / "pictures.csv").open() as file:
+        with (judged(plan, out, "evaluate", style) / "pictures.csv").open() as file:
             pictures = [row for row in csv.DictReader(file) if row["inference"] == "base"]
         by_arm: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
         for row in pictures:
             by_arm[row["arm"], row["meaning"]].append(row)
-        diagnosis = json.loads((out / "diagnose" / style / "diagnosis.json").read_text())
+        diagnosis = json.loads((judged(plan, out, "diagnose", style) / "diagnosis.json").read_text())
         kept = {Path(one["name"]).name: one["response_kept"] for one in diagnosis["found"][1:]}
         for (arm, digit), some in by_arm.items():
             trained = record.read(str(out / "lora" / style / arm)) if arm in plan.arms else None

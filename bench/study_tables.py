@@ -20,7 +20,7 @@ DRAWS = 10_000
 BASES = {"outside": "guidance 1 outside the distilled range", "inside": "guidance 1 inside the distilled range", "dead": "dead guidance input"}
 LOWER = ("distance_to_ideal",)
 REFERENCES = ("none", "ideal", "teacher@1", "recovered@1-short")  # no rivals: no LoRA, what needs the teacher, a step on the way to another
-RECOVERED = ("recovered@1", "redistilled", "guidance@3.5+empty")  # arms that need the recovered model
+RECOVERED = ("recovered@1", "redistilled", "guidance@3.5+empty", "adapter16@1")  # arms that need the recovered model
 METRICS = {"distance_to_ideal": "distance to the ideal", "prompt_fidelity": "prompt fidelity", "style_similarity": "style similarity"}
 
 

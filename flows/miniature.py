@@ -1,4 +1,4 @@
-"""Rebuilds data/miniature/ from scratch: frozen parts, then the teacher, then the base distilled from it. `make miniature`."""
+"""Rebuilds data/miniature/ from scratch: frozen parts, then the teacher, then the two bases distilled from it. `make miniature`."""
 
 import shutil
 import sys
@@ -14,13 +14,14 @@ from flows.processes import reach
 from flows.processes.launch import launch, run_context
 
 BUNDLE = ROOT / "data" / "miniature"
+INSIDE = {"guidance": [1.0, 6.0], "pairs": True, "batch": 24}  # a second base, which has learnt guidance 1 as well
 stage = task(launch, name="stage", task_run_name="{stage}", cache_policy=NO_CACHE)
 
 
 @flow(name="miniature")
 def miniature(out: str = "runs/miniature") -> None:
     """Trains every part with fixed seeds and copies the result into data/miniature/."""
-    parts, judge, teacher, base = (stage_folder(out, name) for name in ("parts", "judge", "teacher", "base"))
+    parts, judge, teacher, base, inside = (stage_folder(out, name) for name in ("parts", "judge", "teacher", "base", "inside"))
     world = {"experiment": "miniature", "model.path": f"{parts}/pipeline", "save_dtype": "bfloat16"}
     from_nothing = {"steps": 4000, "batch": 64, "ema": 0.995, "caption_dropout": 0.15, "probe.every": 500, "teacher": None}
     with run_context():
@@ -30,10 +31,12 @@ def miniature(out: str = "runs/miniature") -> None:
             install(f"{parts}/{name}", name)
         stage("recover", hydra_args(world, from_nothing, {"out": teacher}), teacher)
         stage("distill", hydra_args(world, {"out": base, "teacher": teacher}), base)
+        stage("distill", hydra_args(world, INSIDE, {"out": inside, "teacher": teacher}), inside)
         judged.result()
     install(f"{judge}/judge", "judge")
     install(f"{teacher}/transformer", "teacher/transformer")
     install(f"{base}/transformer", "pipeline/transformer")
+    install(f"{inside}/transformer", "inside/transformer")
 
 
 def install(path: str, name: str) -> None:

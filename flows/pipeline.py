@@ -26,13 +26,21 @@ def recover(plan: Plan, seed: int, out: str) -> Artifact:
     return launch("recover", hydra_args(plan.common, plan.recover, out=stage_out, seed=seed), stage_out, plan.processes.get("recover", 1))
 
 
+@task(task_run_name="extract rank {rank}", cache_policy=NO_CACHE, **RETRY_OPTIONS)
+def extract(plan: Plan, seed: int, out: str, rank: int, recovered: Artifact) -> Artifact:
+    """Makes a training adapter of what recovery changed."""
+    stage_out = stage_folder(out, "adapter", str(rank))
+    return launch("extract", hydra_args(plan.common, out=stage_out, seed=seed, rank=rank, recovered=stage_folder(out, "recover")), stage_out)
+
+
 @task(task_run_name="lora {style} {arm}", cache_policy=NO_CACHE, **RETRY_OPTIONS)
-def lora(plan: Plan, seed: int, out: str, style: str, arm: str, recovered: Artifact | None, teacher_lora: Artifact | None = None) -> Artifact:
-    """Trains one arm's LoRA in one style."""
+def lora(plan: Plan, seed: int, out: str, style: str, arm: str, recovered: Artifact | None, *needed: Artifact | None) -> Artifact:
+    """Trains one arm's LoRA in one style, once what it needs is there."""
     stage_out, chosen = stage_folder(out, "lora", style, arm), plan.arms[arm]
     models = {"base": plan.base, "teacher": plan.teacher, "recovered": recovered and stage_folder(out, "recover")}
     values = {"out": stage_out, "seed": seed, "arm": arm, "trained_on": models[chosen.base], "guidance": chosen.guidance}
     values |= {"loss.teacher": models[chosen.teacher]} if chosen.teacher else {}
+    values |= {"training_adapter": stage_folder(out, "adapter", str(chosen.adapter))} if chosen.adapter else {}
     values |= dict.fromkeys(("start", "loss.teacher_lora"), stage_folder(out, "lora", style, chosen.teacher_arm)) if chosen.teacher_arm else {}
     return launch("lora", hydra_args(plan.common, plan.lora, plan.styles[style], chosen.lora, values), stage_out, plan.processes.get("lora", 1))
 
@@ -56,10 +64,13 @@ def pipeline(pipeline: Pipeline) -> dict[str, Any]:
     plan, seed, out = plans.read(pipeline.plan), pipeline.seed, pipeline.out
     with run_context():
         recovered = recover.submit(plan, seed, out)
+        adapters = {rank: extract.submit(plan, seed, out, rank, recovered) for rank in plan.adapters}
         loras: dict[tuple[str, str | None], PrefectFuture] = {}
         for style, arm in plan.pairs():
-            needed = recovered if "recovered" in plan.arms[arm].models else None
-            loras[style, arm] = lora.submit(plan, seed, out, style, arm, needed, loras.get((style, plan.arms[arm].teacher_arm)))
+            chosen = plan.arms[arm]
+            model = recovered if "recovered" in chosen.models else None
+            needed = loras.get((style, chosen.teacher_arm)), adapters.get(chosen.adapter or 0)
+            loras[style, arm] = lora.submit(plan, seed, out, style, arm, model, *needed)
         result = evaluate(plan, seed, out, recovered.result(), [one.result() for one in loras.values()])  # the first failure ends the flow
     verdict.show(result)
     return {"verdict": result.metrics["verdict"], "report": f"{result.uri}/report.html"}

@@ -27,12 +27,13 @@ class Arm(BaseModel):
     guidance: float = Field(gt=0)
     teacher: Model | None = None  # of the loss
     teacher_arm: Name | None = None  # whose LoRA, of the same style, the teacher has and this one begins from
+    adapter: int | None = Field(default=None, ge=1)  # rank of the training adapter that is extracted from the recovered model
     lora: Overrides = {}  # what stages.lora is given for this arm besides, such as {loss.name: guidance}
 
     @property
     def models(self) -> set[str | None]:
         """The models that it reads."""
-        return {self.base, self.teacher}
+        return {self.base, self.teacher, "recovered" if self.adapter else None}
 
 
 class Plan(BaseModel):
@@ -48,6 +49,11 @@ class Plan(BaseModel):
     styles: dict[Name, Overrides]
     arms: dict[Name, Arm]
     processes: dict[Literal["recover", "lora", "evaluate"], int] = {}  # ranks of a stage, where more than one
+
+    @property
+    def adapters(self) -> list[int]:
+        """The ranks of all training adapters."""
+        return sorted({arm.adapter for arm in self.arms.values() if arm.adapter})
 
     def pairs(self) -> list[tuple[str, str]]:
         """(style, arm) of every LoRA; those that need the recovered model come after the others, and those that need its LoRAs last."""

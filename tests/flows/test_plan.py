@@ -176,6 +176,24 @@ def test_a_distilled_arm_comes_after_its_teacher_s_and_begins_from_it(monkeypatc
     assert {"loss.teacher=runs/x/recover", f"loss.teacher_lora='{theirs}'", f"start='{theirs}'", "trained_on=model"} <= set(started[0])
 
 
+def test_an_arm_with_a_training_adapter_waits_for_it_and_is_given_it(monkeypatch):
+    from flows import pipeline
+
+    started = []
+    monkeypatch.setattr(pipeline, "launch", lambda stage, args, out, ranks=1: started.append((stage, args, out)))
+    plan = make_plan(arms={"adapter@1": {"base": "base", "guidance": 1.0, "adapter": 16}, "plain": {"base": "base", "guidance": 1.0}})
+    assert plan.adapters == [16]
+    assert plan.pairs()[-1] == ("neon", "adapter@1"), "it needs the recovered model"
+    pipeline.extract.fn(plan, 0, "runs/x", 16, "an artifact")
+    pipeline.lora.fn(plan, 0, "runs/x", "neon", "adapter@1", "an artifact", None, "the adapter")
+    pipeline.lora.fn(plan, 0, "runs/x", "neon", "plain", None)
+    (stage, words, out), (_, with_it, _), (_, plain, _) = started
+    assert (stage, out) == ("extract", "runs/x/adapter/16")
+    assert {"rank=16", "recovered=runs/x/recover"} <= set(words)
+    assert {"training_adapter=runs/x/adapter/16", "trained_on=model"} <= set(with_it)
+    assert not any(word.startswith("training_adapter") for word in plain)
+
+
 def test_an_arm_s_own_values_and_models_reach_its_stage(monkeypatch):
     from flows import pipeline
 

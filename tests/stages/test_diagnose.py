@@ -26,12 +26,16 @@ def diagnose(tmp_path, run_stage):
 
 
 @pytest.fixture
-def teacher_as_base(tmp_path) -> Path:
-    """The bundled pipeline with its teacher as the transformer."""
-    folder = tmp_path / "pipeline"
-    shutil.copytree(BUNDLE / "pipeline", folder, ignore=shutil.ignore_patterns("transformer"))
-    shutil.copytree(BUNDLE / "teacher" / "transformer", folder / "transformer")
-    return folder
+def with_transformer(tmp_path):
+    """Makes the bundled pipeline with another of the bundle's transformers."""
+
+    def made(name: str) -> Path:
+        folder = tmp_path / name
+        shutil.copytree(BUNDLE / "pipeline", folder, ignore=shutil.ignore_patterns("transformer"))
+        shutil.copytree(BUNDLE / name / "transformer", folder / "transformer")
+        return folder
+
+    return made
 
 
 @pytest.fixture
@@ -57,8 +61,17 @@ def test_the_bundled_base_as_its_teacher_knows_it(diagnose):
     assert [parent["role"] for parent in artifact["parents"]] == ["base", "teacher"]
 
 
-def test_an_undistilled_model_has_no_guidance_input_to_speak_of(diagnose, teacher_as_base):
-    found, _ = diagnose(f"model.path={teacher_as_base}")
+def test_the_second_base_has_learnt_guidance_1(diagnose, with_transformer):
+    found, _ = diagnose(f"model.path={with_transformer('inside')}", "teacher=data/miniature/teacher")
+    base = found["found"][0]
+    assert base["regime"] == "inside"
+    assert base["acts_like"] == pytest.approx(1, abs=0.3)
+    assert base["teacher_distance"] < 0.06
+    assert base["loss"] == pytest.approx(base["loss_unguided"], rel=0.05)  # recovery has nothing to bring
+
+
+def test_an_undistilled_model_has_no_guidance_input_to_speak_of(diagnose, with_transformer):
+    found, _ = diagnose(f"model.path={with_transformer('teacher')}")
     assert found["found"][0]["regime"] == "dead"
 
 
