@@ -9,6 +9,8 @@ from dev2pro.errors import ConfigError
 from dev2pro.judging import lora_folder
 from dev2pro.patterns import matches
 
+HELP = ("teacher", "training_adapter")  # roles of a LoRA's parents that a recovered model may have
+
 
 @dataclass(frozen=True)
 class Inference:
@@ -78,13 +80,20 @@ def plan(inferences: Sequence[Inference], loras: Sequence[Artifact]) -> Iterator
 
 
 def kinds(loras: Sequence[Artifact], *, teacher: str | None, recovered: str | None) -> dict[str, str]:
-    """arm -> what it was trained on: recovered, teacher or base. A recovered model without a record is known by `recovered`."""
+    """arm -> what it was made of: teacher if it was trained on that, recovered if on that or with its help, else base.
+
+    Help is a teacher of the loss or a training adapter. A recovered model without a record is known by `recovered`.
+    """
     teacher_id, recovered_id = (record.fingerprint(path) if path else None for path in (teacher, recovered))
     found = {}
     for lora in loras:
         model = lora.inference["trained_on"]
-        artifact = record.read_if_artifact(store.resolve(model["path"]))
-        by_us = artifact is not None and artifact.stage == "recover"
-        is_recovered = by_us or model["id"] == recovered_id
+        help = [(parent["uri"], parent["id"]) for parent in lora.parents if parent["role"] in HELP]
+        is_recovered = any(id == recovered_id or _by_recovery(path) for path, id in [(model["path"], model["id"]), *help])
         found[lora.inference["arm"]] = "teacher" if model["id"] == teacher_id else "recovered" if is_recovered else "base"
     return found
+
+
+def _by_recovery(path: str) -> bool:
+    artifact = record.read_if_artifact(store.resolve(path))
+    return artifact is not None and artifact.stage in ("recover", "extract")

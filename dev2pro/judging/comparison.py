@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dev2pro.judging.bootstrap import Bootstrap
 
+TRAINED_ON_RECOVERED = "the LoRA trained on the recovered model"
 LOWER_IS_BETTER = ("distance_to_ideal",)
 
 
@@ -32,7 +33,7 @@ class Cell:
 def compare(cells: list[Cell], kinds: dict[str, str], draws: int, seed: int) -> dict[str, Any]:
     """styles, arms, inference, cells with 95% intervals, gains of the recovered arms over the base's arms, and a verdict.
 
-    `kinds`: arm -> what it was trained on (recovered, base or teacher). A gain is a paired difference on the inference base
+    `kinds`: arm -> what it was made of (recovered, base or teacher). A gain is a paired difference on the inference base
     "base", signed so that more is better; style None is the mean over styles.
     """
     prompts, repetitions = cells[0].values["prompt_fidelity"].shape
@@ -86,11 +87,14 @@ def _differences(cells: list[Cell], arm: str, rival: str, metric: str) -> dict[s
 
 
 def verdict(gains: list[dict[str, Any]]) -> str:
-    """One sentence on prompt fidelity: the gain over the better baseline, and in which styles it is clear."""
+    """One sentence on prompt fidelity: the best arm's gain over its nearest rival, and in which styles it is clear."""
     fidelity = [g for g in gains if g["metric"] == "prompt_fidelity"]
     if not fidelity:
         return "Nothing to compare: this needs a LoRA trained on the recovered model and one trained on the base, in the same style."
-    overall = min((g for g in fidelity if g["style"] is None), key=lambda g: g["mean"])
+    arms = list(dict.fromkeys(g["arm"] for g in fidelity))
+    nearest = {arm: min((g for g in fidelity if g["style"] is None and g["arm"] == arm), key=lambda g: g["mean"]) for arm in arms}
+    overall = max(nearest.values(), key=lambda g: g["mean"])
+    fidelity = [g for g in fidelity if g["arm"] == overall["arm"]]
     by_style: dict[str, list[dict[str, Any]]] = {}
     for gain in fidelity:
         if gain["style"] is not None:
@@ -98,8 +102,9 @@ def verdict(gains: list[dict[str, Any]]) -> str:
     better = [s for s, style_gains in by_style.items() if all(g["low"] > 0 for g in style_gains)]
     worse = [s for s, style_gains in by_style.items() if any(g["high"] < 0 for g in style_gains)]
     word = "more" if overall["mean"] >= 0 else "less"
+    subject = f"the LoRA {overall['arm']}, the best of {len(arms)} that need the recovered model," if len(arms) > 1 else TRAINED_ON_RECOVERED
     return (
-        f"Applied to the base, the LoRA trained on the recovered model obeys the prompt {abs(100 * overall['mean']):.0f} points {word} often than "
+        f"Applied to the base, {subject} obeys the prompt {abs(100 * overall['mean']):.0f} points {word} often than "
         f"{overall['rival']}, its nearest rival (95% interval {100 * overall['low']:.0f} to {100 * overall['high']:.0f}, mean over styles): "
         f"clearly better in {_names(better, by_style)}, clearly worse in {_names(worse, by_style)}."
     )

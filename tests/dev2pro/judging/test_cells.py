@@ -29,13 +29,14 @@ def models(tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def lora(tmp_path: Path, models: dict[str, str]):
-    def make(style: str, arm: str, trained_on: str = "base", apply_to: str = "base", kind: str = "lora") -> record.Artifact:
+    def make(style: str, arm: str, trained_on: str = "base", apply_to: str = "base", kind: str = "lora", **parents: str) -> record.Artifact:
         config = LoraLike(str(tmp_path / "lora" / f"{style}-{arm}-{trained_on}-{kind}"), {"name": style})
-        assert run_folder.acquire(config.out, "lora", config, {}) is None
+        made_of = {role: models[name] for role, name in parents.items()}
+        assert run_folder.acquire(config.out, "lora", config, made_of) is None
         contract = {
             key: {"path": models[name], "id": record.fingerprint(models[name])} for key, name in (("trained_on", trained_on), ("apply_to", apply_to))
         }
-        return record.write(config.out, "lora", kind, config, {}, step=1, metrics={}, inference={"arm": arm, **contract})
+        return record.write(config.out, "lora", kind, config, made_of, step=1, metrics={}, inference={"arm": arm, **contract})
 
     return make
 
@@ -71,6 +72,17 @@ def test_a_plan_has_the_ideal_first_and_every_lora_on_every_model(models, lora, 
     assert planned[2:] == [(style, arm) for _ in ("base", "recovered") for style in ("chalk", "poster") for arm in arms]
     assert cells.kinds(loras, teacher=models["teacher"], recovered=models["recovered"]) == {
         "base@1": "base", "recovered@1": "recovered", "teacher@1": "teacher",
+    }  # fmt: skip
+
+
+def test_an_arm_that_needs_the_recovered_model_is_no_rival_of_it(models, lora, tmp_path):
+    lora("chalk", "guidance@3.5")
+    lora("chalk", "distilled", teacher="recovered")
+    lora("chalk", "adapter@1", training_adapter="recovered")
+    lora("chalk", "of another", teacher="base")
+    loras = cells.find_loras([str(tmp_path / "lora/*")], models["base"])
+    assert cells.kinds(loras, teacher=models["teacher"], recovered=models["recovered"]) == {
+        "guidance@3.5": "base", "distilled": "recovered", "adapter@1": "recovered", "of another": "base",
     }  # fmt: skip
 
 

@@ -118,6 +118,15 @@ def test_the_verdict_names_clear_wins_and_losses_against_the_nearest_rival():
     assert "clearly worse in 1 of 3 styles (neon)" in verdict
 
 
+def test_of_several_arms_the_verdict_is_about_the_best_against_its_nearest_rival():
+    scores = {"base@1": 0.2, "cfg_augmented": 0.6, "recovered@1": 0.5, "redistilled": 0.9}
+    verdict = compare(cells({"chalk": scores}), {"base@1": "base", "cfg_augmented": "base", "recovered@1": "recovered", "redistilled": "recovered"})[
+        "verdict"
+    ]
+    assert "the LoRA redistilled, the best of 2 that need the recovered model, obeys the prompt 30 points more often than cfg_augmented" in verdict
+    assert "clearly better in 1 of 1 styles (chalk), clearly worse in 0 of 1" in verdict
+
+
 def test_the_verdict_of_a_loss():
     verdict = compare(cells({"chalk": {"base@1": 0.9, "recovered@1": 0.5}}))["verdict"]
     assert "40 points less often than base@1" in verdict
