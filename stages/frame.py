@@ -17,18 +17,16 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch.distributed import DistNetworkError, DistStoreError
 
 from dev2pro import allowed, command_line, signals
 from dev2pro.artifacts import backends, run_folder, store
 from dev2pro.artifacts.record import ROOT, Artifact
 from dev2pro.errors import INTERRUPTED, LOST, ConfigError, SpaceError, StageError, out_of_space
 from dev2pro.escape import Record, lines, printable
+from dev2pro.training import distributed
 
 C = TypeVar("C")
 NO_SPACE = "no space is left where out= writes. Free some, or choose another out=, and run again."
-
-GONE = ("closed by peer", "Connection reset by peer", "Timed out waiting", "ncclRemoteError")  # gloo's words, and NCCL's
 
 # Hydra creates no folders and no log files: a stage writes only into out=.
 PLAIN_HYDRA = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
@@ -56,6 +54,8 @@ def main(name: str, schema: type[C], run: Callable[[C], Artifact | None]) -> Non
         sys.exit(_fail(name, explain(error, schema) + command_line.cure(words, schema), ConfigError.exit_code))
     if outcome:
         signals.nothing_left_to_stop(outcome[0])
+        if outcome[0] == LOST:
+            os._exit(LOST)  # threads of this rank may wait for one that is gone, and other ranks for the end of this one
     sys.exit(outcome[0] if outcome else 0)
 
 
@@ -137,18 +137,12 @@ def _exit_code(name: str, run: Callable[[], Artifact | None]) -> int:
     except Exception as error:
         if out_of_space(error):
             return _fail(name, NO_SPACE, SpaceError.exit_code)
-        if _lost_another_rank(error):
+        if distributed.lost_another_rank(error):
             return _fail(name, f"rank {os.environ['RANK']}: another rank ended or hangs; what went wrong is told there.", LOST)
         print(lines(traceback.format_exc()), file=sys.stderr, end="", flush=True)
         return 1
     finally:
         run_folder.release()
-
-
-def _lost_another_rank(error: Exception) -> bool:
-    """Whether gloo, NCCL or torch's store says that another rank ended, or kept this one waiting longer than `time_limits` allow."""
-    gone = isinstance(error, (DistNetworkError, DistStoreError)) or any(text in str(error) for text in GONE)
-    return gone and "RANK" in os.environ
 
 
 def _fail(name: str, message: str, code: int) -> int:

@@ -26,7 +26,7 @@ from dev2pro import draws, schedulers, signals
 from dev2pro.artifacts.record import digest
 from dev2pro.errors import ConfigError, InterruptedRun, SpaceError, out_of_space
 from dev2pro.escape import printable
-from dev2pro.training import checkpoint_files, checkpoint_space, checkpoint_writer
+from dev2pro.training import checkpoint_files, checkpoint_space, checkpoint_writer, distributed
 from dev2pro.training.checkpoint_space import CheckpointConfig
 from dev2pro.training.step import Training
 from dev2pro.training.stop_time import StopTime
@@ -66,7 +66,9 @@ class Checkpoints:
         self.stop.resume()
         return self
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, *_: object) -> None:
+        if error and distributed.lost_another_rank(error):
+            return  # the writers wait for each other, and the one of a rank that still waits for this one would wait for ever
         with self._exit_stack, suppress(Exception) if kind else ExitStack():
             self.wait()
 

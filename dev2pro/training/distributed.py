@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from torch.distributed import DistNetworkError, DistStoreError
 
 from dev2pro.errors import ConfigError
 from dev2pro.training import time_limits
 
+GONE = ("closed by peer", "Connection reset by peer", "Timed out waiting", "ncclRemoteError")  # gloo's words, and NCCL's
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -147,3 +149,9 @@ def rank_slots(batch: int, hardware: HardwareConfig, accelerator: Accelerator) -
     share = batch // ranks
     first = accelerator.process_index * share
     return [range(first + i, first + min(i + size, share)) for i in range(0, share, size)]
+
+
+def lost_another_rank(error: BaseException) -> bool:
+    """Whether gloo, NCCL or torch's store says that another rank ended, or kept this one waiting longer than `time_limits` allow."""
+    gone = isinstance(error, (DistNetworkError, DistStoreError)) or any(text in str(error) for text in GONE)
+    return gone and "RANK" in os.environ
