@@ -97,7 +97,7 @@ def table_of_gains(found: Results, arm: str, rivals: Sequence[str]) -> list[str]
         for rival, gain, p in zip(rivals, gains, adjusted, strict=True):
             interval = found.bootstrap.interval(gain)
             decided = "better" if p < 0.05 and interval["mean"] > 0 else "worse" if p < 0.05 else ""
-            open_ = f"undecided; about {repetitions_needed(interval, len(found.runs))} runs would tell"
+            open_ = f"undecided; about {repetitions_needed(interval, len(found.runs), len(rivals))} runs would tell"
             lines.append(f"| {arm} | {rival} | {METRICS[metric]} | {shown(interval, metric, sign=True)} | {p:.3f} | {decided or open_} |")
     return lines
 

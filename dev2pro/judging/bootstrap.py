@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import numpy as np
 from torch import Tensor
@@ -43,7 +44,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def repetitions_needed(interval: dict[str, float], repetitions: int) -> int:
-    """About how many repetitions would keep 0 out of an interval of this mean: its width falls with their square root."""
-    half = (interval["high"] - interval["low"]) / 2
-    return math.ceil(repetitions * (half / interval["mean"]) ** 2) if interval["mean"] else 0
+def repetitions_needed(interval: dict[str, float], repetitions: int, comparisons: int = 1) -> int:
+    """About how many repetitions would keep 0 out of an interval of this mean that is as wide as the first of so many comparisons needs it.
+
+    The width falls with the square root of the repetitions.
+    """
+    wider = NormalDist().inv_cdf(1 - (1 - LEVEL) / 2 / comparisons) / NormalDist().inv_cdf(1 - (1 - LEVEL) / 2)
+    half = wider * (interval["high"] - interval["low"]) / 2
+    return max(repetitions + 1, math.ceil(repetitions * (half / interval["mean"]) ** 2)) if interval["mean"] else 0

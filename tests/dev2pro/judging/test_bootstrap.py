@@ -73,5 +73,6 @@ def test_p_values_are_small_for_an_effect_and_even_without_one():
 
 def test_four_times_the_repetitions_for_half_the_width():
     assert repetitions_needed({"mean": 0.5, "low": -0.5, "high": 1.5}, 12) == 48
-    assert repetitions_needed({"mean": 2.0, "low": 1.0, "high": 3.0}, 12) == 3
+    assert repetitions_needed({"mean": 0.5, "low": -0.5, "high": 1.5}, 12, comparisons=10) == 99  # 2.81 deviations in place of 1.96
+    assert repetitions_needed({"mean": 2.0, "low": 1.0, "high": 3.0}, 12) == 13, "what was not shown by these needs more"
     assert repetitions_needed({"mean": 0.0, "low": -1.0, "high": 1.0}, 12) == 0
