@@ -95,9 +95,8 @@ def judge(stage: str, changes: dict[str, str], code: int, stderr: str, seconds: 
 
 @pytest.fixture
 def no_weights(monkeypatch) -> None:
-    """Whoever opens weights fails."""
-    for reader in ("dev2pro.models.lora.safe_open", "dev2pro.training.sharding.safe_open"):
-        monkeypatch.setattr(reader, lambda *_, **__: pytest.fail("it opened weights"))
+    """Whoever opens the weights of a model fails; a LoRA's file is opened, for its shapes."""
+    monkeypatch.setattr("dev2pro.training.sharding.safe_open", lambda *_, **__: pytest.fail("it opened weights"))
     for kind in ("diffusers.FluxTransformer2DModel", "diffusers.AutoencoderKL", "transformers.T5EncoderModel", "transformers.CLIPTextModel",
                  "transformers.CLIPModel"):  # fmt: skip
         monkeypatch.setattr(f"{kind}.from_pretrained", lambda *_, **__: pytest.fail("it loaded weights"))
