@@ -72,6 +72,15 @@ class Adapter(Group):
     targets: Literal["attention", "attention+mlp", "all"] | None = form_field("Targets", "Which layers it goes to.")
 
 
+class Loss(Group):
+    """What the LoRA is trained with."""
+
+    model_config = ConfigDict(title="Loss")
+    name: Literal["flow_matching", "guidance", "cfg_augmented"] | None = form_field(
+        "Loss", "flow_matching is for a recovered model; guidance and cfg_augmented train on the base itself, at guidance 3.5, for twice the passes."
+    )
+
+
 class Pipeline(Group):
     """Recover, train the LoRAs, evaluate."""
 
@@ -123,6 +132,7 @@ class Lora(Training):
     arm: Name = form_field("Arm", "Its name in tables.", "recovered@1")
     guidance: float = number("guidance", "Guidance", "What the base expects in training: 1.0 for a recovered one.", 1.0)
     adapter: Adapter = form_field("Adapter", "The LoRA itself.", Adapter)
+    loss: Loss = form_field("Loss", "What it is trained with.", Loss)
 
 
 class Evaluate(Stage):
