@@ -16,7 +16,7 @@ from dev2pro.judging.bootstrap import Bootstrap, holm, repetitions_needed
 
 RESULTS, PAGE = Path("docs/study"), Path("docs/study.md")
 BEGIN, END = "<!-- written by bench.study_tables -->", "<!-- end -->"
-DRAWS = 10_000
+DRAWS, MANY = 10_000, 200
 BASES = {"outside": "guidance 1 outside the distilled range", "inside": "guidance 1 inside the distilled range", "dead": "dead guidance input"}
 LOWER = ("distance_to_ideal",)
 REFERENCES = ("none", "ideal", "teacher@1", "recovered@1-short")  # no rivals: no LoRA, what needs the teacher, a step on the way to another
@@ -97,7 +97,8 @@ def table_of_gains(found: Results, arm: str, rivals: Sequence[str]) -> list[str]
         for rival, gain, p in zip(rivals, gains, adjusted, strict=True):
             interval = found.bootstrap.interval(gain)
             decided = "better" if p < 0.05 and interval["mean"] > 0 else "worse" if p < 0.05 else ""
-            open_ = f"undecided; about {repetitions_needed(interval, len(found.runs), len(rivals))} runs would tell"
+            needed = repetitions_needed(interval, len(found.runs), len(rivals))
+            open_ = f"undecided; {f'about {needed}' if needed < MANY else f'more than {MANY}'} runs would tell"
             lines.append(f"| {arm} | {rival} | {METRICS[metric]} | {shown(interval, metric, sign=True)} | {p:.3f} | {decided or open_} |")
     return lines
 
