@@ -7,6 +7,7 @@ import pytest
 
 from bench import study, study_tables
 from bench.study_tables import METRICS
+from dev2pro.artifacts.record import ROOT
 from flows import plan as plans
 
 PASSES = {"flow_matching": 3, "guidance": 4, "cfg_augmented": 4, "distillation": 5}  # of a step, a backward pass counted as two
@@ -38,6 +39,27 @@ def test_a_part_is_the_pipeline_s_stages_in_an_order_that_can_be_run(monkeypatch
     assert "loss.teacher_lora='runs/study/inside/3/lora/chalk/recovered@1-short'" in by_name["chalk redistilled"].words
     assert all(f"model.path={tmp_path}/inside" in job.words for job in jobs)
     assert all("seed=3" in job.words for job in jobs)
+
+
+def test_a_spot_check_of_the_published_numbers(monkeypatch, tmp_path):
+    """One style, one seed, two arms, trained and judged again; another CPU rounds otherwise, and training amplifies that."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(study, "RUNS", tmp_path)
+    arms, jobs = ["base@1", "cfg_augmented@3.5"], {job.name: job for job in study.jobs(plans.read("study"), "outside", 0)}
+    for arm in arms:
+        study.run(jobs[f"chalk {arm}"], str(tmp_path / "log.txt"))
+    loras = ",".join(f"'{tmp_path}/outside/0/lora/chalk/{arm}'" for arm in arms)
+    words = [word for word in jobs["evaluate chalk"].words if not word.startswith(("loras=", "out="))]
+    words += [f"loras=[{loras}]", f"out={tmp_path}/evaluate", "teacher=null"]
+    study.run(study.Job("evaluate", "evaluate", words), str(tmp_path / "log.txt"))
+    with (tmp_path / "evaluate/pictures.csv").open() as file:
+        found = [(row["arm"], float(row["prompt_fidelity"])) for row in csv.DictReader(file)]
+    with (ROOT / "docs/study/outside-0.csv").open() as file:
+        published = [(row["arm"], float(row["prompt_fidelity"])) for row in csv.DictReader(file) if row["style"] == "chalk"]
+    for arm in arms:
+        now, then = ([value for name, value in table if name == arm] for table in (found, published))
+        assert (len(now), len(then)) == (150, 10)
+        assert sum(now) / len(now) == pytest.approx(sum(then) / len(then), abs=0.1), arm
 
 
 def write(folder: Path, base: str, seed: int, arms: dict[str, float]) -> None:
