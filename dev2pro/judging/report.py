@@ -51,6 +51,7 @@ METRICS = (  # the template has a sentence on each
     Metric("kid", "Kernel inception distance", -1, 4),
     Metric("diversity", "Diversity", 1, 3),
 )
+LOSSES = {"cfg_augmented": "the CFG-augmented loss", "guidance": "the guidance loss"}  # arms that are named after theirs
 GAINS = METRICS[:3]  # the ones whose gains are drawn
 
 
@@ -105,7 +106,8 @@ def _model(name: str) -> str:
 def _arm(name: str) -> dict[str, Any]:
     """An arm's name, a description of its training, and whether it is a reference."""
     model, at, guidance = name.rpartition("@")
-    description = f"trained on {_model(model)} at guidance {guidance}" if at else ""
+    trained_on, loss = ("base", f" with {LOSSES[model]}") if model in LOSSES else (model, "")
+    description = f"trained on {_model(trained_on)} at guidance {guidance}{loss}" if at else ""
     return {"name": name, "description": description, "reference": _is_reference(name)}
 
 

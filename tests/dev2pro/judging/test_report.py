@@ -284,3 +284,16 @@ def test_the_best_is_marked_where_it_ties_and_references_do_not_compete():
     column = [(arm, {"mean": mean}) for arm, mean in means.items()]
     assert report._best(column, fidelity) == {"base@3.5", "recovered@1"}
     assert report._best(column, report.METRICS[4]) == {"base@1"}  # less is better
+
+
+@pytest.mark.parametrize(
+    ("name", "description"),
+    [
+        ("base@1", "trained on the base at guidance 1"),
+        ("recovered@1", "trained on the recovered model at guidance 1"),
+        ("cfg_augmented@3.5", "trained on the base at guidance 3.5 with the CFG-augmented loss"),
+        ("redistilled", ""),
+    ],
+)
+def test_an_arm_is_described_by_its_name(name, description):
+    assert report._arm(name)["description"] == description
