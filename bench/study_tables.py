@@ -26,11 +26,10 @@ METRICS = {"distance_to_ideal": "distance to the ideal", "prompt_fidelity": "pro
 
 @dataclass(frozen=True)
 class Results:
-    """One base's numbers: metric -> arm -> (digits, runs), the runs in the same order for all arms; what each arm costs, in seconds; its response."""
+    """One base's numbers: metric -> arm -> (digits, runs), the runs in the same order for all arms; and the response that each keeps."""
 
     runs: list[tuple[str, str]]
     tables: dict[str, dict[str, Tensor]]
-    seconds: dict[str, float]
     kept: dict[str, float]
 
     @property
@@ -63,8 +62,8 @@ def read(base: str, folder: Path = RESULTS) -> Results | None:
             tables[metric][row["arm"]][int(row["digit"]), runs.index((row["seed"], row["style"]))] = float(row[metric])
     if lacking := [arm for arm in arms if tables["distance_to_ideal"][arm].isnan().any()]:
         raise ValueError(f"{base}: not every run has {lacking[0]}. Run the parts that lack it again.")
-    means = [{arm: _mean([float(row[key]) for row in rows if row["arm"] == arm]) for arm in arms} for key in ("seconds", "response_kept")]
-    return Results(runs, tables, *means)
+    kept = {arm: _mean([float(row["response_kept"]) for row in rows if row["arm"] == arm]) for arm in arms}
+    return Results(runs, tables, kept)
 
 
 def _mean(numbers: Sequence[float]) -> float:
@@ -78,13 +77,13 @@ def shown(interval: dict[str, float], metric: str, sign: bool = False) -> str:
     return f"{interval['mean'] * scale:{plus}.{digits}f} ({interval['low'] * scale:{plus}.{digits}f} to {interval['high'] * scale:{plus}.{digits}f})"
 
 
-def table_of_arms(found: Results) -> list[str]:
-    """Every arm at equal cost, the nearest to the ideal first, references last."""
-    lines = ["| arm | " + " | ".join(METRICS.values()) + " | guidance response kept | seconds |", "|---|" + "---|" * (len(METRICS) + 2)]
+def table_of_arms(found: Results, *, alive: bool) -> list[str]:
+    """Every arm at equal cost, the nearest to the ideal first, references last. Of a dead guidance input nothing could be kept."""
+    lines = ["| arm | " + " | ".join(METRICS.values()) + " | guidance response kept |", "|---|" + "---|" * (len(METRICS) + 1)]
     for arm in [*found.arms, *(one for one in REFERENCES if one in found.tables["distance_to_ideal"])]:
         name = f"*{arm}*" if arm in REFERENCES else f"**{arm}**" if arm == found.arms[0] else arm
         cells = [shown(found.bootstrap.interval(found.tables[metric][arm]), metric) for metric in METRICS]
-        lines.append(f"| {name} | {' | '.join(cells)} | {found.kept[arm]:.2f} | {found.seconds[arm]:.0f} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {f'{found.kept[arm]:.2f}' if alive else ''} |")
     return lines
 
 
@@ -110,7 +109,7 @@ def report(bases: dict[str, Results]) -> str:
     for base, found in bases.items():
         styles, seeds = {style for _, style in found.runs}, {seed for seed, _ in found.runs}
         parts += [f"### {BASES[base].capitalize()} ({base})", "", f"{len(found.runs)} runs: {len(styles)} styles, {len(seeds)} seeds.", ""]
-        parts += [*table_of_arms(found), ""]
+        parts += [*table_of_arms(found, alive=base != "dead"), ""]
         naive = [arm for arm in found.arms if arm not in RECOVERED]
         best = found.arms[0]
         parts += [*head, *table_of_gains(found, "recovered@1", naive)]
