@@ -14,6 +14,7 @@ import importlib
 import json
 import multiprocessing
 import shutil
+import signal
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
+from dev2pro import signals
 from dev2pro.artifacts import record, run_folder
 from dev2pro.artifacts.record import ROOT
 from dev2pro.log import Progress
@@ -119,7 +121,7 @@ def run_all(todo: list[Job], name: str, log: Path, processes: int) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     waiting, running, done = list(todo), dict[Future, Job](), set[str]()
     context = multiprocessing.get_context("spawn")  # a forked torch may hang
-    with ProcessPoolExecutor(processes, context) as pool, Progress(name, len(todo)) as progress:
+    with ProcessPoolExecutor(processes, context, signals.signal_at_parent_death, (signal.SIGKILL,)) as pool, Progress(name, len(todo)) as progress:
         while waiting or running:
             for job in [job for job in waiting if set(job.needs) <= done][: processes - len(running)]:
                 waiting.remove(job)
