@@ -20,6 +20,7 @@ DRAWS, MANY = 10_000, 200
 BASES = {"outside": "guidance 1 outside the distilled range", "inside": "guidance 1 inside the distilled range", "dead": "dead guidance input"}
 LOWER = ("distance_to_ideal",)
 REFERENCES = ("none", "ideal", "teacher@1", "recovered@1-short")  # no rivals: no LoRA, what needs the teacher, a step on the way to another
+PLAIN = ("base@1", "base@3.5")
 RECOVERED = ("recovered@1", "redistilled", "guidance@3.5+empty", "adapter16@1")  # arms that need the recovered model
 METRICS = {"distance_to_ideal": "distance to the ideal", "prompt_fidelity": "prompt fidelity", "style_similarity": "style similarity"}
 
@@ -102,10 +103,27 @@ def table_of_gains(found: Results, arm: str, rivals: Sequence[str]) -> list[str]
     return lines
 
 
-def report(bases: dict[str, Results]) -> str:
+def table_of_bases(bases: dict[str, Results], folder: Path = RESULTS) -> list[str]:
+    """What each base's diagnosis says, and what recovery gains there in distance to the ideal: over the plain arms and over the best rival."""
+    with (folder / "bases.csv").open() as file:
+        diagnoses = {row["base"]: row for row in csv.DictReader(file)}
+    lines = [
+        "| base | acts like, at 1 | loss at 1, and unguided | recovered@1 over base@1 | over base@3.5 | over its best rival |",
+        "|---|---|---|---|---|---|",
+    ]
+    for base, found in bases.items():
+        says, rival = diagnoses[base], next(arm for arm in found.arms if arm not in RECOVERED)
+        gains = [shown(found.bootstrap.interval(found.gain("distance_to_ideal", "recovered@1", arm)), "", sign=True) for arm in (*PLAIN, rival)]
+        acts_like = f"{float(says['acts_like']):.1f}" if says["acts_like"] else "none"
+        losses = f"{float(says['loss']):.2f}, {float(says['loss_unguided']):.2f}"
+        lines.append(f"| {base} | {acts_like} | {losses} | {gains[0]} | {gains[1]} | {gains[2]}, {rival} |")
+    return lines
+
+
+def report(bases: dict[str, Results], folder: Path = RESULTS) -> str:
     """The page's written part."""
     head = ["| arm | against | measure | gain, more is better | p (Holm) | |", "|---|---|---|---|---|---|"]
-    parts = []
+    parts = [*table_of_bases(bases, folder), ""]
     for base, found in bases.items():
         styles, seeds = {style for _, style in found.runs}, {seed for seed, _ in found.runs}
         parts += [f"### {BASES[base].capitalize()} ({base})", "", f"{len(found.runs)} runs: {len(styles)} styles, {len(seeds)} seeds.", ""]

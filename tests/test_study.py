@@ -8,6 +8,7 @@ import pytest
 from bench import study, study_tables
 from bench.study_tables import METRICS
 from dev2pro.artifacts.record import ROOT
+from dev2pro.judging import diagnosis
 from flows import plan as plans
 
 PASSES = {"flow_matching": 3, "guidance": 4, "cfg_augmented": 4, "distillation": 5}  # of a step, a backward pass counted as two
@@ -72,6 +73,21 @@ def write(folder: Path, base: str, seed: int, arms: dict[str, float]) -> None:
                 for digit in range(10):
                     here = distance + 0.01 * digit + 0.02 * number + 0.001 * ((7 * digit + 3 * seed + len(arm)) % 5)
                     rows.writerow([base, seed, style, arm, digit, 15, 600, 20.0, 0.5, here, 1 - here, 0.3])
+
+
+def test_what_recovery_gains_is_told_beside_each_base_s_diagnosis(found):
+    _, _, line = study_tables.table_of_bases({"outside": found})
+    assert line.startswith("| outside | 3.9 | 1.18, 0.49 | +0.0")
+    assert "-0.0" in line.split("|")[-2]
+    assert line.endswith("cfg_augmented@3.5 |")
+
+
+def test_what_a_diagnosis_says_that_recovery_brings_is_what_the_study_found():
+    for base, told in diagnosis.GAINS.items():
+        found = study_tables.read(base, ROOT / study_tables.RESULTS)
+        for rival, numbers in zip(("base@1", "cfg_augmented@3.5"), told, strict=True):
+            interval = found.bootstrap.interval(found.gain("distance_to_ideal", "recovered@1", rival))
+            assert tuple(interval.values()) == pytest.approx(numbers, abs=0.0006), (base, rival)
 
 
 ARMS = {"none": 0.5, "base@1": 0.2, "base@3.5": 0.25, "cfg_augmented@3.5": 0.1, "recovered@1": 0.12, "recovered@1-short": 0.15, "redistilled": 0.05}

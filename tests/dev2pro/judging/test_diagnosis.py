@@ -80,3 +80,5 @@ def test_the_words_name_the_regime_and_every_lora(parts):
     assert "about 3.9" in text
     assert "mine: keeps 42%" in text
     assert "the true response is 100%" in text
+    assert "use loss.name=cfg_augmented" in text
+    assert "by +0.022 (95 % interval +0.009 to +0.040)" in text
