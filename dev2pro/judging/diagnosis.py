@@ -149,6 +149,6 @@ def advice(regime: str) -> str:
     """What recovery brought on the study's base of this regime, in squared distance to the ideal's pictures, and what to do."""
     over_plain, over_augmented = (f"{mean:+.3f} (95 % interval {low:+.3f} to {high:+.3f})" for mean, low, high in GAINS[regime])
     return (
-        "On the study's base of this kind, digits and not FLUX.1-dev, a LoRA trained on the recovered model came nearer to the ideal than one trained "
+        "On the study's base of this kind, digits, not FLUX.1-dev, a LoRA trained on the recovered model came nearer to the ideal than one trained "
         f"at guidance 1 by {over_plain}, and than the CFG-augmented loss, which needs no recovery, by {over_augmented}. {ADVICE[regime]}"
     )
