@@ -30,6 +30,7 @@ from hydra.core.global_hydra import GlobalHydra
 from dev2pro import signals
 from dev2pro.artifacts import record, run_folder
 from dev2pro.artifacts.record import ROOT
+from dev2pro.errors import ConfigError
 from dev2pro.log import Progress
 from flows import plan as plans
 from flows.plan import Plan, hydra_args
@@ -71,25 +72,19 @@ def judged(plan: Plan, out: Path, stage: str, style: str) -> Path:
 
 def jobs(plan: Plan, base: str, seed: int) -> list[Job]:
     """The stages of a part: recover, every LoRA, and an evaluation for each style; with a diagnosis of them all."""
-    out, common = RUNS / base / str(seed), plan.common | {"model.path": str(pipeline(base)), "seed": seed}
-    models = {"base": str(pipeline(base)), "teacher": plan.teacher, "recovered": str(out / "recover")}
-    found = [Job("recover", "recover", hydra_args(common, plan.recover, {"preview.pictures": 0, "out": str(out / "recover")}))]
+    plan = plan.model_copy(update={"base": str(pipeline(base))})
+    out, common = RUNS / base / str(seed), plan.common | {"model.path": plan.base, "seed": seed}
+    recovered = str(out / "recover")
+    found = [Job("recover", "recover", hydra_args(common, plan.recover, {"preview.pictures": 0, "out": recovered}))]
     for rank in plan.adapters:
-        words = hydra_args(common, {"recovered": models["recovered"], "rank": rank, "out": str(out / "adapter" / str(rank))})
+        words = hydra_args(common, recovered=recovered, rank=rank, out=str(out / "adapter" / str(rank)))
         found.append(Job(f"adapter {rank}", "extract", words, ["recover"]))
     for style, arm in plan.pairs():
-        chosen, folder = plan.arms[arm], out / "lora" / style / arm
+        chosen = plan.arms[arm]
         needs = ["recover"] if "recovered" in chosen.models else []
-        values: dict[str, Any] = {"out": str(folder), "arm": arm, "trained_on": models[chosen.base], "guidance": chosen.guidance}
-        if chosen.teacher:
-            values["loss.teacher"] = models[chosen.teacher]
-        if chosen.adapter:
-            values["training_adapter"] = str(out / "adapter" / str(chosen.adapter))
-            needs.append(f"adapter {chosen.adapter}")
-        if chosen.teacher_arm:
-            values |= dict.fromkeys(("start", "loss.teacher_lora"), str(folder.parent / chosen.teacher_arm))
-            needs.append(f"{style} {chosen.teacher_arm}")
-        found.append(Job(f"{style} {arm}", "lora", hydra_args(common, plan.lora, plan.styles[style], chosen.lora, values), needs))
+        needs += [f"adapter {chosen.adapter}"] if chosen.adapter else []
+        needs += [f"{style} {chosen.teacher_arm}"] if chosen.teacher_arm else []
+        found.append(Job(f"{style} {arm}", "lora", hydra_args(common, plan.lora_values(style, arm, str(out))), needs))
     for style in plan.styles:
         loras = [str(out / "lora" / style / arm) for arm in plan.arms]
         needs = [f"{style} {arm}" for arm in plan.arms]
@@ -176,9 +171,13 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--plan", default="study", help="of conf/pipeline/")
     asked = parser.parse_args()
+    try:
+        plan = plans.read(asked.plan)
+    except ConfigError as error:
+        raise SystemExit(f"study: {error}") from error
     for seed in asked.seed or [0, 1, 2]:
         for base in asked.base or BASES:
-            part(plans.read(asked.plan), base, seed, asked.processes)
+            part(plan, base, seed, asked.processes)
 
 
 if __name__ == "__main__":

@@ -13,15 +13,22 @@ import torch
 from torch import Tensor
 
 from dev2pro.judging.bootstrap import Bootstrap, holm, repetitions_needed
+from flows import plan as plans
 
 RESULTS, PAGE = Path("docs/study"), Path("docs/study.md")
 BEGIN, END = "<!-- written by bench.study_tables -->", "<!-- end -->"
 DRAWS, MANY = 10_000, 200
 BASES = {"outside": "guidance 1 outside the distilled range", "inside": "guidance 1 inside the distilled range", "dead": "dead guidance input"}
 LOWER = ("distance_to_ideal",)
-REFERENCES = ("none", "ideal", "teacher@1", "recovered@1-short")  # no rivals: no LoRA, what needs the teacher, a step on the way to another
+PLAN = plans.read("study")
+# no rivals: no LoRA, what needs the teacher, a step on the way to another arm
+REFERENCES = (
+    "none",
+    *(name for name, arm in PLAN.arms.items() if "teacher" in arm.models),
+    *{arm.teacher_arm for arm in PLAN.arms.values()} - {None},
+)
 PLAIN = ("base@1", "base@3.5")
-RECOVERED = ("recovered@1", "redistilled", "guidance@3.5+empty", "adapter16@1")  # arms that need the recovered model
+RECOVERED = tuple(name for name, arm in PLAN.arms.items() if "recovered" in arm.models)  # arms that need the recovered model
 METRICS = {"distance_to_ideal": "distance to the ideal", "prompt_fidelity": "prompt fidelity", "style_similarity": "style similarity"}
 
 

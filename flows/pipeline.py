@@ -36,13 +36,8 @@ def extract(plan: Plan, seed: int, out: str, rank: int, recovered: Artifact) -> 
 @task(task_run_name="lora {style} {arm}", cache_policy=NO_CACHE, **RETRY_OPTIONS)
 def lora(plan: Plan, seed: int, out: str, style: str, arm: str, recovered: Artifact | None, *needed: Artifact | None) -> Artifact:
     """Trains one arm's LoRA in one style, once what it needs is there."""
-    stage_out, chosen = stage_folder(out, "lora", style, arm), plan.arms[arm]
-    models = {"base": plan.base, "teacher": plan.teacher, "recovered": recovered and stage_folder(out, "recover")}
-    values = {"out": stage_out, "seed": seed, "arm": arm, "trained_on": models[chosen.base], "guidance": chosen.guidance}
-    values |= {"loss.teacher": models[chosen.teacher]} if chosen.teacher else {}
-    values |= {"training_adapter": stage_folder(out, "adapter", str(chosen.adapter))} if chosen.adapter else {}
-    values |= dict.fromkeys(("start", "loss.teacher_lora"), stage_folder(out, "lora", style, chosen.teacher_arm)) if chosen.teacher_arm else {}
-    return launch("lora", hydra_args(plan.common, plan.lora, plan.styles[style], chosen.lora, values), stage_out, plan.processes.get("lora", 1))
+    values = plan.lora_values(style, arm, out)
+    return launch("lora", hydra_args(plan.common, values, seed=seed), values["out"], plan.processes.get("lora", 1))
 
 
 @task(task_run_name="evaluate", cache_policy=NO_CACHE, **RETRY_OPTIONS)

@@ -60,6 +60,16 @@ class Plan(BaseModel):
         arms = sorted(self.arms.items(), key=lambda item: ("recovered" in item[1].models, item[1].teacher_arm is not None))
         return [(style, name) for name, _ in arms for style in self.styles]
 
+    def lora_values(self, style: str, arm: str, out: str) -> dict[str, Any]:
+        """What stages.lora is given for one LoRA of a run whose folder is `out`."""
+        chosen = self.arms[arm]
+        models = {"base": self.base, "teacher": self.teacher, "recovered": stage_folder(out, "recover")}
+        values = {"out": stage_folder(out, "lora", style, arm), "arm": arm, "trained_on": models[chosen.base], "guidance": chosen.guidance}
+        values |= {"loss.teacher": models[chosen.teacher]} if chosen.teacher else {}
+        values |= {"training_adapter": stage_folder(out, "adapter", str(chosen.adapter))} if chosen.adapter else {}
+        values |= dict.fromkeys(("start", "loss.teacher_lora"), stage_folder(out, "lora", style, chosen.teacher_arm)) if chosen.teacher_arm else {}
+        return {**self.lora, **self.styles[style], **chosen.lora, **values}
+
     @model_validator(mode="after")
     def _teachers_exist(self) -> "Plan":
         for name, arm in self.arms.items():

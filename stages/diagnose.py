@@ -51,7 +51,9 @@ def run(config: DiagnoseConfig) -> Artifact | None:
     batches = sources.squares(config.data.heldout, "data.heldout", config.data.resolution, config.data.reading, config.data.background)
     accelerator = distributed.accelerator(config.hardware)
     if accelerator.num_processes > 1:
-        raise ConfigError(f"diagnose takes minutes on one GPU and cannot use {accelerator.num_processes}. Start it without torchrun, as one process.")
+        raise ConfigError(
+            f"diagnose runs as one process and cannot use {accelerator.num_processes}. Start it without torchrun, with processes=1 in a flow."
+        )
     finished = run_folder.acquire(config.out, "diagnose", config, parents, look=config.check)
     if finished or config.check:
         return finished or frame.checked("diagnose", config)

@@ -202,7 +202,13 @@ def load_models(
 def check_loras(config: LoraConfig) -> None:
     """Raises ConfigError for a LoRA to begin from, to merge or of the teacher that cannot be read or does not fit, or not trained on the teacher."""
     if config.training_adapter:
-        lora.merge(flux1.skeleton(config.trained_on), store.resolve(config.training_adapter))
+        path = store.resolve(config.training_adapter)
+        lora.merge(flux1.skeleton(config.trained_on), path)
+        if lora.read(path)[1].get("base", base := record.fingerprint(config.trained_on)) != base:
+            raise ConfigError(
+                f"training_adapter={config.training_adapter} was extracted for another base than trained_on={config.trained_on}. Give that base, "
+                "or extract one for this."
+            )
     if config.start:
         skeleton = flux1.skeleton(config.trained_on)
         lora.inject(skeleton, config.adapter, config.seed)

@@ -88,8 +88,8 @@ def kinds(loras: Sequence[Artifact], *, teacher: str | None, recovered: str | No
     found = {}
     for lora in loras:
         model = lora.inference["trained_on"]
-        help = [(parent["uri"], parent["id"]) for parent in lora.parents if parent["role"] in HELP]
-        is_recovered = any(id == recovered_id or _by_recovery(path) for path, id in [(model["path"], model["id"]), *help])
+        helpers = [(parent["uri"], parent["id"]) for parent in lora.parents if parent["role"] in HELP]
+        is_recovered = any(id == recovered_id or _by_recovery(path) for path, id in [(model["path"], model["id"]), *helpers])
         found[lora.inference["arm"]] = "teacher" if model["id"] == teacher_id else "recovered" if is_recovered else "base"
     return found
 

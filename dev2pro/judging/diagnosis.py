@@ -20,10 +20,11 @@ GAINS = {  # docs/study.md: how much nearer to the ideal recovered@1 is than bas
     "inside": ((0.001, -0.005, 0.008), (-0.011, -0.020, -0.002)),
     "dead": ((0.012, 0.004, 0.024), (-0.015, -0.029, -0.005)),
 }
+NOT_PLAIN = "Do not train on it with plain flow matching: use loss.name=cfg_augmented at the usual guidance first, and recover it if that fails."
 ADVICE = {
-    "outside": "Do not train on it with plain flow matching: use loss.name=cfg_augmented at the usual guidance first, and recover it if that fails.",
+    "outside": NOT_PLAIN,
     "inside": "Recovery has little to bring: train on it at guidance 1, or with loss.name=cfg_augmented at the usual guidance.",
-    "dead": "Do not train on it with plain flow matching: use loss.name=cfg_augmented at the usual guidance first, and recover it if that fails.",
+    "dead": NOT_PLAIN,
 }
 REGIMES = {
     "dead": "its guidance input does next to nothing",

@@ -124,6 +124,9 @@ def test_with_the_whole_recovery_as_its_training_adapter_a_lora_is_trained_as_on
     for key, value in on_other.items():
         torch.testing.assert_close(merged[key], value, atol=2e-3, rtol=2e-2)
     assert {parent["role"]: parent["id"] for parent in artifact["parents"]}["training_adapter"] == extracted["id"]
+    code, stderr = train("refused", "guidance=1", f"training_adapter={tmp_path}/adapter", f"trained_on={other}", fails=True)
+    assert code == 2
+    assert "was extracted for another base than trained_on=" in stderr
     code, stderr = train("refused", "guidance=3.5", f"training_adapter={tmp_path}/adapter", fails=True)
     assert code == 2
     assert "knows no other" in stderr
