@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure  # without pyplot, which needs a display
+from matplotlib.lines import Line2D
 from torch import Tensor
 
 from dev2pro.judging.bootstrap import Bootstrap, holm, repetitions_needed
 from flows import plan as plans
 
-RESULTS, PAGE = Path("docs/study"), Path("docs/study.md")
+RESULTS, PAGE, FIGURE = Path("docs/study"), Path("docs/study.md"), Path("docs/study/arms.png")
 BEGIN, END = "<!-- written by bench.study_tables -->", "<!-- end -->"
 DRAWS, MANY = 10_000, 200
 BASES = {"outside": "guidance 1 outside the distilled range", "inside": "guidance 1 inside the distilled range", "dead": "dead guidance input"}
@@ -29,6 +31,8 @@ REFERENCES = (
 )
 PLAIN = ("base@1", "base@3.5")
 RECOVERED = tuple(name for name, arm in PLAN.arms.items() if "recovered" in arm.models)  # arms that need the recovered model
+PLAIN_LOSS = tuple(name for name, arm in PLAN.arms.items() if "loss.name" not in arm.lora)
+COLOURS = {"pictures only": "#7f8c99", "the empty caption": "#c55a11", "a recovered model": "#1f4e79"}
 METRICS = {"distance_to_ideal": "distance to the ideal", "prompt_fidelity": "prompt fidelity", "style_similarity": "style similarity"}
 
 
@@ -143,12 +147,35 @@ def report(bases: dict[str, Results], folder: Path = RESULTS) -> str:
     return "\n".join(parts)
 
 
+def draw(bases: dict[str, Results], path: Path) -> None:
+    """The figure: how much nearer to the ideal than plain training at guidance 1 every arm comes, the best on top."""
+    tables = [found.tables["distance_to_ideal"] for found in bases.values()]
+    arms = sorted(next(iter(bases.values())).arms, key=lambda arm: -sum(table[arm].mean().item() for table in tables))
+    figure = Figure(figsize=(10, 1 + 0.3 * len(arms)), dpi=100, layout="constrained")
+    for axis, (base, found) in zip(figure.subplots(1, len(bases), sharey=True, squeeze=False)[0], bases.items(), strict=True):
+        for row, arm in enumerate(arms):
+            interval = found.bootstrap.interval(found.gain("distance_to_ideal", arm, PLAIN[0]))
+            colour = COLOURS["a recovered model" if arm in RECOVERED else "pictures only" if arm in PLAIN_LOSS else "the empty caption"]
+            axis.plot([interval["low"], interval["high"]], [row, row], color=colour, linewidth=1.6)
+            axis.plot(interval["mean"], row, color=colour, marker="o", markersize=5)
+        axis.axvline(0, color="black", linewidth=0.6)
+        axis.set_title(BASES[base], fontsize=9, loc="left")
+        axis.set_xlabel(f"nearer to the ideal than {PLAIN[0]}, by", fontsize=8)
+        axis.set_yticks(range(len(arms)), arms)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    handles = [Line2D([], [], color=colour, marker="o", label=f"needs {name}") for name, colour in COLOURS.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
+    figure.savefig(path)
+
+
 def main() -> None:
-    """Writes the tables into docs/study.md between its two marks."""
+    """Writes the figure, and the tables into docs/study.md between its two marks."""
     bases = {base: found for base in BASES if (found := read(base))}
     text = PAGE.read_text()
     before, _, rest = text.partition(BEGIN)
     PAGE.write_text(f"{before}{BEGIN}\n\n{report(bases)}\n{END}{rest.partition(END)[2]}")
+    draw(bases, FIGURE)
     print(f"{PAGE}: {', '.join(f'{base} {len(found.runs)} runs' for base, found in bases.items())}")
 
 
