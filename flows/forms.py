@@ -86,7 +86,7 @@ class Preserve(Group):
     """What the LoRA leaves as it was."""
 
     model_config = ConfigDict(title="Preserve")
-    weight: float | None = number("preserve.weight", "Weight", "Of the preservation loss: 0 is off, 1 is usual. It doubles the time.")
+    weight: float | None = number("preserve.weight", "Weight", "Of the preservation loss: 0 is off, 1 is usual, at more than twice the time.")
     trigger: Text | None = form_field("Trigger", "The word of captions for what is learnt; without one the empty caption is preserved.")
     class_word: Text | None = form_field("Class", "Stands for the trigger in captions that are drawn as before, such as dog.")
 

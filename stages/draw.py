@@ -95,9 +95,8 @@ def check(config: DrawConfig) -> tuple[list[str], record.Parents]:
     """The prompts, and what the pictures come from. Raises ConfigError for invalid values, before weights are read."""
     config.sampling.check()
     if bool(config.prompts) == bool(config.captions):
-        raise ConfigError(
-            f"prompts={config.prompts} captions={config.captions}: one of them says what is drawn. Give a file of prompts, or shards with captions."
-        )
+        given = "Both prompts= and captions= are" if config.prompts else "Neither prompts= nor captions= is"
+        raise ConfigError(f"{given} given, and one of them says what is drawn. Give a file of prompts, or shards with captions.")
     model_folder.check_models(config.model.path, config.model.variant, base=True)
     encoders = account.load_encoders(config)
     encoders.grid((config.resolution,) * 2)

@@ -124,7 +124,7 @@ def prepare(
     prompt_encoder = PromptEncoder(model, encoders, limit)
     reference_text = [_text(batch, prompt_encoder) for batch in references]
     count, captions = stream.captions()
-    needed = [*([] if "text" in stored else [str]), *([rewrite] if rewrite else [])]  # of every caption
+    needed: list[Callable[[str], str]] = [*([] if "text" in stored else [str]), *([rewrite] if rewrite else [])]  # of every caption
     text_bytes = len(needed) * count * encoders.text_bytes()
     tokens, channels = encoders.token_shape(stream.order.buckets[-1])
     latent_bytes = 2 * 4 * tokens * channels * len(stream.order.snapshot)

@@ -28,9 +28,10 @@ class PreserveConfig:
     def check(self, caption_dropout: float) -> None:
         """Raises ConfigError for values that mean nothing together, before anything is read."""
         if (self.trigger is None) != (self.class_word is None):
+            given = f"preserve.trigger={self.trigger}" if self.trigger else f"preserve.class_word={self.class_word}"
             raise ConfigError(
-                f"preserve.trigger={self.trigger} and preserve.class_word={self.class_word} belong together: the second replaces the first in every "
-                "caption. Give both, or neither to preserve the empty caption."
+                f"Only {given} is given; preserve.trigger and preserve.class_word belong together: the second replaces the first in every caption. "
+                "Give both, or neither to preserve the empty caption."
             )
         if self.trigger and self.class_word and self.class_caption(self.class_word) != self.class_word:
             raise ConfigError(
