@@ -19,6 +19,7 @@ from flows.form_fields import (
     PlanName,
     RunFolder,
     Seed,
+    Text,
     Url,
     form_field,
     number,
@@ -81,6 +82,15 @@ class Loss(Group):
     )
 
 
+class Preserve(Group):
+    """What the LoRA leaves as it was."""
+
+    model_config = ConfigDict(title="Preserve")
+    weight: float | None = number("preserve.weight", "Weight", "Of the preservation loss: 0 is off, 1 is usual, at more than twice the time.")
+    trigger: Text | None = form_field("Trigger", "The word of captions for what is learnt; without one the empty caption is preserved.")
+    class_word: Text | None = form_field("Class", "Stands for the trigger in captions that are drawn as before, such as dog.")
+
+
 class Pipeline(Group):
     """Recover, train the LoRAs, evaluate."""
 
@@ -133,6 +143,7 @@ class Lora(Training):
     guidance: float = number("guidance", "Guidance", "What the base expects in training: 1.0 for a recovered one.", 1.0)
     adapter: Adapter = form_field("Adapter", "The LoRA itself.", Adapter)
     loss: Loss = form_field("Loss", "What it is trained with.", Loss)
+    preserve: Preserve = form_field("Preserve", "What it leaves as it was.", Preserve)
 
 
 class Evaluate(Stage):

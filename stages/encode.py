@@ -1,13 +1,10 @@
 """encode: rewrites shards with VAE latents and text encodings beside each picture, so that training needs no encoders."""
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import webdataset
-
-from data import captions, index, packed, sources
+from data import captions, packed, shard_writer, sources
 from data.loading.buckets import bucket_sizes
 from data.loading.order import Order
 from data.loading.quarantine import Quarantine
@@ -108,7 +105,7 @@ def run(config: EncodeConfig) -> Artifact | None:
             if not _already_encoded(name, fingerprints, transport):
                 batches = stream.row_range(shard.first, shard.first + shard.samples, feed.PICTURES)
                 samples = (sample for batch in batches for sample in _samples(batch, source, members))
-                _write(samples, name, f"{config.out}/{accelerator.process_index}.partial", transport, shard.repeat)
+                shard_writer.write(samples, name, f"{config.out}/{accelerator.process_index}.partial", transport, shard.repeat)
             progress.step(done)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -134,20 +131,6 @@ def _samples(batch: Batch, source: Snapshot, members: Callable[[Batch], list[dic
         kind = "json" if source.columns["caption_json"][row] else "txt"
         sample = {pictures.suffix(parts["picture"]): parts["picture"], kind: parts["caption"]}
         yield {"__key__": f"{row - source.shard(row).first:08d}", **sample, **encodings}
-
-
-def _write(samples: Iterator[dict[str, Any]], name: str, partial: str, transport: Transport, repeat: int) -> None:
-    """Writes one tar atomically, and its index. `repeat`: how often an epoch takes it, as the shard it was made from."""
-    with open(partial, "wb") as file:
-        with webdataset.TarWriter(file, mtime=0, user="dev2pro", group="dev2pro") as shard:
-            for sample in samples:
-                shard.write(sample)
-        file.flush()
-        os.fsync(file.fileno())
-    transport.move(partial, name)
-    outcome = index.index(name, transport, empty_captions=True, allow_partial=False, repeat=min(repeat, sidecar.MAX_REPEAT))
-    if outcome.error or outcome.rejected:
-        raise DataError(f"The encoded shard {redact_url(name)} cannot be read back: {outcome.error or outcome.rejected[0]['reason']}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """lora: trains a LoRA on any base, with flow matching or a loss that keeps the guidance, and records what it may be applied to."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +30,7 @@ from dev2pro.training.heldout_probe import HeldoutProbe, ProbeConfig
 from dev2pro.training.loss import LOSSES, LossConfig
 from dev2pro.training.optim import OptimConfig
 from dev2pro.training.prefetch import Prefetcher
+from dev2pro.training.preserve import PreserveConfig, preservation_loss
 from dev2pro.training.preview import Preview, PreviewConfig
 from dev2pro.training.step import Training
 from stages import frame
@@ -56,11 +58,16 @@ class LoraConfig:
     guard: GuardConfig = field(metadata={"identity": False})
     preview: PreviewConfig = field(metadata={"identity": False})
     loss: LossConfig = field(default_factory=LossConfig, metadata={"identity": "if set"})
+    preserve: PreserveConfig = field(default_factory=PreserveConfig, metadata={"identity": "if set"})
     start: str | None = field(default=None, metadata={"identity": "if set"})
     training_adapter: str | None = field(default=None, metadata={"identity": "if set"})
     publish: str | None = field(default=None, metadata={"identity": False})
     plan: bool = field(default=False, metadata={"identity": False})
     check: bool = field(default=False, metadata={"identity": False})
+
+
+# a batch, its guidance (B,), the empty caption, and the captions to preserve if there are any
+LossArguments = tuple[encodings.NoisedBatch, torch.Tensor, flux1.Conditioning, flux1.Conditioning | None]
 
 
 def run(config: LoraConfig) -> Artifact | None:
@@ -77,15 +84,18 @@ def run(config: LoraConfig) -> Artifact | None:
             return finished
         snapshots.write_and_verify(write=not config.check)
 
-    (low, high), scheduler = config.loss.guidances(config.guidance), flux1.scheduler_settings(config.model.path)
-    skeleton = flux1.skeleton(config.trained_on, hardware.weights)
+    scheduler, skeleton = flux1.scheduler_settings(config.model.path), flux1.skeleton(config.trained_on, hardware.weights)
     lora.inject(skeleton, config.adapter, config.seed)
     checkpoint_space.check(config.out, skeleton, config.optim, config.checkpoint, config.steps, 0, torch.float32)
     stream = snapshots.stream(config.seed, config.batch, accelerator.process_index)
     data_facts = report.start(snapshots, stream, config.model.path, config.model.max_sequence_length, write=not config.check)
+    if strangers := config.preserve.check_captions(stream.captions()[1]):
+        accelerator.print(strangers, flush=True)
     if config.check:
         return frame.checked("lora", config)
-    train_feed, prompt_encoder, held_out = feed.prepare(config.model, stream, snapshots.reference(config.probe.samples), config.hardware, accelerator)
+    train_feed, prompt_encoder, held_out = feed.prepare(
+        config.model, stream, snapshots.reference(config.probe.samples), config.hardware, accelerator, config.preserve.rewrite
+    )
     transformer, teacher = load_models(config, hardware, accelerator)
     training = Training(accelerator, transformer, config.optim, hardware, steps=config.steps, batch=config.batch, guard=config.guard)
     probe = HeldoutProbe(held_out, config.probe, accelerator, scheduler=scheduler, seed=config.seed, batch=config.hardware.micro_batch)
@@ -93,14 +103,10 @@ def run(config: LoraConfig) -> Artifact | None:
         config.preview, config.model, config.hardware, held_out, prompt_encoder, scheduler, accelerator, seed=config.seed, out=config.out
     )
 
-    def make_batch(step: int, slots: range) -> tuple[encodings.NoisedBatch, torch.Tensor, flux1.Conditioning]:
-        encoded = train_feed.get_batch(step, slots)
-        batch = encodings.noise_batch(encoded, prompt_encoder.empty, scheduler, config.caption_dropout, config.seed, step, slots)
-        guidance = low + (high - low) * draws.uniform(config.seed, "guidance", step, slots)
-        return batch, to_device(guidance, accelerator.device), batch.null_conditioning(prompt_encoder.empty)
-
-    def compute_loss(args: tuple[encodings.NoisedBatch, torch.Tensor, flux1.Conditioning]) -> torch.Tensor:
-        return LOSSES[config.loss.name](training.model, *args, teacher)
+    def compute_loss(args: LossArguments) -> torch.Tensor:
+        batch, guidance, null_conditioning, kept = args
+        loss = LOSSES[config.loss.name](training.model, batch, guidance, null_conditioning, teacher)
+        return loss + config.preserve.weight * preservation_loss(training.model, batch, guidance, kept) if kept else loss
 
     def validate(done: int) -> dict[str, Any]:
         with training.ema_weights() as model:
@@ -109,6 +115,7 @@ def run(config: LoraConfig) -> Artifact | None:
 
     checkpoints = Checkpoints(config.out, training, config.checkpoint, config.steps, stream.state)
     start, curve = checkpoints.restore()
+    make_batch = batch_maker(config, train_feed, prompt_encoder, scheduler, accelerator.device)
     batches = Prefetcher(train_feed, make_batch, range(start, config.steps), training.slots, accelerator.device)
     log = Log(config.out, f"lora {config.arm}", config.steps, accelerator.is_main_process, start)
     with batches, log, time_limits.strict(accelerator), checkpoints:
@@ -134,6 +141,22 @@ def run(config: LoraConfig) -> Artifact | None:
     )  # fmt: skip
 
 
+def batch_maker(
+    config: LoraConfig, train_feed: feed.Feed, prompt_encoder: encodings.PromptEncoder, scheduler: dict[str, Any], device: torch.device
+) -> Callable[[int, range], LossArguments]:
+    """What makes the micro-batch for some slots of a step."""
+    low, high = config.loss.guidances(config.guidance)
+
+    def make_batch(step: int, slots: range) -> LossArguments:
+        encoded = train_feed.get_batch(step, slots)
+        batch = encodings.noise_batch(encoded, prompt_encoder.empty, scheduler, config.caption_dropout, config.seed, step, slots)
+        guidance = low + (high - low) * draws.uniform(config.seed, "guidance", step, slots)
+        kept = config.preserve.conditioning(batch, encoded.captions, prompt_encoder)
+        return batch, to_device(guidance, device), batch.null_conditioning(prompt_encoder.empty), kept
+
+    return make_batch
+
+
 def inference_contract(config: LoraConfig) -> dict[str, Any]:
     """What the LoRA was trained on, what it is to be applied to, and how."""
     return {
@@ -157,6 +180,7 @@ def check(config: LoraConfig) -> bool:
         raise ConfigError("hardware.float8=true is for recover and distill, which train the layers it rounds. Set hardware.float8=false.")
     optim.check(config.optim)
     config.loss.check(config.guidance)
+    config.preserve.check(config.caption_dropout)
     if plan.check("lora", config, bucket_sizes(config.data.resolution, config.data.bucket_step, config.data.aspect)):
         return True
     has_base = model_folder.has_transformer(config.model.path)  # training reads only the encoders of what the LoRA is to be applied to

@@ -34,8 +34,8 @@ SHAPES = (
 Group = tuple[str, list[Any]]  # where it was found, and its wordings
 
 
-def read_prompts(path: str) -> list[list[str]]:
-    """Prompts grouped by meaning, each group the wordings of one; as they were written, spaces included.
+def read_prompts(path: str, least: int = 2) -> list[list[str]]:
+    """Prompts grouped by meaning, each group the wordings of one; as they were written, spaces included. `least`: how many groups are needed.
 
     From JSON or JSON Lines by the file's ending, else from a text file with one a line. Tells on stderr what is left out. Raises ConfigError,
     naming line or entry, for anything that would be sampled otherwise than it was meant.
@@ -52,7 +52,7 @@ def read_prompts(path: str) -> list[list[str]]:
     else:
         found = list(_of_text(path, text))
     groups = [(where, [_checked(path, where, wording) for wording in wordings]) for where, wordings in found]
-    _tell_apart(path, groups)
+    _tell_apart(path, groups, least)
     if weighted := [where for where, wordings in groups if any(map(WEIGHT.search, wordings))]:
         _notice(f"prompts={path}: the weights in brackets of {_some(weighted)} are read as the characters they are")
     return [wordings for _, wordings in groups]
@@ -165,7 +165,7 @@ def _only_labels(path: str, where: str, others: dict[str, Any]) -> None:
     """Raises ConfigError for values beside a prompt that would have to change how it is sampled; labels are not sampled."""
     if setting := next((name for name in others if name not in LABELS), None):
         raise _refusal(
-            path, f"{where} holds {_quoted(setting)} beside its prompt", "Leave it out: evaluate samples all prompts alike, by its configuration."
+            path, f"{where} holds {_quoted(setting)} beside its prompt", "Leave it out: all prompts are sampled alike, by the configuration."
         )
 
 
@@ -186,15 +186,15 @@ def _checked(path: str, where: str, value: Any) -> str:
     if option := OPTION.search(value):
         raise _refusal(
             path, f"{where} holds the option --{option[1]}, which would be sampled as words",
-            "Leave options out of prompts: evaluate sets size, steps, guidance and seeds for all of them by its configuration.",
+            "Leave options out of prompts: the configuration sets size, steps, guidance and seeds for all of them.",
         )  # fmt: skip
     if network := NETWORK.search(value):
         raise _refusal(path, f"{where} holds {network[0]}...>, which would be sampled as words", "Leave it out: LoRAs are given as loras=.")
     return value
 
 
-def _tell_apart(path: str, groups: list[tuple[str, list[str]]]) -> None:
-    """Raises ConfigError unless there are two groups or more, none empty and no prompt twice."""
+def _tell_apart(path: str, groups: list[tuple[str, list[str]]], least: int) -> None:
+    """Raises ConfigError unless there are `least` groups or more, none empty and no prompt twice."""
     problem, seen, alike = "", dict[str, str](), dict[str, str]()
     for where, wordings in groups:
         if not wordings or not all(wording.strip() for wording in wordings):
@@ -205,13 +205,11 @@ def _tell_apart(path: str, groups: list[tuple[str, list[str]]]) -> None:
             if alike.setdefault(_judged(wording), where) != where:
                 problem = problem or f"{_quoted(wording)} in {where} differs from {alike[_judged(wording)]} only in spaces or capitals"
             seen[wording] = where
-    if len(groups) < 2:
+    if len(groups) < least:
         problem = problem or f"it holds {len(groups) or 'none'}"
     if problem:
-        raise ConfigError(
-            f"prompts={path} must hold at least two prompts, all different and none empty: R-precision asks which of them a picture shows. "
-            f"Here {problem}."
-        )
+        many, why = ("two prompts", ": R-precision asks which of them a picture shows") if least > 1 else ("one prompt", "")
+        raise ConfigError(f"prompts={path} must hold at least {many}, all different and none empty{why}. Here {problem}.")
 
 
 def _judged(wording: str) -> str:

@@ -21,7 +21,7 @@ TEXT_PARTS = ("text_encoder", "text_encoder_2")
 class EncodedBatch:
     """Samples of one size: latent means and deviations (B, S, C) float32, prompts (B, L, D), pooled prompts (B, P).
 
-    `grid`: tokens down and across, S in all. `captions`: the prompts as text, where they are displayed.
+    `grid`: tokens down and across, S in all. `captions`: the prompts as text.
     """
 
     mean: Tensor
@@ -108,7 +108,10 @@ class NoisedBatch:
 
     def null_conditioning(self, empty: tuple[Tensor, Tensor]) -> Conditioning:
         """The conditioning of the empty caption, whose prompt (L, D) and pooled prompt (P) are given, for every sample."""
-        prompt, pooled = (part.expand(len(self.t), *part.shape) for part in empty)
+        return self.conditioned_on(*(part.expand(len(self.t), *part.shape) for part in empty))
+
+    def conditioned_on(self, prompt: Tensor, pooled: Tensor) -> Conditioning:
+        """The conditioning of other captions, one for every sample: prompts (B, L, D) and pooled prompts (B, P)."""
         return replace(self.conditioning, prompt=prompt, pooled=pooled)
 
 

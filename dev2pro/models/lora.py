@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,19 @@ def inject(transformer: FluxTransformer2DModel, config: AdapterConfig, seed: int
             module.cast_input_dtype_enabled = False  # else peft computes in the LoRA's own precision
             for half in (module.lora_A["default"], module.lora_B["default"]):
                 half.__class__, half.weight.data = MasterLinear, half.weight.data.float()  # trained in float32, whatever the base's dtype
+
+
+@contextmanager
+def switched_off(transformer: torch.nn.Module) -> Iterator[None]:
+    """The transformer as it is without the LoRA in it. peft's own switch also freezes the LoRA's weights, which data parallelism would notice."""
+    layers = [module for module in transformer.modules() if isinstance(module, LoraLayer)]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def save(transformer: FluxTransformer2DModel, config: AdapterConfig, out: str, contract: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ from dev2pro.planning.fake_runs import Shape, nbytes
 from dev2pro.training import checkpoint_files, distributed, ema
 from dev2pro.training.distributed import HardwareConfig
 from dev2pro.training.loss import LOSSES, LossConfig, distillation_loss, pair_distillation_loss
+from dev2pro.training.preserve import PreserveConfig, preservation_loss
 
 
 def training(stage: str, config: Any, sizes: Sequence[Size]) -> Account:
@@ -86,7 +87,8 @@ def training(stage: str, config: Any, sizes: Sequence[Size]) -> Account:
         host=_training_host(config, layout, tensors, saved),
         disk={"checkpoints": (config.checkpoint.keep + 2) * state * checkpoint_files.MARGIN, "the result": saved},
         flops={"a step": step.flops / micro, "measuring": forward.flops / micro, "encoding": encoding_flops(encoders, size)},
-        captions=int(hardware.encodings_gb * 1e9 / encoders.text_bytes()), staying=text_encoder_bytes(encoders),
+        captions=int(hardware.encodings_gb * 1e9 / encoders.text_bytes()) // (2 if getattr(config, "preserve", PreserveConfig()).rewrite else 1),
+        staying=text_encoder_bytes(encoders),
     )  # fmt: skip
 
 
@@ -147,8 +149,14 @@ def _loss(config: Any, frozen: nn.Module | None) -> Callable[[nn.Module, NoisedB
     if frozen and hasattr(config, "flow_weight"):
         at, drawn = (pair_distillation_loss, (2,)) if config.pairs else (distillation_loss, ())
         return lambda model, batch: at(model, frozen, batch, batch.conditioning, torch.ones(*drawn, len(batch.t)), 1.0)
-    chosen = LOSSES[getattr(config, "loss", LossConfig()).name]
-    return lambda model, batch: chosen(model, batch, torch.ones(len(batch.t)), batch.conditioning, frozen)
+    chosen, weight = LOSSES[getattr(config, "loss", LossConfig()).name], getattr(config, "preserve", PreserveConfig()).weight
+
+    def loss(model: nn.Module, batch: NoisedBatch) -> Tensor:
+        guidance = torch.ones(len(batch.t))
+        own = chosen(model, batch, guidance, batch.conditioning, frozen)
+        return own + weight * preservation_loss(model, batch, guidance, batch.conditioning) if weight else own
+
+    return loss
 
 
 def _held_out(config: Any, shape: Shape) -> float:

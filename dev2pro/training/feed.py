@@ -88,7 +88,8 @@ class CachedFeed:
         samples = [self._find_readable(int(requested.rows[slot]), step, slot) for slot in slots]
         means, deviations, captions = zip(*samples, strict=True)
         mean, std = (to_device(torch.stack(tensors), self.prompt_encoder.device) for tensors in (means, deviations))
-        return EncodedBatch(mean, std, *self.prompt_encoder.encode(captions), (requested.size[1] // self.side, requested.size[0] // self.side))
+        grid = (requested.size[1] // self.side, requested.size[0] // self.side)
+        return EncodedBatch(mean, std, *self.prompt_encoder.encode(captions), grid, captions)
 
     def _find_readable(self, row: int, step: int, slot: int) -> tuple[Tensor, Tensor, str]:
         for attempt in range(ATTEMPTS):
@@ -102,9 +103,10 @@ Feed = StreamingFeed | CachedFeed
 
 
 def prepare(
-    model: ModelConfig, stream: Source, heldout: Iterator[Any], hardware: HardwareConfig, accelerator: Accelerator
-) -> tuple[Feed, PromptEncoder, EncodedBatch]:
-    """Returns the feed, the prompt encoder, and all of `heldout`, batches of one size, encoded.
+    model: ModelConfig, stream: Source, heldout: Iterator[Any], hardware: HardwareConfig, accelerator: Accelerator,
+    rewrite: Callable[[str], str] | None = None,
+) -> tuple[Feed, PromptEncoder, EncodedBatch]:  # fmt: skip
+    """Returns the feed, the prompt encoder, and all of `heldout`, batches of one size, encoded. The loss also needs `rewrite` of every caption.
 
     What fits into `hardware.encodings_gb` is encoded now and its encoders are freed, before the transformer is loaded: all captions if they
     fit, and all latents too if nothing about a sample is random. Text comes first, so that T5 leaves the device before the VAE comes.
@@ -122,11 +124,12 @@ def prepare(
     prompt_encoder = PromptEncoder(model, encoders, limit)
     reference_text = [_text(batch, prompt_encoder) for batch in references]
     count, captions = stream.captions()
-    text_bytes = 0 if "text" in stored else count * encoders.text_bytes()
+    needed: list[Callable[[str], str]] = [*([] if "text" in stored else [str]), *([rewrite] if rewrite else [])]  # of every caption
+    text_bytes = len(needed) * count * encoders.text_bytes()
     tokens, channels = encoders.token_shape(stream.order.buckets[-1])
     latent_bytes = 2 * 4 * tokens * channels * len(stream.order.snapshot)
     if text_bytes <= limit:
-        prompt_encoder.precompute(captions if text_bytes else [], accelerator)
+        prompt_encoder.precompute((text(caption) for caption in captions for text in needed) if needed else [], accelerator)
     encoded = concatenate([_join(batch, _latents(batch, encoders), text, encoders) for batch, text in zip(references, reference_text, strict=True)])
     if stream.fixed and text_bytes + latent_bytes <= limit:
         feed: Feed = CachedFeed(stream, _encode_all(stream, encoders, accelerator), prompt_encoder, encoders.pixels_per_token)

@@ -186,3 +186,17 @@ def test_the_passes_and_the_teacher_of_a_lora_s_loss_are_counted():
     assert distilled.flops["a step"] - step == pytest.approx(2 * teachers, rel=0.001)
     assert "teacher" not in own.gpu["train"]
     assert theirs.gpu["train"]["teacher"] == distilled.gpu["train"]["teacher"] > 0
+
+
+def test_what_is_preserved_costs_two_passes_and_one_back_and_the_activations_of_another_step():
+    words = ["experiment=miniature", "trained_on=data/miniature/pipeline", "guidance=3.5"]
+    plain, empty, trigger = (
+        planned("lora", composed("lora", *words, *more))
+        for more in ([], ["preserve.weight=1"], ["preserve.weight=1", "preserve.trigger=a", "preserve.class_word=b"])
+    )
+    step, forward = plain.flops["a step"], plain.flops["measuring"]
+    more = empty.flops["a step"] - step
+    assert step + 0.7 * forward < more < step + forward, "as a step of flow matching, and a pass without the LoRA"
+    assert 1.7 < empty.gpu["train"]["activations"] / plain.gpu["train"]["activations"] < 2.1
+    assert trigger.flops == empty.flops
+    assert (empty.captions, trigger.captions) == (plain.captions, plain.captions // 2)
