@@ -39,8 +39,8 @@ def diversity(images: Tensor) -> Tensor:
 def memorisation(images: Tensor, training: Tensor, style: Tensor) -> Tensor:
     """Cosine with the nearest training picture minus that with the nearest held-out one: (P, R) from (P, R, D), (N, D) and (M, D).
 
-    More than `memorisation_of_heldout`: nearer to the training pictures than a fresh picture of the style is. So compare Meehan et al. 2020
-    (https://arxiv.org/abs/2004.05675) the distances of generated and of held-out samples to the training set.
+    More than `memorisation_of_heldout`: nearer to the training pictures than a fresh picture of the style is. Meehan et al. 2020
+    (https://arxiv.org/abs/2004.05675) test for copies by the distances of generated and of held-out samples to the training set.
     """
     return (images @ training.T).amax(-1) - (images @ style.T).amax(-1)
 
