@@ -169,7 +169,8 @@ class RunSnapshots:
 
     def reference(self, samples: int) -> Iterator[Batch]:
         """Center-cropped squares of the first held-out pictures."""
-        return _squares(self.heldout, self.config.resolution, samples, self.config.read, self.config.background)
+        rows = range(min(samples, len(self.heldout)))
+        return squares_of(self.heldout, rows, self.config.resolution, self.config.background, self.config.read)
 
 
 def _snapshot_path(sources: Sequence[str]) -> str:
@@ -204,9 +205,19 @@ def build_snapshot(sources: Sequence[str], what: str, transport: Transport, read
 
 def squares(sources: Sequence[str], what: str, resolution: int, reading: Reading = AS_IT_IS, background: str = pictures.WHITE) -> Iterator[Batch]:
     """Center-cropped squares of every picture of folders and indexed tars."""
-    read = ReadConfig()
-    source = open_snapshot(sources, what, Transport(read), reading)
-    return _squares(source, resolution, len(source), read, background)
+    source = open_snapshot(sources, what, Transport(ReadConfig()), reading)
+    return squares_of(source, range(len(source)), resolution, background)
+
+
+def recorded_training(config: dict[str, Any], id: str) -> Snapshot:
+    """The training pictures of the data configuration that an artifact has recorded, `id` its snapshot's.
+
+    Raises a StageError for pictures that are gone, DataError if other ones are there now.
+    """
+    found = open_snapshot(config["train"], "data.train", Transport(ReadConfig()), recorded(config)[0])
+    if found.id != id:
+        raise DataError(f"data.train={config['train']} holds other pictures now than were trained on. Put those back, if they are needed.")
+    return found
 
 
 def recorded(config: dict[str, Any]) -> tuple[Reading, str]:
@@ -215,10 +226,18 @@ def recorded(config: dict[str, Any]) -> tuple[Reading, str]:
     return Reading(**reading), config.get("background", pictures.WHITE)
 
 
-def _squares(source: Snapshot, resolution: int, samples: int, read: ReadConfig, background: str) -> Iterator[Batch]:
-    square, rows = (resolution, resolution), range(min(samples, len(source)))
-    stream = Stream(Order(source, [square], 0, 1), replace(read, workers=0), Augment(background=background), Quarantine(source))
+def squares_of(
+    source: Snapshot, rows: Sequence[int], resolution: int, background: str = pictures.WHITE, read: ReadConfig | None = None
+) -> Iterator[Batch]:
+    """Center-cropped squares of some pictures of a snapshot, by their numbers; skips unusable ones."""
+    square, read = (resolution, resolution), replace(read or ReadConfig(), workers=0)
+    stream = Stream(Order(source, [square], 0, 1), read, Augment(background=background), Quarantine(source))
     return stream.rows(rows, square, SQUARES_BATCH)
+
+
+def spread(count: int, most: int) -> list[int]:
+    """Up to `most` of the numbers 0 to count - 1, evenly spread."""
+    return [number * count // min(count, most) for number in range(min(count, most))]
 
 
 def describe_notes(snap: Snapshot, what: str, background: str) -> list[str]:

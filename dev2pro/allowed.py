@@ -16,7 +16,7 @@ NAMES = ("data.name", "arm")  # of files and folders, and in tables
 WRITTEN = ("out", "cells", "to", "read.cache")  # folders that a stage makes
 PATHS = (  # on this machine, in a store or on the hub
     *WRITTEN, "publish", "ledger", "model.path", "trained_on", "start", "teacher", "recovered", "judge", "loras", "prompts", "shards", "data.train",
-    "data.heldout", "loss.teacher", "loss.teacher_lora", "training_adapter", "captions",
+    "data.heldout", "outside", "loss.teacher", "loss.teacher_lora", "training_adapter", "captions",
 )  # fmt: skip
 
 

@@ -173,7 +173,8 @@ class Diagnose(Stage):
     model_config = ConfigDict(title="diagnose")
     out: RunFolder = form_field("Folder", FOLDER_HELP, "runs/ui/diagnose")
     data: Judged = form_field("Pictures", "Which pictures.", Judged)
-    loras: list[Url] | None = form_field("LoRAs", "Folders of LoRAs for this base: how much of its guidance each keeps.")
+    loras: list[Url] | None = form_field("LoRAs", "Folders of LoRAs for this base: how much of its guidance each keeps, and of its training.")
+    outside: list[Url] | None = form_field("Outside", "Captioned pictures that are not of the LoRAs' style: what the LoRAs do to them.")
     teacher: Base | None = form_field("Teacher", "An undistilled or recovered model, to hold the numbers against.")
 
 

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from data import sources
 from data.loading.stream import Batch
 from dev2pro.artifacts import record, run_folder, store
 from dev2pro.artifacts.record import Artifact
-from dev2pro.errors import ConfigError
+from dev2pro.errors import ConfigError, DataError, TryAgainError
+from dev2pro.escape import printable
 from dev2pro.judging import cells, comparison, grids, metrics, report
 from dev2pro.judging import prompts as prompt_file
 from dev2pro.judging.cell_store import CellFiles
@@ -29,6 +31,9 @@ from dev2pro.planning import plan
 from dev2pro.training import distributed, feed
 from dev2pro.training.distributed import HardwareConfig
 from stages import frame
+
+MOST_TRAINING = 512  # training pictures of a style that memorisation is measured against
+References = tuple[Tensor, Tensor | None]  # a judge's embeddings of a style's held-out (M, D) and training pictures (N, D)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -83,14 +88,17 @@ def run(config: EvaluateConfig) -> Artifact | None:
         offloaded_blocks=config.hardware.offloaded_blocks, int8_base=config.hardware.int8_base, int8_encoders=config.hardware.int8_encoders,
     )  # fmt: skip
     planned = plan_cells(config, inferences, loras, sampler)
-    judged = judge_cells(config, groups, planned, SampledCells(planned, sampler, accelerator), references)
+    sampled, judge = SampledCells(planned, sampler, accelerator), Judge(config.judge, accelerator.device)
+    styles = {style: embed_references(config, arms[0], references[style], judge, accelerator) for style, arms in cells.by_style(loras).items()}
+    judged = judge_cells(config, groups, planned, sampled, judge, styles)
     found = comparison.compare(judged, cells.kinds(loras, **rivals), config.bootstrap, config.seed)
     settings = {
         "model": config.model.path, "judge": config.judge, "prompts": prompts, "meanings": len(groups),
         "seeds": config.seeds, "steps": config.sampling.steps, "guidance": config.model.usual_guidance, "cfg_scale": config.sampling.cfg_scale,
         "images_per_cell": sampler.count, "bootstrap": config.bootstrap, "seed": config.seed,
     }  # fmt: skip
-    result = {"settings": settings, **found, "recovery": recovery(config)}
+    fresh = {style: metrics.memorisation_of_heldout(training, heldout) for style, (heldout, training) in styles.items() if training is not None}
+    result = {"settings": settings, **found, "memorisation_of_heldout": fresh, "recovery": recovery(config)}
     if accelerator.is_main_process:
         write_results(Path(config.out), result, judged, groups)
     summary = {"verdict": found["verdict"], "gains": found["gains"]}
@@ -120,17 +128,36 @@ def read_references(config: EvaluateConfig, loras: list[Artifact]) -> dict[str, 
     }
 
 
+def embed_references(config: EvaluateConfig, lora: Artifact, heldout: list[Batch], judge: Judge, accelerator: Accelerator) -> References:
+    """A judge's embeddings of a style's pictures: held out, and those its first LoRA was trained on, up to MOST_TRAINING and evenly spread.
+
+    Without the second, and a line says why, where they cannot be read any more.
+    """
+    pictures = torch.cat([feed.pixels(batch) for batch in heldout]) / 2 + 0.5
+    embedded = judge.shared(accelerator, len(pictures), lambda rows: pictures[rows.start : rows.stop])
+    data, ids = lora.config["data"], {parent["role"]: parent["id"] for parent in lora.parents}
+    try:
+        if not data.get("train") or "data.train" not in ids:
+            raise DataError("its record names no training pictures.")
+        training = sources.recorded_training(data, ids["data.train"])
+    except (ConfigError, DataError, TryAgainError) as error:
+        accelerator.print(printable(f"memorisation of {data['name']} is not measured, {lora.uri}'s training pictures cannot be read: {error}"))
+        return embedded, None
+    chosen, background = sources.spread(len(training), MOST_TRAINING), sources.recorded(data)[1]
+
+    def read(rows: range) -> Tensor:
+        batches = sources.squares_of(training, chosen[rows.start : rows.stop], config.resolution, background)
+        return torch.cat([feed.pixels(batch) for batch in batches]) / 2 + 0.5
+
+    return embedded, judge.shared(accelerator, len(chosen), read)
+
+
 def judge_cells(
-    config: EvaluateConfig, groups: list[list[str]], planned: list[PlannedCell], sampled: SampledCells, references: dict[str, list[Batch]]
+    config: EvaluateConfig, groups: list[list[str]], planned: list[PlannedCell], sampled: SampledCells, judge: Judge, styles: dict[str, References]
 ) -> list[Cell]:
     """Samples and measures one cell after the other; the teacher's own LoRAs come first and are the ideal of their style."""
-    accelerator, judge = sampled.accelerator, Judge(config.judge, sampled.accelerator.device)
+    accelerator, prompts = sampled.accelerator, judge.prompts(sampled.sampler.prompts)
     meaning = torch.tensor([number for number, group in enumerate(groups) for _ in group])
-    prompts = judge.prompts(sampled.sampler.prompts)
-    styles = dict[str, Tensor]()
-    for style, batches in references.items():
-        pictures = torch.cat([feed.pixels(batch) for batch in batches]) / 2 + 0.5
-        styles[style] = judge.shared(accelerator, len(pictures), lambda rows: pictures[rows.start : rows.stop])  # noqa: B023
     judged: list[Cell] = []
     ideal: dict[str, PlannedCell] = {}
     with Log(config.out, "evaluate", sampled.forecast.pictures, accelerator.is_main_process) as log:
@@ -139,7 +166,7 @@ def judge_cells(
             if cell.arm == "ideal":
                 ideal[cell.style] = cell
             distance = sampled.distance(cell, ideal[cell.style]) if cell.style in ideal else None
-            values, kid = metrics.measure(sampled.embeddings(cell, judge), prompts, meaning, styles[cell.style], distance)
+            values, kid = metrics.measure(sampled.embeddings(cell, judge), prompts, meaning, *styles[cell.style], distance)
             inference, thumbnails = cell.inference, grids.thumbnails(cell.files, meaning, config.seeds) if accelerator.is_main_process else []
             judged.append(Cell(cell.style, cell.arm, inference.name, inference.guidance, inference.cfg_scale, values, kid, thumbnails))
             log.step(sampled.forecast.done, fidelity=values["prompt_fidelity"].mean().item())

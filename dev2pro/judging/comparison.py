@@ -13,7 +13,7 @@ from torch import Tensor
 from dev2pro.judging.bootstrap import Bootstrap
 
 TRAINED_ON_RECOVERED = "the LoRA trained on the recovered model"
-LOWER_IS_BETTER = ("distance_to_ideal",)
+LOWER_IS_BETTER = ("distance_to_ideal", "memorisation")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ A perfect student of true CFG predicts v(g) = u + g d at guidance g: u for the e
 al. 2022). So its predictions lie on a line over the guidance: at 1 is the undistilled model's prediction, at 0 that of the empty caption.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,9 +52,18 @@ class Guidances:
     low: float
     high: float
 
+    def known(self, found: Sequence[Predictions]) -> dict[float, list[Tensor]]:
+        """Guidance -> the predictions for the captions there, of several passes."""
+        at_1, at_usual = [one.at_1 for one in found], [one.at_usual for one in found]
+        return {self.low: [one.at_low for one in found], self.high: [one.at_high for one in found], 1.0: at_1, self.usual: at_usual}
+
     def slope(self, found: Predictions) -> Tensor:
         """The response: change of the prediction (B, S, C) for one more of guidance, along the line."""
         return (found.at_high - found.at_low) / (self.high - self.low)
+
+    def unguided(self, at_usual: Tensor, empty: Tensor) -> Tensor:
+        """The usual prediction with the guidance taken out of it by the model's own empty caption, (v + (g - 1) u) / g."""
+        return flow_matching.apply_cfg(empty, at_usual, 1 / self.usual)
 
     def sums(self, found: Predictions, target: Tensor, teacher: tuple[Tensor, Tensor] | None = None) -> dict[str, float]:
         """Mean squares and products over a batch's numbers, from which `summary` makes its shares once they are averaged over batches.
@@ -64,7 +73,7 @@ class Guidances:
         slope = self.slope(found)
         caption = (found.at_usual - found.empty) / self.usual
         line_at_1, line_at_0 = found.at_low + (1 - self.low) * slope, found.at_low - self.low * slope
-        unguided = flow_matching.apply_cfg(found.empty, found.at_usual, 1 / self.usual)
+        unguided = self.unguided(found.at_usual, found.empty)
         sums = {
             "loss": dot(found.at_1 - target), "loss_usual": dot(found.at_usual - target), "loss_unguided": dot(unguided - target),
             "slope": dot(slope), "caption": dot(caption), "slope_caption": dot(slope, caption), "moved": dot(found.at_1 - found.at_low, slope),
@@ -120,7 +129,7 @@ def mean(parts: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
 
 
 def words(result: dict[str, Any]) -> list[str]:
-    """A diagnosis in sentences: the base, then each LoRA."""
+    """What a diagnosis says of the base, in sentences."""
     base, usual, (low, high) = result["found"][0], result["usual_guidance"], result["line"]
     lines = [f"{result['model']}: {REGIMES[base['regime']]} ({base['regime']})."]
     lines.append(
@@ -139,10 +148,6 @@ def words(result: dict[str, Any]) -> list[str]:
             f"its line {base['line_distance']:.3f}, its prediction at {usual:g} without guidance {base['unguided_distance']:.3f}."
         )
     lines.append(advice(base["regime"]))
-    lines += [
-        f"{one['name']}: keeps {one['response_kept']:.0%} of the base's guidance response; loss {one['loss_usual']:.3f} at {usual:g}."
-        for one in result["found"][1:]
-    ]
     return lines
 
 

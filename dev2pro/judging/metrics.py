@@ -1,4 +1,4 @@
-"""Numbers from judged pictures: fidelity to prompt and style, and diversity.
+"""Numbers from judged pictures: fidelity to prompt and style, diversity, and memorisation.
 
 Everything is laid out as (P, R): prompt x repetition (seed), so that cells can be compared picture by picture.
 """
@@ -36,6 +36,26 @@ def diversity(images: Tensor) -> Tensor:
     return 1 - (cosine.sum(-1) - cosine.diagonal(dim1=1, dim2=2)) / others
 
 
+def memorisation(images: Tensor, training: Tensor, style: Tensor) -> Tensor:
+    """Cosine with the nearest training picture minus that with the nearest held-out one: (P, R) from (P, R, D), (N, D) and (M, D).
+
+    More than `memorisation_of_heldout`: nearer to the training pictures than a fresh picture of the style is. Meehan et al. 2020
+    (https://arxiv.org/abs/2004.05675) test for copies by the distances of generated and of held-out samples to the training set.
+    """
+    return (images @ training.T).amax(-1) - (images @ style.T).amax(-1)
+
+
+def memorisation_of_heldout(training: Tensor, style: Tensor) -> float | None:
+    """The mean `memorisation` of the M held-out pictures themselves, each among the others: what copies nothing. None for a single one.
+
+    It is not 0 where one set is larger: among more pictures the nearest is nearer.
+    """
+    if len(style) < 2:
+        return None
+    others = (style @ style.T).fill_diagonal_(float("-inf"))
+    return ((style @ training.T).amax(-1) - others.amax(-1)).mean().item()
+
+
 def kid(images: Tensor, reference: Tensor) -> float:
     """Kernel inception distance, unbiased, cubic kernel, on the judge's features: (N, D) and (M, D); lower is nearer.
 
@@ -53,11 +73,13 @@ def kid(images: Tensor, reference: Tensor) -> float:
     return (off_diagonal_mean(kernel(x, x)) + off_diagonal_mean(kernel(y, y)) - 2 * kernel(x, y).mean()).item()
 
 
-def measure(features: Tensor, prompts: Tensor, meaning: Tensor, style: Tensor, distance_to_ideal: Tensor | None) -> tuple[dict[str, Tensor], float]:
+def measure(
+    features: Tensor, prompts: Tensor, meaning: Tensor, style: Tensor, training: Tensor | None, distance_to_ideal: Tensor | None
+) -> tuple[dict[str, Tensor], float]:
     """Every metric of a cell picture by picture, name -> (P, R), and the KID of them all.
 
-    `features` (P, R, D), `prompts` (P, D) and `style` (N, D) are the judge's unit vectors; `distance_to_ideal` (P, R), if there is one, is as
-    from `distance`.
+    `features` (P, R, D), `prompts` (P, D), `style` (M, D) and, if they are known, `training` (N, D) are the judge's unit vectors;
+    `distance_to_ideal` (P, R), if there is one, is as from `distance`.
     """
     values = {
         "prompt_fidelity": r_precision(features, prompts, meaning),
@@ -65,6 +87,8 @@ def measure(features: Tensor, prompts: Tensor, meaning: Tensor, style: Tensor, d
         "style_similarity": style_similarity(features, style),
         "diversity": diversity(features),
     }
+    if training is not None:
+        values["memorisation"] = memorisation(features, training, style)
     if distance_to_ideal is not None:
         values["distance_to_ideal"] = distance_to_ideal
     return values, kid(features.flatten(0, 1), style)

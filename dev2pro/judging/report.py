@@ -50,6 +50,7 @@ METRICS = (  # the template has a sentence on each
     Metric("clip_score", "CLIP score", 1, 1),
     Metric("kid", "Kernel inception distance", -1, 4),
     Metric("diversity", "Diversity", 1, 3),
+    Metric("memorisation", "Memorisation", -1, 3),
 )
 LOSSES = {"cfg_augmented": "the CFG-augmented loss", "guidance": "the guidance loss"}  # arms that are named after theirs
 GAINS = METRICS[:3]  # the ones whose gains are drawn
@@ -80,6 +81,7 @@ def write(path: pathlib.Path, metrics: dict[str, Any], grids: list[Grid]) -> Non
         charts=_charts(metrics["recovery"]) if metrics.get("recovery") else [],
         gallery={style: [g for g in grids if g.style == style] for style in dict.fromkeys(g.style for g in grids)},
         plot=PLOT,
+        fresh={style: score for style, score in metrics.get("memorisation_of_heldout", {}).items() if score is not None},
     )
     path.write_text(html, "utf-8", newline="\n")
 

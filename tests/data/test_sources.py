@@ -175,3 +175,30 @@ def test_squares_are_the_middles_of_every_picture(config, tmp_path):
     batches = list(sources.squares(config.train, "x", 16))
     assert [row for batch in batches for row in batch.rows] == list(range(6))
     assert all(batch.pixels.shape[1:] == (16, 16, 3) for batch in batches)
+
+
+def test_some_squares_are_those_of_all(config):
+    source = sources.open_snapshot(config.train, "x", Transport(config.read))
+    (some,), (every,) = sources.squares_of(source, [1, 4], 16), sources.squares(config.train, "x", 16)
+    assert some.rows == [1, 4]
+    assert some.pixels.equal(every.pixels[[1, 4]])
+
+
+@pytest.mark.parametrize(("count", "most", "rows"), [(3, 5, [0, 1, 2]), (10, 4, [0, 2, 5, 7]), (5, 5, [0, 1, 2, 3, 4]), (0, 5, [])])
+def test_a_spread_of_numbers(count, most, rows):
+    assert sources.spread(count, most) == rows
+
+
+def test_recorded_training_pictures_are_found_again_unless_they_are_others_or_gone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = pictures(tmp_path / "style")
+    recorded = {"train": [folder], "heldout": []}
+    id = sources.open_snapshot([folder], "x", Transport(ReadConfig())).id
+    assert len(sources.recorded_training(recorded, id)) == 3
+    (tmp_path / "style/3.jpg").write_bytes(jpeg(7))
+    (tmp_path / "style/3.txt").write_text("one more")
+    with pytest.raises(DataError, match="other pictures now"):
+        sources.recorded_training(recorded, id)
+    shutil.rmtree(folder)
+    with pytest.raises(DataError, match="nothing matches"):
+        sources.recorded_training(recorded, id)

@@ -101,7 +101,7 @@ FILLED: dict[type, dict[str, Any]] = {
         "publish": "runs/store",
     },
     Evaluate: {"loras": ["runs/a b/*"], "recovered": "runs/x", "prompts": "runs/p.txt", "seeds": 2},
-    Diagnose: {"data": {"heldout": ["runs/held out"]}, "loras": ["runs/x"], "teacher": "data/miniature/teacher"},
+    Diagnose: {"data": {"heldout": ["runs/held out"]}, "loras": ["runs/x"], "outside": ["runs/y"], "teacher": "data/miniature/teacher"},
     Distill: {"teacher": "data/miniature/teacher", "model": "miniature", "hardware": "cpu"},
 }
 

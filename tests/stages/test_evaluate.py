@@ -15,14 +15,19 @@ from typing import Any
 import pytest
 import torch
 
+from data import sources
+from data.storage.transport import ReadConfig, Transport
 from dev2pro.artifacts import gc, record, run_folder, verify
 from dev2pro.judging import cell_store
+from dev2pro.judging.judge import Judge
 from dev2pro.models import flux1, lora
 from dev2pro.models.lora import AdapterConfig
+from stages import evaluate
 from tests.stages import kin
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE, TEACHER = "data/miniature/pipeline", "data/miniature/teacher"
+TRAINING = str(ROOT / "data/miniature/shards/chalk/train-*.tar")  # 100 pictures
 BATCHES = 4  # of two pictures, in every cell
 CELLS = ("ideal on teacher", "none on base", "base@1 on base", "teacher@1 on base")
 WHOLE = "[0-9]*.safetensors"
@@ -36,11 +41,13 @@ class LoraLike:
     data: dict[str, Any] = field(default_factory=dict)
 
 
-def make_lora(folder: Path, arm: str, trained_on: str) -> None:
-    """A LoRA of random numbers, as stages.lora writes it."""
+def make_lora(folder: Path, arm: str, trained_on: str, training: str = "") -> None:
+    """A LoRA of random numbers, as stages.lora writes it; `training`: the id of the training pictures, if its record names them."""
     adapter, config = AdapterConfig(rank=2, alpha=2, targets="attention"), LoraLike(str(folder / arm), {})
     config.data.update(name="chalk", heldout=[str(ROOT / "data/miniature/shards/chalk/heldout-*.tar")])
-    assert run_folder.acquire(config.out, "lora", config, {}) is None
+    config.data.update({"train": [TRAINING]} if training else {})
+    parents = {"data.train": ("train.snapshot", training)} if training else {}
+    assert run_folder.acquire(config.out, "lora", config, parents) is None
     transformer = flux1.load_transformer(str(ROOT / BASE))
     lora.inject(transformer, adapter, len(arm))
     torch.manual_seed(len(arm))
@@ -49,7 +56,7 @@ def make_lora(folder: Path, arm: str, trained_on: str) -> None:
             torch.nn.init.normal_(value, std=0.05)
     lora.save(transformer, adapter, config.out, {})
     contract = {key: {"path": path, "id": record.fingerprint(path)} for key, path in (("trained_on", trained_on), ("apply_to", BASE))}
-    record.write(config.out, "lora", "lora", config, {}, step=1, metrics={}, inference={"arm": arm, **contract})
+    record.write(config.out, "lora", "lora", config, parents, step=1, metrics={}, inference={"arm": arm, **contract})
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +169,36 @@ def test_a_store_is_no_folder_for_pictures(loras, tmp_path, run_stage):
     code, stderr = run_stage("evaluate", *words(loras, tmp_path / "out", "base@1"), "cells=s3://bucket/cells")
     assert (code, "cells=s3://bucket/cells is no folder of this machine." in stderr) == (2, True)
     assert not (tmp_path / "out").exists()
+
+
+def test_memorisation_is_measured_against_the_training_pictures_while_they_are_known(loras, tmp_path, run_stage, monkeypatch):
+    id = sources.open_snapshot([TRAINING], "train", Transport(ReadConfig())).id
+    monkeypatch.chdir(ROOT)
+    make_lora(tmp_path, "known@1", BASE, id)
+    make_lora(tmp_path, "other@1", BASE, "0" * 64)
+    embedded: list[int] = []
+    shared = Judge.shared
+    monkeypatch.setattr(Judge, "shared", lambda judge, accelerator, count, read: embedded.append(count) or shared(judge, accelerator, count, read))
+    said: list[str] = []
+    monkeypatch.setattr("accelerate.Accelerator.print", lambda accelerator, *texts: said.extend(texts))
+    found = {}
+    for arm, most in (("known@1", 512), ("known@1", 70), ("other@1", 512)):
+        monkeypatch.setattr(evaluate, "MOST_TRAINING", most)
+        out, teacherless = tmp_path / f"{arm}-{most}", [*words(tmp_path, tmp_path / f"{arm}-{most}", arm), "teacher=null", "sampling.steps=2"]
+        code, stderr = run_stage("evaluate", *teacherless, f"prompts={loras}/prompts.json", f"cells={tmp_path}/cells")
+        assert code == 0, stderr
+        found[arm, most] = json.loads(metrics(out)), (out / "pictures.csv").read_text().splitlines()[0], (out / "report.html").read_text()
+    assert embedded == [60, 100, 8, 8, 60, 70, 60, 8]  # held out, training, and the cells once each
+    for (arm, _), (result, head, page) in found.items():
+        is_known = arm == "known@1"
+        assert ["memorisation" in cell for cell in result["cells"]] == [is_known] * 2
+        assert ("memorisation" in head, "Memorisation" in page) == (is_known, is_known)
+        assert list(result["memorisation_of_heldout"]) == ["chalk"] * is_known
+    [left_out] = [line for line in said if line.startswith("memorisation")]
+    assert f"{tmp_path}/other@1's training pictures cannot be read: data.train=" in left_out
+    every, some = (found["known@1", most][0] for most in (512, 70))
+    for a, b in zip(every["cells"], some["cells"], strict=True):
+        assert a["memorisation"]["mean"] >= b["memorisation"]["mean"], "among more pictures the nearest is nearer"
 
 
 def test_cells_are_no_part_of_the_artifact_and_go_with_it(undisturbed):

@@ -70,15 +70,23 @@ def test_batches_of_different_sizes_count_by_their_pictures():
     assert diagnosis.mean([(3, {"a": 1.0}), (1, {"a": 5.0})]) == {"a": 2.0}
 
 
-def test_the_words_name_the_regime_and_every_lora(parts):
+def test_predictions_by_their_guidance(parts):
+    u, d, _ = parts
+    known = GUIDANCES.known([student(u, d), student(d, u)])
+    assert list(known) == [2.0, 6.0, 1.0, 3.5]
+    for guidance, (first, second) in known.items():
+        torch.testing.assert_close(first, u + guidance * d)
+        torch.testing.assert_close(second, d + guidance * u)
+
+
+def test_the_words_name_the_regime(parts):
     u, d, x = parts
     base = summary(student(u, d, acts_like=3.9), x, (u + d, u))
     base |= {"name": "base", "regime": GUIDANCES.regime(base)}
-    result = {"model": "a/model", "usual_guidance": 3.5, "line": [2.0, 6.0], "found": [base, {**base, "name": "mine", "response_kept": 0.42}]}
+    result = {"model": "a/model", "usual_guidance": 3.5, "line": [2.0, 6.0], "found": [base]}
     text = "\n".join(diagnosis.words(result))
     assert "a/model: guidance 1 lies outside" in text
     assert "about 3.9" in text
-    assert "mine: keeps 42%" in text
     assert "the true response is 100%" in text
     assert "use loss.name=cfg_augmented" in text
     assert "by +0.022 (95 % interval +0.009 to +0.040)" in text

@@ -60,6 +60,43 @@ def test_distance_is_the_mean_square_of_pixels_from_minus_one_to_one():
     torch.testing.assert_close(metrics.distance(pictures, ideal)[1, 2], ((2 * pictures[1, 2] - 1) - (2 * ideal[1, 2] - 1)).square().mean())
 
 
+# ---- memorisation ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_copied_training_picture_is_told_from_a_fresh_one_of_the_style():
+    training, heldout, fresh = (normalize(torch.ones(32) + torch.randn(60, 32), dim=-1) for _ in range(3))
+    of_fresh = metrics.memorisation(fresh[:, None], training, heldout)
+    of_copies = metrics.memorisation(training[:, None], training, heldout)
+    error = (of_fresh.std() / math.sqrt(len(fresh))).item()
+    assert abs(of_fresh.mean()) < 4 * error < 0.05
+    assert of_copies.min() > 0
+    assert of_copies.mean() > of_fresh.mean() + 20 * error
+    assert metrics.memorisation_of_heldout(training, heldout) == pytest.approx(0, abs=4 * error)
+    torch.testing.assert_close(metrics.memorisation(heldout[:, None], heldout, training), of_copies_of(heldout, training))
+
+
+def of_copies_of(copied: Tensor, other: Tensor) -> Tensor:
+    """By loop, for pictures that are there already: 1 minus the largest cosine with the other set."""
+    return torch.tensor([[1 - max(float(a @ b) for b in other)] for a in copied])
+
+
+def test_memorisation_by_loop_and_that_of_the_held_out_pictures():
+    images, training, heldout = unit(3, 4, 8), unit(5, 8), unit(6, 8)
+    naive = [[max(float(x @ t) for t in training) - max(float(x @ h) for h in heldout) for x in row] for row in images]
+    torch.testing.assert_close(metrics.memorisation(images, training, heldout), torch.tensor(naive))
+    others = [max(float(h @ t) for t in training) - max(float(h @ o) for j, o in enumerate(heldout) if j != i) for i, h in enumerate(heldout)]
+    assert metrics.memorisation_of_heldout(training, heldout) == pytest.approx(sum(others) / 6, abs=1e-6)
+    assert metrics.memorisation_of_heldout(training, heldout[:1]) is None
+
+
+def test_memorisation_is_measured_where_the_training_pictures_are_known():
+    features, prompts, style, training = unit(3, 2, 8), unit(3, 8), unit(6, 8), unit(5, 8)
+    values, _ = metrics.measure(features, prompts, torch.arange(3), style, training, None)
+    torch.testing.assert_close(values["memorisation"], metrics.memorisation(features, training, style))
+    without, _ = metrics.measure(features, prompts, torch.arange(3), style, None, None)
+    assert without.keys() == values.keys() - {"memorisation"}
+
+
 # ---- kernel inception distance ---------------------------------------------------------------------------------------------------------
 
 

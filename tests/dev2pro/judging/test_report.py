@@ -32,7 +32,7 @@ def cell(rng: random.Random, style: str, arm: str, inference: str, teacher: bool
         "prompt_fidelity": around(rng, min(1.0, FIDELITY[arm] + rng.uniform(-0.06, 0.06)), 0.06),
         "clip_score": around(rng, 71 + 8 * rng.random(), 1.2, 100.0),
         "style_similarity": around(rng, (0.31 if arm == "none" else 0.78) + rng.uniform(0, 0.1), 0.02),
-        "diversity": around(rng, 0.1 + 0.08 * rng.random(), 0.014),
+        "diversity": around(rng, 0.1 + 0.08 * rng.random(), 0.014), "memorisation": around(rng, 0.0123, 0.01),
         "kid": {"mean": rng.uniform(-0.0004, 0.03)},
         **({"distance_to_ideal": around(rng, distance, 0.012 * (arm != "ideal"))} if teacher else {}),
     }  # fmt: skip
@@ -60,12 +60,12 @@ def fake_metrics(styles: list[str] = STYLES, *, teacher: bool = True, recovery: 
     ]  # fmt: skip
     return {
         "settings": {"model": "data/miniature/pipeline", "judge": "data/miniature/judge", "prompts": PROMPTS, "meanings": 10,
-            "seeds": 16, "steps": 12,
-                     "guidance": 3.5, "cfg_scale": 3.5, "images_per_cell": 160, "bootstrap": 2000, "seed": 0},
+                     "seeds": 16, "steps": 12, "guidance": 3.5, "cfg_scale": 3.5, "images_per_cell": 160, "bootstrap": 2000, "seed": 0},
         "styles": styles, "arms": arms, "inference": ["base", "recovered"], "cells": cells, "gains": gains,
         "verdict": "Applied to the base, the LoRA trained on the recovered model obeys the prompt 14 points more often than base@3.5, its nearest "
                    "rival (95% interval 11 to 16, mean over styles): clearly better in 4 of 4 styles (chalk, sideways, halftone, neon), "
                    "clearly worse in 0 of 4 styles.",
+        "memorisation_of_heldout": dict.fromkeys(styles, -0.0057),
         "recovery": {"guidance": 1.0, "recovered": 0.98312 if teacher else None, "curve": curve} if recovery else None,
     }  # fmt: skip
 
@@ -150,6 +150,7 @@ def test_everything_measured_is_there(full):
     metrics, (_, page) = fake_metrics(), full
     for word in [metrics["verdict"], *metrics["styles"], *metrics["arms"], *PROMPTS, "no LoRA", "ideal", "98.3%", "data/miniature/pipeline"]:
         assert word in page.text
+    assert "which copy nothing, have −0.006 (chalk), " in page.text
     for cell_metrics in metrics["cells"]:
         fidelity = cell_metrics["prompt_fidelity"]
         assert f"{100 * fidelity['mean']:.1f} {100 * fidelity['low']:.1f} to {100 * fidelity['high']:.1f}" in page.text
