@@ -1,4 +1,4 @@
-"""evaluate: every LoRA on every inference base, same seeds and prompts, judged by CLIP, with paired intervals and a report."""
+"""evaluate: every LoRA on every inference base, same seeds and prompts, judged by CLIP and DINOv2, with paired intervals and a report."""
 
 import json
 from dataclasses import dataclass, field
@@ -21,6 +21,7 @@ from dev2pro.judging.comparison import Cell
 from dev2pro.judging.judge import Judge
 from dev2pro.judging.sampled_cells import PlannedCell, SampledCells
 from dev2pro.judging.sampler import Sampler
+from dev2pro.judging.style_judge import StyleJudge
 from dev2pro.log import Log
 from dev2pro.models import model_folder
 from dev2pro.models.flux1 import ModelConfig
@@ -48,6 +49,7 @@ class EvaluateConfig:
     bootstrap: int
     recovered: str | None = None
     teacher: str | None = None
+    style_judge: str | None = field(default=None, metadata={"identity": "if set"})
     cells: str | None = field(default=None, metadata={"identity": False})
     publish: str | None = field(default=None, metadata={"identity": False})
     plan: bool = field(default=False, metadata={"identity": False})
@@ -67,8 +69,11 @@ def run(config: EvaluateConfig) -> Artifact | None:
     inferences = cells.list_inferences(config.model.path, config.model.usual_guidance, config.sampling.cfg_scale, **rivals)
     model_folder.check_models(config.model.path, config.model.variant, base=True, **rivals)
     Judge.check(config.judge)
+    if config.style_judge:
+        StyleJudge.check(config.style_judge)
     references = read_references(config, loras)
     parents = {inference.name: inference.path for inference in inferences} | {"judge": config.judge, "prompts": config.prompts}
+    parents |= {"style_judge": config.style_judge} if config.style_judge else {}
     parents |= {f"{style}/{lora.inference['arm']}": lora.uri for style, arms in cells.by_style(loras).items() for lora in arms}
     accelerator = distributed.accelerator(config.hardware)
     with accelerator.main_process_first():
@@ -91,6 +96,9 @@ def run(config: EvaluateConfig) -> Artifact | None:
         "images_per_cell": sampler.count, "bootstrap": config.bootstrap, "seed": config.seed,
     }  # fmt: skip
     result = {"settings": settings, **found, "recovery": recovery(config)}
+    if config.style_judge:
+        settings["style_judge"], named = config.style_judge, {"prompt_fidelity": config.judge, "clip_score": config.judge}
+        result["judged_by"] = named | dict.fromkeys(metrics.LOOKS, config.style_judge)
     if accelerator.is_main_process:
         write_results(Path(config.out), result, judged, groups)
     summary = {"verdict": found["verdict"], "gains": found["gains"]}
@@ -125,12 +133,13 @@ def judge_cells(
 ) -> list[Cell]:
     """Samples and measures one cell after the other; the teacher's own LoRAs come first and are the ideal of their style."""
     accelerator, judge = sampled.accelerator, Judge(config.judge, sampled.accelerator.device)
+    style_judge = StyleJudge(config.style_judge, accelerator.device) if config.style_judge else judge
     meaning = torch.tensor([number for number, group in enumerate(groups) for _ in group])
     prompts = judge.prompts(sampled.sampler.prompts)
     styles = dict[str, Tensor]()
     for style, batches in references.items():
         pictures = torch.cat([feed.pixels(batch) for batch in batches]) / 2 + 0.5
-        styles[style] = judge.shared(accelerator, len(pictures), lambda rows: pictures[rows.start : rows.stop])  # noqa: B023
+        styles[style] = style_judge.shared(accelerator, len(pictures), lambda rows: pictures[rows.start : rows.stop])  # noqa: B023
     judged: list[Cell] = []
     ideal: dict[str, PlannedCell] = {}
     with Log(config.out, "evaluate", sampled.forecast.pictures, accelerator.is_main_process) as log:
@@ -139,7 +148,9 @@ def judge_cells(
             if cell.arm == "ideal":
                 ideal[cell.style] = cell
             distance = sampled.distance(cell, ideal[cell.style]) if cell.style in ideal else None
-            values, kid = metrics.measure(sampled.embeddings(cell, judge), prompts, meaning, styles[cell.style], distance)
+            features = sampled.embeddings(cell, judge)
+            looks = sampled.embeddings(cell, style_judge) if config.style_judge else features
+            values, kid = metrics.measure(features, looks, prompts, meaning, styles[cell.style], distance)
             inference, thumbnails = cell.inference, grids.thumbnails(cell.files, meaning, config.seeds) if accelerator.is_main_process else []
             judged.append(Cell(cell.style, cell.arm, inference.name, inference.guidance, inference.cfg_scale, values, kid, thumbnails))
             log.step(sampled.forecast.done, fidelity=values["prompt_fidelity"].mean().item())
