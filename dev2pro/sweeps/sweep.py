@@ -56,7 +56,7 @@ class Sweep:
 
     def end(self) -> int:
         """Names the jobs that failed; the exit code of the first of them, 0 if there is none."""
-        failed = {name: code for name, code in self.exit_codes.items() if code}
+        failed = {name: code for name, code in self.exit_codes.items() if code not in (0, INTERRUPTED)}
         if failed:
             named = ", ".join(f"{name} (exit code {code})" for name, code in failed.items())
             print(lines(f"{self.stage}: {len(failed)} of {len(self.jobs)} jobs failed: {named}"), file=sys.stderr, flush=True)

@@ -102,6 +102,7 @@ def test_a_signal_stops_the_sweep_as_a_single_run_and_the_same_command_goes_on(l
     assert child.returncode == 130, stderr
     assert "asked to stop (SIGTERM): finishing the step and saving" in stderr
     assert "the sweep was stopped" in stderr
+    assert "failed" not in stderr
     assert list((tmp_path / "sweep/seed=1").glob("checkpoint-*"))
     assert not (tmp_path / "sweep/seed=2").exists()
     assert {row["seed"]: row["exit_code"] for row in rows(tmp_path / "sweep")} == {"1": "130", "2": ""}
