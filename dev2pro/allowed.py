@@ -15,8 +15,8 @@ NAME = re.compile(r"(?!\.)[^/\x00-\x1f\x7f-\x9f]{1,64}")
 NAMES = ("data.name", "arm")  # of files and folders, and in tables
 WRITTEN = ("out", "cells", "to", "read.cache")  # folders that a stage makes
 PATHS = (  # on this machine, in a store or on the hub
-    *WRITTEN, "publish", "ledger", "model.path", "trained_on", "start", "teacher", "recovered", "judge", "loras", "prompts", "shards", "data.train",
-    "data.heldout", "outside", "loss.teacher", "loss.teacher_lora", "training_adapter", "captions",
+    *WRITTEN, "publish", "ledger", "model.path", "trained_on", "start", "teacher", "recovered", "judge", "style_judge", "loras", "prompts", "shards",
+    "data.train", "data.heldout", "outside", "loss.teacher", "loss.teacher_lora", "training_adapter", "captions",
 )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from dev2pro import allowed, patterns
 from dev2pro.errors import ConfigError
 
 WORD = re.compile(r"(\+{0,2}([A-Za-z_][\w.]*)=)(.*)", re.DOTALL)  # key= and value
+FUNCTION = re.compile(r"(choice|shuffle|sort|range|glob)\(.*\)", re.DOTALL)  # of Hydra's sweeps
 FAILED = object()  # to parse, or several values at once
 
 
@@ -27,20 +28,37 @@ def quoted(text: str) -> str:
     return QuotedString(literal, Quote.single).with_quotes()
 
 
-def read(words: Sequence[str], schema: type) -> list[str]:
-    """The words as Hydra is to read them, for a schema. Raises ConfigError for a list that can be read in two ways."""
+def read(words: Sequence[str], schema: type, sweep: bool = False) -> list[str]:
+    """The words as Hydra is to read them, for a schema. Raises ConfigError for a list that can be read in two ways.
+
+    In a sweep the commas of a text part the values that it has one after the other, and so do those between lists in brackets.
+    """
     keys = allowed.keys(schema)
-    return [_read(word, keys) for word in words]
+    return [_read(word, keys, sweep) for word in words]
 
 
-def _read(word: str, keys: dict[str, Any]) -> str:
+def _read(word: str, keys: dict[str, Any], sweep: bool) -> str:
     match = WORD.fullmatch(word)
-    if not match or not match[3]:
+    if not match or not match[3] or keys.get(match[2]) not in (str, list[str]):
         return word
     start, key, value = match.groups()
-    if keys.get(key) is str:
-        return start + _text(value, allowed.is_one_of(key, allowed.PATHS))
-    return start + _texts(key, value) if keys.get(key) == list[str] else word
+    if sweep and FUNCTION.fullmatch(value):
+        return word
+    return start + ",".join(_one(key, one, keys[key]) for one in (_swept(value, keys[key]) if sweep else [value]))
+
+
+def _one(key: str, value: str, kind: Any) -> str:
+    return _text(value, allowed.is_one_of(key, allowed.PATHS)) if kind is str else _texts(key, value)
+
+
+def _swept(value: str, kind: Any) -> list[str]:
+    """The values of a text, or of a list, that a sweep goes through."""
+    if os.path.lexists(value):
+        return [value]
+    if kind is str:
+        return _grouped(_pieces(value))
+    pieces = [piece.strip() for piece in _pieces(value)]
+    return pieces if all(piece.startswith("[") and piece.endswith("]") for piece in pieces) else [value]
 
 
 def _parsed(value: str) -> Any:

@@ -1,4 +1,4 @@
-"""evaluate: every LoRA on every inference base, same seeds and prompts, judged by CLIP, with paired intervals and a report."""
+"""evaluate: every LoRA on every inference base, same seeds and prompts, judged by CLIP and DINOv2, with paired intervals and a report."""
 
 import json
 from dataclasses import dataclass, field
@@ -20,9 +20,10 @@ from dev2pro.judging import prompts as prompt_file
 from dev2pro.judging.cell_store import CellFiles
 from dev2pro.judging.cells import Inference
 from dev2pro.judging.comparison import Cell
-from dev2pro.judging.judge import Judge
+from dev2pro.judging.judge import ImageJudge, Judge
 from dev2pro.judging.sampled_cells import PlannedCell, SampledCells
 from dev2pro.judging.sampler import Sampler
+from dev2pro.judging.style_judge import StyleJudge
 from dev2pro.log import Log
 from dev2pro.models import model_folder
 from dev2pro.models.flux1 import ModelConfig
@@ -53,6 +54,7 @@ class EvaluateConfig:
     bootstrap: int
     recovered: str | None = None
     teacher: str | None = None
+    style_judge: str | None = field(default=None, metadata={"identity": "if set"})
     cells: str | None = field(default=None, metadata={"identity": False})
     publish: str | None = field(default=None, metadata={"identity": False})
     plan: bool = field(default=False, metadata={"identity": False})
@@ -72,8 +74,11 @@ def run(config: EvaluateConfig) -> Artifact | None:
     inferences = cells.list_inferences(config.model.path, config.model.usual_guidance, config.sampling.cfg_scale, **rivals)
     model_folder.check_models(config.model.path, config.model.variant, base=True, **rivals)
     Judge.check(config.judge)
+    if config.style_judge:
+        StyleJudge.check(config.style_judge)
     references = read_references(config, loras)
     parents = {inference.name: inference.path for inference in inferences} | {"judge": config.judge, "prompts": config.prompts}
+    parents |= {"style_judge": config.style_judge} if config.style_judge else {}
     parents |= {f"{style}/{lora.inference['arm']}": lora.uri for style, arms in cells.by_style(loras).items() for lora in arms}
     accelerator = distributed.accelerator(config.hardware)
     with accelerator.main_process_first():
@@ -89,8 +94,9 @@ def run(config: EvaluateConfig) -> Artifact | None:
     )  # fmt: skip
     planned = plan_cells(config, inferences, loras, sampler)
     sampled, judge = SampledCells(planned, sampler, accelerator), Judge(config.judge, accelerator.device)
-    styles = {style: embed_references(config, arms[0], references[style], judge, accelerator) for style, arms in cells.by_style(loras).items()}
-    judged = judge_cells(config, groups, planned, sampled, judge, styles)
+    style_judge = StyleJudge(config.style_judge, accelerator.device) if config.style_judge else judge
+    styles = {style: embed_references(config, arms[0], references[style], style_judge, accelerator) for style, arms in cells.by_style(loras).items()}
+    judged = judge_cells(config, groups, planned, sampled, (judge, style_judge), styles)
     found = comparison.compare(judged, cells.kinds(loras, **rivals), config.bootstrap, config.seed)
     settings = {
         "model": config.model.path, "judge": config.judge, "prompts": prompts, "meanings": len(groups),
@@ -99,6 +105,9 @@ def run(config: EvaluateConfig) -> Artifact | None:
     }  # fmt: skip
     fresh = {style: metrics.memorisation_of_heldout(training, heldout) for style, (heldout, training) in styles.items() if training is not None}
     result = {"settings": settings, **found, "memorisation_of_heldout": fresh, "recovery": recovery(config)}
+    if config.style_judge:
+        settings["style_judge"], named = config.style_judge, {"prompt_fidelity": config.judge, "clip_score": config.judge}
+        result["judged_by"] = named | dict.fromkeys(metrics.LOOKS, config.style_judge)
     if accelerator.is_main_process:
         write_results(Path(config.out), result, judged, groups)
     summary = {"verdict": found["verdict"], "gains": found["gains"]}
@@ -128,7 +137,7 @@ def read_references(config: EvaluateConfig, loras: list[Artifact]) -> dict[str, 
     }
 
 
-def embed_references(config: EvaluateConfig, lora: Artifact, heldout: list[Batch], judge: Judge, accelerator: Accelerator) -> References:
+def embed_references(config: EvaluateConfig, lora: Artifact, heldout: list[Batch], judge: ImageJudge, accelerator: Accelerator) -> References:
     """A judge's embeddings of a style's pictures: held out, and those its first LoRA was trained on, up to MOST_TRAINING and evenly spread.
 
     Without the second, and a line says why, where they cannot be read any more.
@@ -153,9 +162,14 @@ def embed_references(config: EvaluateConfig, lora: Artifact, heldout: list[Batch
 
 
 def judge_cells(
-    config: EvaluateConfig, groups: list[list[str]], planned: list[PlannedCell], sampled: SampledCells, judge: Judge, styles: dict[str, References]
-) -> list[Cell]:
-    """Samples and measures one cell after the other; the teacher's own LoRAs come first and are the ideal of their style."""
+    config: EvaluateConfig, groups: list[list[str]], planned: list[PlannedCell], sampled: SampledCells, judges: tuple[Judge, ImageJudge],
+    styles: dict[str, References],
+) -> list[Cell]:  # fmt: skip
+    """Samples and measures one cell after the other; the teacher's own LoRAs come first and are the ideal of their style.
+
+    `judges`: of fidelity to the prompts, and of the looks.
+    """
+    judge, style_judge = judges
     accelerator, prompts = sampled.accelerator, judge.prompts(sampled.sampler.prompts)
     meaning = torch.tensor([number for number, group in enumerate(groups) for _ in group])
     judged: list[Cell] = []
@@ -166,7 +180,9 @@ def judge_cells(
             if cell.arm == "ideal":
                 ideal[cell.style] = cell
             distance = sampled.distance(cell, ideal[cell.style]) if cell.style in ideal else None
-            values, kid = metrics.measure(sampled.embeddings(cell, judge), prompts, meaning, *styles[cell.style], distance)
+            features = sampled.embeddings(cell, judge)
+            looks = sampled.embeddings(cell, style_judge) if style_judge is not judge else features
+            values, kid = metrics.measure(features, looks, prompts, meaning, *styles[cell.style], distance)
             inference, thumbnails = cell.inference, grids.thumbnails(cell.files, meaning, config.seeds) if accelerator.is_main_process else []
             judged.append(Cell(cell.style, cell.arm, inference.name, inference.guidance, inference.cfg_scale, values, kid, thumbnails))
             log.step(sampled.forecast.done, fidelity=values["prompt_fidelity"].mean().item())

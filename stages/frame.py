@@ -8,6 +8,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import diffusers.utils.logging
@@ -23,6 +24,8 @@ from dev2pro.artifacts import backends, run_folder, store
 from dev2pro.artifacts.record import ROOT, Artifact
 from dev2pro.errors import INTERRUPTED, LOST, ConfigError, SpaceError, StageError, out_of_space
 from dev2pro.escape import Record, lines, printable
+from dev2pro.sweeps import jobs
+from dev2pro.sweeps.sweep import Sweep
 from dev2pro.training import distributed
 
 C = TypeVar("C")
@@ -37,17 +40,27 @@ def main(name: str, schema: type[C], run: Callable[[C], Artifact | None]) -> Non
     gc.freeze()  # what was imported is never garbage; without this the process needs a second more to end
     gc.enable()
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
-    outcome: list[int] = []
+    words, outcome = sys.argv[1:], list[int]()
+    sweep: Sweep | None = None
 
     @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=name)
     def composed(values: DictConfig) -> None:
-        outcome.append(_exit_code(name, lambda: run_and_publish(typed(schema, values), run)))
+        def work() -> int:
+            return _exit_code(name, lambda: run_and_publish(typed(schema, values), run))
+
+        try:
+            outcome.append(sweep.run(values, work) if sweep else work())
+        except ConfigError as error:  # of the sweep: no other job is begun
+            sys.exit(_fail(name, str(error), error.exit_code))
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them; `explain` prints them
     try:
-        words = sys.argv[1:]
-        sys.argv[1:] = [*PLAIN_HYDRA, *command_line.read(words, schema)]
-        composed()
+        if any(map(jobs.is_flag, words)):
+            sys.argv[1:], sweep = _sweep(name, words, schema)
+            outcome = [_run(sweep, composed)]
+        else:
+            sys.argv[1:] = [*PLAIN_HYDRA, *command_line.read(words, schema)]
+            composed()
     except ConfigError as error:
         sys.exit(_fail(name, str(error), error.exit_code))
     except (HydraException, OmegaConfBaseException, ValueError, OverflowError, RecursionError) as error:
@@ -57,6 +70,24 @@ def main(name: str, schema: type[C], run: Callable[[C], Artifact | None]) -> Non
         if outcome[0] == LOST:
             os._exit(LOST)  # threads of this rank may wait for one that is gone, and other ranks for the end of this one
     sys.exit(outcome[0] if outcome else 0)
+
+
+def _sweep(name: str, words: list[str], schema: type) -> tuple[list[str], Sweep]:
+    """A sweep, and its words for Hydra, which takes options only before all others."""
+    read = command_line.read([word for word in words if not jobs.is_flag(word)], schema, sweep=True)
+    return [jobs.FLAG, *PLAIN_HYDRA, "hydra.sweep.subdir=.", *read], Sweep(name, jobs.plan(read))
+
+
+def _run(sweep: Sweep, composed: Callable[[], None]) -> int:
+    """The exit code of a sweep: of the first job that failed, or that of a stop. Names the jobs that failed."""
+    with TemporaryDirectory() as folder:  # Hydra writes into it what is in sweep.csv and in every job's record
+        sys.argv.append(f"hydra.sweep.dir={folder}")
+        try:
+            composed()
+        except KeyboardInterrupt:
+            sweep.end()
+            return _fail(sweep.stage, "the sweep was stopped. The same command goes on with the job that was running.", INTERRUPTED)
+    return sweep.end()
 
 
 def explain(error: BaseException, schema: type) -> str:

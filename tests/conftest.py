@@ -130,6 +130,21 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Dinov2Model folder with random weights and embeddings of 48 numbers, larger than its processor's pictures as facebook/dinov2-base is."""
+    import torch
+    from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
+
+    folder = tmp_path_factory.mktemp("tiny_dino") / "judge"
+    torch.manual_seed(4)
+    Dinov2Model(Dinov2Config(hidden_size=48, num_hidden_layers=4, num_attention_heads=4, patch_size=8, image_size=48)).save_pretrained(folder)
+    BitImageProcessorPil(
+        size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six captioned pictures of 32x32, as `folder/` and as `shard.tar`; two others with the last two captions as `heldout.tar`. Indexed."""
     import io

@@ -24,6 +24,7 @@ from dev2pro.artifacts import record
 from dev2pro.errors import DataError, SpaceError
 
 DESCRIPTION = "cell.json"
+SAMPLED = ("guidance", "cfg_scale", "steps", "seed")  # in the header of every file
 MARGIN = 1.02  # for headers and embeddings
 
 
@@ -90,7 +91,8 @@ class CellFiles:
     def _write(self, name: str, labels: dict[str, str], tensor: Tensor) -> str:
         tensor = tensor.contiguous()
         sha256 = _sha256(tensor)
-        self._replace(name, save({"data": tensor}, {"cell": self.id, "sha256": sha256, **labels}))
+        sampled = {key: str(self.what[key]) for key in SAMPLED if key in self.what}  # for people: a picture says by itself how it was made
+        self._replace(name, save({"data": tensor}, {"cell": self.id, "sha256": sha256, **sampled, **labels}))
         return sha256
 
     def _replace(self, name: str, content: bytes) -> None:

@@ -37,15 +37,18 @@ def _thumbnail(picture: Tensor) -> Image.Image:
 
 def arrange(cells: Sequence[Cell], styles: Sequence[str], prompts: list[str]) -> list[Grid]:
     """A grid for every style and seed, a row for every cell."""
+    own = {style: [c for c in cells if c.style == style] for style in styles}
+    sampled = {style: [f"guidance {c.guidance:g}" + (f", CFG {c.cfg_scale:g}" if c.cfg_scale != 1 else "") for c in own[style]] for style in styles}
     return [
-        Grid(style, seed, prompts, [(f"{c.arm} on {c.inference}", c.thumbnails[seed]) for c in cells if c.style == style])
+        Grid(style, seed, prompts, [(f"{c.arm} on {c.inference}", c.thumbnails[seed]) for c in own[style]], sampled[style])
         for style in styles
         for seed in range(len(cells[0].thumbnails))
     ]
 
 
 def write_sheets(folder: Path, grids: Sequence[Grid]) -> None:
-    """A PNG for every grid."""
+    """A PNG for every grid, with the guidance and the CFG scale of every row."""
     folder.mkdir(exist_ok=True)
     for number, grid in enumerate(grids):
-        contact_sheet(f"{grid.style}, seed {grid.seed}", grid.prompts, grid.rows, SIDE).save(folder / f"{number:02d}.png")
+        rows = [(f"{label}, {how}", pictures) for (label, pictures), how in zip(grid.rows, grid.sampled, strict=True)]
+        contact_sheet(f"{grid.style}, seed {grid.seed}", grid.prompts, rows, SIDE).save(folder / f"{number:02d}.png")

@@ -1,8 +1,9 @@
-"""CLIP embeddings of images and prompts, for the miniature's small CLIP and full-size ones."""
+"""What judges have in common, and the CLIP judge of images and prompts: the miniature's small CLIP and full-size ones."""
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -19,34 +20,40 @@ from dev2pro.models.model_path import HUB_ID
 BATCH = 64
 
 
-class Judge:
-    """A CLIP model in a folder or on the hub, such as openai/clip-vit-large-patch14. Embeddings are unit vectors (N, D). `id`: the model's hash."""
+class ImageJudge(ABC):
+    """A model's embeddings of pictures: unit vectors (N, D). `id`: the model's hash. Raises ConfigError for a model that cannot be read."""
+
+    setting: ClassVar[str]  # the key of the configuration that names it
+    kind: ClassVar[str]  # of model, in words
+    model_class: ClassVar[str]
+    example: ClassVar[str]  # a hub id
+    processor: Any
 
     def __init__(self, path: str, device: torch.device) -> None:
         try:
-            clip, info = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-            self.clip = clip.to(device).eval()
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
-            self.processor = CLIPImageProcessorPil.from_pretrained(path)
-            missing = sorted([*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])])
-            if missing:  # transformers would make them up with a warning
-                raise ValueError(f"its weights lack {missing[0]}")
-            if len(self.tokenizer) < 0.9 * clip.config.text_config.vocab_size:
-                raise ValueError(f"its tokenizer knows {len(self.tokenizer)} pieces and the model {clip.config.text_config.vocab_size}")
+            self._load(path, device)
         except (OSError, ValueError) as error:
-            raise _unreadable(path, str(error).strip().splitlines()[0]) from error
+            raise self._unreadable(path, str(error).strip().splitlines()[0]) from error
         self.device = device
         self.id = record.digest(record.fingerprint(path))
 
-    @staticmethod
-    def check(path: str) -> None:
-        """Raises ConfigError for a path that holds no CLIP model, from its configuration and headers; a hub id that is not here passes."""
+    @abstractmethod
+    def _load(self, path: str, device: torch.device) -> None:
+        """Loads the model and its processor. Raises OSError or ValueError."""
+
+    @abstractmethod
+    def _features(self, pixels: Tensor) -> Any:
+        """The model's features of what the processor makes of pictures."""
+
+    @classmethod
+    def check(cls, path: str) -> None:
+        """Raises ConfigError for a path that holds no such model, from its configuration and headers; a hub id that is not here passes."""
         if not Path(path).is_dir() and (Path(path).exists() or not HUB_ID.fullmatch(path)):
-            raise _unreadable(path, "it is no folder")
+            raise cls._unreadable(path, "it is no folder")
         try:
-            model_folder.check_judge(path)
+            model_folder.check_judge(path, cls.model_class)
         except (ConfigError, OSError) as error:
-            raise _unreadable(path, str(error)) from error
+            raise cls._unreadable(path, str(error)) from error
 
     @torch.no_grad()
     def images(self, pictures: Tensor) -> Tensor:
@@ -54,13 +61,41 @@ class Judge:
         features, whole = [], pictures.dtype == torch.uint8
         for batch in pictures.split(BATCH):
             inputs = self.processor(images=list(batch.cpu()), do_rescale=whole, input_data_format="channels_first", return_tensors="pt")
-            features.append(_pooled(self.clip.get_image_features(inputs["pixel_values"].to(self.device))))
+            features.append(_pooled(self._features(inputs["pixel_values"].to(self.device))))
         return torch.cat(features)
 
     def shared(self, accelerator: Accelerator, count: int, read: Callable[[range], Tensor]) -> Tensor:
         """Embeds `count` pictures as `images` does, a batch on each rank in turn; `read` gives pictures by number. Call it on every rank."""
         batches = [range(first, min(first + BATCH, count)) for first in range(0, count, BATCH)]
         return torch.cat(share(accelerator, batches, lambda rows: self.images(read(rows))))
+
+    @classmethod
+    def _unreadable(cls, path: str, reason: str) -> StageError:
+        """The error for a judge that cannot be loaded: whether it is a folder, nothing at all, or on the hub."""
+        given = f"{cls.setting}={path}"
+        if Path(path).exists():
+            return ConfigError(f"{given} is no readable {cls.kind} model ({reason}). Give a transformers {cls.model_class} folder.")
+        if not HUB_ID.fullmatch(path):
+            return ConfigError(f"{given} does not exist. Correct the path, or give a hub id such as {cls.example}.")
+        return TryAgainError(f"{given} is no local folder and could not be fetched from the hub ({reason}). Check the name and the network.")
+
+
+class Judge(ImageJudge):
+    """A CLIP model in a folder or on the hub, such as openai/clip-vit-large-patch14. Embeds prompts as well, for the same comparison."""
+
+    setting, kind, model_class, example = "judge", "CLIP", "CLIPModel", "openai/clip-vit-large-patch14"
+
+    def _load(self, path: str, device: torch.device) -> None:
+        clip, info = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        self.clip = clip.to(device).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.processor = CLIPImageProcessorPil.from_pretrained(path)
+        check_complete(info)
+        if len(self.tokenizer) < 0.9 * clip.config.text_config.vocab_size:
+            raise ValueError(f"its tokenizer knows {len(self.tokenizer)} pieces and the model {clip.config.text_config.vocab_size}")
+
+    def _features(self, pixels: Tensor) -> Any:
+        return self.clip.get_image_features(pixels)
 
     @torch.no_grad()
     def prompts(self, texts: Sequence[str]) -> Tensor:
@@ -69,13 +104,10 @@ class Judge:
         return _pooled(self.clip.get_text_features(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]))
 
 
-def _unreadable(path: str, reason: str) -> StageError:
-    """The error for a judge that cannot be loaded: whether it is a folder, nothing at all, or on the hub."""
-    if Path(path).exists():
-        return ConfigError(f"judge={path} is no readable CLIP model ({reason}). Give a transformers CLIPModel folder.")
-    if not HUB_ID.fullmatch(path):
-        return ConfigError(f"judge={path} does not exist. Correct the path, or give a hub id such as openai/clip-vit-large-patch14.")
-    return TryAgainError(f"judge={path} is no local folder and could not be fetched from the hub ({reason}). Check the name and the network.")
+def check_complete(info: Mapping[str, Any]) -> None:
+    """Raises ValueError for weights that a file lacks, from transformers' loading info: it would make them up with a warning."""
+    if missing := sorted([*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])]):
+        raise ValueError(f"its weights lack {missing[0]}")
 
 
 def _pooled(features: Any) -> Tensor:

@@ -73,25 +73,28 @@ def kid(images: Tensor, reference: Tensor) -> float:
     return (off_diagonal_mean(kernel(x, x)) + off_diagonal_mean(kernel(y, y)) - 2 * kernel(x, y).mean()).item()
 
 
+LOOKS = ("style_similarity", "diversity", "memorisation", "kid")  # what is measured on the embeddings of the style judge, if there is one
+
+
 def measure(
-    features: Tensor, prompts: Tensor, meaning: Tensor, style: Tensor, training: Tensor | None, distance_to_ideal: Tensor | None
+    features: Tensor, looks: Tensor, prompts: Tensor, meaning: Tensor, style: Tensor, training: Tensor | None, distance_to_ideal: Tensor | None
 ) -> tuple[dict[str, Tensor], float]:
     """Every metric of a cell picture by picture, name -> (P, R), and the KID of them all.
 
-    `features` (P, R, D), `prompts` (P, D), `style` (M, D) and, if they are known, `training` (N, D) are the judge's unit vectors;
-    `distance_to_ideal` (P, R), if there is one, is as from `distance`.
+    `features` (P, R, D) and `prompts` (P, D) are the judge's unit vectors; `looks` (P, R, E), `style` (M, E) and, if they are known, `training`
+    (N, E) those of the style judge, or the judge's too; `distance_to_ideal` (P, R), if there is one, is as from `distance`.
     """
     values = {
         "prompt_fidelity": r_precision(features, prompts, meaning),
         "clip_score": clip_score(features, prompts),
-        "style_similarity": style_similarity(features, style),
-        "diversity": diversity(features),
+        "style_similarity": style_similarity(looks, style),
+        "diversity": diversity(looks),
     }
     if training is not None:
-        values["memorisation"] = memorisation(features, training, style)
+        values["memorisation"] = memorisation(looks, training, style)
     if distance_to_ideal is not None:
         values["distance_to_ideal"] = distance_to_ideal
-    return values, kid(features.flatten(0, 1), style)
+    return values, kid(looks.flatten(0, 1), style)
 
 
 def distance(images: Tensor, ideal: Tensor) -> Tensor:

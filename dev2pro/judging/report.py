@@ -7,7 +7,7 @@ Names and prompts are untrusted: the template escapes them, and the page forbids
 import math
 import pathlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
@@ -28,6 +28,7 @@ class Grid:
     seed: int
     prompts: list[str]
     rows: list[tuple[str, list[Image.Image]]]
+    sampled: list[str] = field(default_factory=list)  # how the pictures of each row were sampled
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def write(path: pathlib.Path, metrics: dict[str, Any], grids: list[Grid]) -> Non
         picture=lambda image: page.picture(image, LARGEST, SMALLEST),
         arm_of=_arm,
         verdict=metrics["verdict"],
+        judged_by=metrics.get("judged_by", {}),
         settings=metrics["settings"],
         styles=metrics["styles"],
         arms=sorted(metrics["arms"], key=_is_reference),

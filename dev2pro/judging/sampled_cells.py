@@ -12,7 +12,7 @@ from dev2pro.judging import cell_store, metrics
 from dev2pro.judging.cell_store import CellFiles
 from dev2pro.judging.cells import Inference
 from dev2pro.judging.forecast import Forecast, in_words
-from dev2pro.judging.judge import Judge
+from dev2pro.judging.judge import ImageJudge
 from dev2pro.judging.sampler import Sampler
 from dev2pro.judging.shares import share
 from dev2pro.log import Progress
@@ -80,7 +80,7 @@ class SampledCells:
         for number, sha256 in zip(missing, share(self.accelerator, range(len(missing)), sample_one), strict=True):
             hashes[number] = sha256
 
-    def embeddings(self, cell: PlannedCell, by: Judge) -> Tensor:
+    def embeddings(self, cell: PlannedCell, by: ImageJudge) -> Tensor:
         """A judge's embeddings (P, R, D) of a cell, computed once; the ranks share the work."""
         files, pictures = cell.files, record.digest(self._hashes[cell.files.id])
         [found] = share(self.accelerator, [files], lambda files: files.read_embeddings(by.id, pictures))  # one rank reads for all

@@ -13,13 +13,18 @@ from dev2pro.artifacts import store
 from dev2pro.errors import ConfigError, TryAgainError
 from dev2pro.escape import printable
 from dev2pro.models import model_parts, model_path
-from dev2pro.models.model_parts import ENCODERS, JUDGE, MODELS, TRANSFORMER
+from dev2pro.models.model_parts import ENCODERS, JUDGE, MODELS, STYLE_JUDGE, TRANSFORMER
 from dev2pro.models.weight_files import ModelFolder, find
 
 RELATED = {  # pipelines with a transformer of FLUX.1's class -> what is else about them
     "FluxKontextPipeline": "it edits a picture that it is given, and training here gives it none",
     "FluxFillPipeline": "it fills the holes of a picture, and takes that as further channels",
     "FluxControlPipeline": "it follows a control picture, and takes that as further channels",
+}
+
+SWAPPED = {  # judge that is wanted -> what to do with one of the other kind
+    "CLIPModel": "It has no text tower to compare prompts with: give it as style_judge=, and a CLIPModel as judge=.",
+    "Dinov2Model": "Give it as judge=, which judges what style_judge=null leaves to it, or a Dinov2Model as style_judge=.",
 }
 
 
@@ -112,16 +117,22 @@ def check_pipeline(path: str, variant: str | None = None) -> dict[str, int]:
     return {name: times * configs[part][key] for (part, key), (name, times) in made.items() if key in configs.get(part, {})}
 
 
-def check_judge(path: str) -> None:
-    """Raises ConfigError if a CLIPModel folder, or the copy in the hub's cache, cannot be read; nothing for a path that holds neither."""
-    if (folder := find(path)) and (config := folder.config(JUDGE)) is not None:
-        if config.get("model_type") != "clip":
-            kind = printable(str(config.get("model_type") or config.get("_class_name")))[:60]
-            raise folder.fail(JUDGE, "config.json", f"is that of a {kind}, not of a CLIPModel", "Give a transformers CLIPModel folder.")
-        model_parts.check_config(folder, JUDGE, config)
-        model_parts.check_weights(folder, JUDGE, None, config)
-        folder.config(JUDGE, "preprocessor_config.json")
-        model_parts.check_tokenizer(folder, JUDGE)
+def check_judge(path: str, kind: str = "CLIPModel") -> None:
+    """Raises ConfigError if the folder of a judge, a CLIPModel or a Dinov2Model, or the copy in the hub's cache, cannot be read.
+
+    Nothing for a path that holds neither.
+    """
+    part, model_type = (JUDGE, "clip") if kind == "CLIPModel" else (STYLE_JUDGE, "dinov2")
+    if (folder := find(path)) and (config := folder.config(part)) is not None:
+        if (found := config.get("model_type")) != model_type:
+            other = printable(str(found or config.get("_class_name")))[:60]
+            cure = SWAPPED[kind] if found in ("clip", "dinov2") else f"Give a transformers {kind} folder."
+            raise folder.fail(part, "config.json", f"is that of a {other}, not of a {kind}", cure)
+        model_parts.check_config(folder, part, config)
+        model_parts.check_weights(folder, part, None, config)
+        folder.config(part, "preprocessor_config.json")
+        if part == JUDGE:
+            model_parts.check_tokenizer(folder, part)
 
 
 def fetch(path: str, load: Callable[[], Any]) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, Dinov2Config, Dinov2Model, T5Config, T5EncoderModel
 
 from dev2pro.errors import ConfigError
 from dev2pro.escape import printable
@@ -15,19 +15,24 @@ from dev2pro.models import weight_headers
 from dev2pro.models.model_path import INDEX
 from dev2pro.models.weight_files import DIFFUSERS, TRANSFORMERS, UNQUANTISED, ModelFolder
 
-TRANSFORMER, JUDGE = "transformer", ""  # the judge is its folder
+TRANSFORMER, JUDGE, STYLE_JUDGE = "transformer", "", "."  # a judge is its folder; "." is the same one
 MODELS: dict[str, tuple[str, str, Callable[[Any], torch.nn.Module]]] = {  # part -> class, name of its weights, maker from a configuration
     TRANSFORMER: ("FluxTransformer2DModel", DIFFUSERS, FluxTransformer2DModel.from_config),
     "vae": ("AutoencoderKL", DIFFUSERS, AutoencoderKL.from_config),
     "text_encoder": ("CLIPTextModel", TRANSFORMERS, lambda values: CLIPTextModel(CLIPTextConfig(**values))),
     "text_encoder_2": ("T5EncoderModel", TRANSFORMERS, lambda values: T5EncoderModel(T5Config(**values))),
     JUDGE: ("CLIPModel", TRANSFORMERS, lambda values: CLIPModel(CLIPConfig(**values))),
+    STYLE_JUDGE: ("Dinov2Model", TRANSFORMERS, lambda values: Dinov2Model(Dinov2Config(**values))),
 }
 BLOCKS = {  # part -> key of its configuration, and the blocks that it counts
     TRANSFORMER: {"num_layers": "transformer_blocks", "num_single_layers": "single_transformer_blocks"},
     "text_encoder": {"num_hidden_layers": "encoder.layers"},
     "text_encoder_2": {"num_layers": "encoder.block"},
 }
+DINO_ATTENTION = {  # names in files -> in transformers 5
+    ".attention.attention.query.": ".attention.q_proj.", ".attention.attention.key.": ".attention.k_proj.",
+    ".attention.attention.value.": ".attention.v_proj.", ".attention.output.dense.": ".attention.o_proj.",
+}  # fmt: skip
 FEW = 2  # blocks of each kind that are made to learn the shapes
 ENCODERS = ("vae", "text_encoder", "text_encoder_2")
 CLIP_FILES, T5_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt")), (("tokenizer.json",), ("spiece.model",))
@@ -83,7 +88,7 @@ def check_config(folder: ModelFolder, part: str, config: Mapping[str, Any]) -> N
     if "quanto_qmap.json" in folder.files(part):
         raise folder.fail(part, "quanto_qmap.json", "is that of a quantised model (optimum-quanto)", UNQUANTISED)
     for key, value in _flat(config):
-        if "layers" in key and value is not None and not (type(value) is int and 0 <= value <= MOST_LAYERS):
+        if "layers" in key.split("_") and value is not None and not (type(value) is int and 0 <= value <= MOST_LAYERS):
             raise folder.fail(part, "config.json", f"has {printable(key)[:60]}={printable(str(value))[:40]}")
     parameters(folder, part, config)
 
@@ -111,7 +116,9 @@ def _parameters(part: str, config: str) -> dict[str, tuple[int, ...]]:
 
 
 def _plain(name: str) -> str:
-    """A parameter's name without what only some versions of transformers write; T5 has its embedding under two names."""
+    """A parameter's name without what only some versions of transformers write; T5 has its embedding under two names, DINOv2 its attention."""
+    for in_files, in_models in DINO_ATTENTION.items():
+        name = name.replace(in_files, in_models)
     return "shared.weight" if name == "encoder.embed_tokens.weight" else name.removeprefix("text_model.")
 
 

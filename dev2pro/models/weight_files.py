@@ -19,7 +19,7 @@ AGAIN = "Download or convert it again."
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A folder of models, each in a subfolder called its part; "" is the folder itself. `name`: the path or hub id that was given.
+    """A folder of models, each in a subfolder called its part; "" and "." are the folder itself. `name`: the path or hub id that was given.
 
     `complete`: false in the hub's cache, where what is missing can still be fetched.
     """
@@ -30,7 +30,7 @@ class ModelFolder:
 
     def fail(self, part: str, file: str, reason: str, cure: str = AGAIN) -> ConfigError:
         """The error for a file that cannot be used."""
-        return ConfigError(f"The model in {self.name} cannot be read: {'/'.join(filter(None, (part, file)))} {reason}. {cure}")
+        return ConfigError(f"The model in {self.name} cannot be read: {'/'.join(name for name in (part, file) if name.strip('.'))} {reason}. {cure}")
 
     def config(self, part: str, file: str = "config.json") -> dict[str, Any] | None:
         """The JSON object of a file; None where it can still be fetched. Raises ConfigError for a file that is missing or something else."""
@@ -120,7 +120,11 @@ class ModelFolder:
         """The error for a part without plain weights: what is there instead, and what to do with it."""
         if present:
             names = sorted(filter(None, present))
-            cure = f"Add model.variant={names[0]} to the command." if part else f"Save it again without a variant: dev2pro reads {stem}.safetensors."
+            cure = (
+                f"Add model.variant={names[0]} to the command."
+                if part.strip(".")
+                else f"Save it again without a variant: dev2pro reads {stem}.safetensors."
+            )
             return self.fail(part, "", f"has no weights but those of variant {', '.join(names)}", cure)
         files = sorted(self.files(part))
         if shards := [name for name in files if re.fullmatch(rf"{stem}[.-].*-of-\d+.*\.safetensors", name)]:

@@ -9,14 +9,14 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, Dinov2Config, Dinov2Model, T5Config, T5EncoderModel
 
 from dev2pro.errors import ConfigError
 from dev2pro.models import lora, model_folder, offload
 from dev2pro.models.flux1 import Encoders, ModelConfig
 from dev2pro.models.lora import AdapterConfig
 
-FLUX1_DEV, CLIP_LARGE = "black-forest-labs/FLUX.1-dev", "openai/clip-vit-large-patch14"
+FLUX1_DEV, CLIP_LARGE, DINOV2_BASE = "black-forest-labs/FLUX.1-dev", "openai/clip-vit-large-patch14", "facebook/dinov2-base"
 BUNDLED: dict[tuple[str, str], dict[str, Any]] = {  # shapes of what the hub has, so that a plan needs no network
     (FLUX1_DEV, "transformer"): {
         "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 4096,
@@ -42,6 +42,7 @@ BUNDLED: dict[tuple[str, str], dict[str, Any]] = {  # shapes of what the hub has
         },
         "projection_dim": 768,
     },
+    (DINOV2_BASE, ""): {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 14, "image_size": 518},
 }  # fmt: skip
 
 
@@ -87,6 +88,12 @@ def judge(path: str) -> CLIPModel:
     """The CLIP that judges pictures, in float32 as `Judge` loads it. On the meta device."""
     settings = _settings(path, "", lambda path: CLIPConfig.from_pretrained(path).to_dict())
     return _on_meta(CLIPModel, CLIPConfig(**settings), torch.float32)
+
+
+def style_judge(path: str) -> Dinov2Model:
+    """The DINOv2 that judges what pictures look like, in float32 as `StyleJudge` loads it. On the meta device."""
+    settings = _settings(path, "", lambda path: Dinov2Config.from_pretrained(path).to_dict())
+    return _on_meta(Dinov2Model, Dinov2Config(**settings), torch.float32)
 
 
 def _text(settings: Any, model: Any, path: str, part: str, dtype: torch.dtype) -> Any:

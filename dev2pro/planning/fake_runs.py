@@ -8,7 +8,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from transformers import CLIPModel
+from transformers import CLIPModel, Dinov2Model
 
 from dev2pro.models import flux1
 from dev2pro.models.encodings import NoisedBatch
@@ -116,12 +116,14 @@ def text_encoding(encoders: Encoders) -> Usage:
 
 
 @torch.no_grad()
-def judging(clip: CLIPModel, count: int) -> Usage:
-    """`count` pictures through the judge."""
-    side = clip.config.vision_config.image_size
+def judging(judge: CLIPModel | Dinov2Model, count: int) -> Usage:
+    """`count` pictures through a judge, in the size it was trained for: DINOv2's processor cuts them to less, so that is more than it needs."""
+    is_clip = isinstance(judge, CLIPModel)
+    side = judge.config.vision_config.image_size if is_clip else judge.config.image_size
     with FakeTensorMode():
-        fake_models.fake(clip)
-        return _measure(lambda: clip.get_image_features(torch.empty(count, 3, side, side)), clip)
+        fake_models.fake(judge)
+        pixels = torch.empty(count, 3, side, side)
+        return _measure(lambda: judge.get_image_features(pixels) if is_clip else judge(pixels), judge)
 
 
 def optimizer_state(config: OptimConfig, model: nn.Module) -> int:

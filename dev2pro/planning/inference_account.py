@@ -24,29 +24,35 @@ def evaluation(stage: str, config: Any, sizes: Sequence[Size], prompts: int) -> 
     """Of evaluate's configuration, for pictures of one size: one transformer at a time; the text encoders are gone when it comes."""
     hardware, layout, sampling = config.hardware, Layout.of(config), config.sampling
     encoders, judge = load_encoders(config), fake_models.judge(config.judge)
+    style_judge = fake_models.style_judge(path) if (path := getattr(config, "style_judge", None)) else None
+    judges = {"judge": nbytes(judge)} | ({"style judge": nbytes(style_judge)} if style_judge else {})
+    judging = max(fake_runs.judging(one, JUDGED).peak for one in (judge, style_judge) if one)
     shape = batch_shape(encoders, sizes[0], sampling.batch)
     transformer = fake_models.transformer(config.model.path, hardware.inference, int8=hardware.int8_base, offloaded=hardware.offloaded_blocks)
     forward, decoding = fake_runs.prediction(transformer, shape), fake_runs.picture_decoding(encoders, sampling.batch, sizes[0])
     texts = fake_runs.text_encoding(encoders)
     vae, encoded = nbytes(encoders.pipeline.vae), prompts * encoders.text_bytes()
     weights = nbytes(transformer) - offloaded_bytes(transformer)
-    staying = layout.overhead | {
-        "judge": nbytes(judge),
-        "VAE": vae,
-        "weights": weights,
-        "encodings": encoded,
-    }
+    staying = (
+        layout.overhead
+        | judges
+        | {
+            "VAE": vae,
+            "weights": weights,
+            "encodings": encoded,
+        }
+    )
     pictures = prompts * config.seeds * 3 * sizes[0][0] * sizes[0][1]
     always = {"processes": PROCESS * layout.local, "encodings": encoded * layout.local, "pictures of a cell": 4 * pictures}
     passes = sampling.steps * (2 if sampling.cfg_scale != 1 else 1)
     return Account(
         stage=stage, ranks=layout.ranks, machines=layout.machines,
         gpu={
-            "encode": layout.overhead | {"judge": nbytes(judge), "T5 and CLIP": text_encoder_bytes(encoders), "activations": texts.peak},
+            "encode": layout.overhead | judges | {"T5 and CLIP": text_encoder_bytes(encoders), "activations": texts.peak},
             "load": staying,
             "sample": staying | {"activations": forward.peak},
             "decode": staying | {"activations": decoding.peak},
-            "judge": staying | {"activations": fake_runs.judging(judge, JUDGED).peak},
+            "judge": staying | {"activations": judging},
         },
         host={"load": always | {"weights": nbytes(transformer) * layout.local}, "sample": always},
         disk={"a cell's pictures": pictures},

@@ -119,3 +119,25 @@ def test_what_hydra_cannot_read_is_shown_quoted():
     (word,) = shlex.split(told.partition(", type ")[2].rstrip("."))
     assert word == r"out='/x/\${HOME}'"
     assert command_line.cure(["steps=(x", "out=a"], Schema) == ""
+
+
+@pytest.mark.parametrize(
+    ("word", "values"),
+    [
+        ("out=a=b (1),c#", ["a=b (1)", "c#"]),
+        ("out=x, y", ["x, y"]),  # a folder of that name
+        ("out=x, y,2020", ["x, y", "2020"]),
+        ("out='p, q',r", ["p, q", "r"]),
+        ("out='p, q'", ["p, q"]),
+        ("publish=choice(p,s)", ["p", "s"]),
+        ("publish=null,s", [None, "s"]),
+        ("data.train=[c#],[it's,x, y]", [["c#"], ["it's", "x, y"]]),
+        ("data.train=c#,it's", [["c#", "it's"]]),
+        ("steps=1,2", [1, 2]),
+    ],
+)
+def test_a_sweep_goes_through_what_commas_part(word, values):
+    [read] = command_line.read([word], Schema, sweep=True)
+    override = OverridesParser.create().parse_override(read)
+    found = override.sweep_iterator() if override.is_sweep_override() else [override._value]
+    assert [override._convert_value(value) for value in found] == values

@@ -1,5 +1,6 @@
 """evaluate on the bundled miniature: killed and continued, with another arm, with damaged pictures, with one transformer in memory at a time."""
 
+import csv
 import gc as collector
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from data import sources
 from data.storage.transport import ReadConfig, Transport
@@ -163,6 +165,50 @@ def test_damaged_and_foreign_pictures_are_sampled_again_and_it_is_told(loras, un
     assert after.keys() == before.keys()
     assert {name for name in after if after[name] != before[name]} == set(map(str, (flipped, cut, foreign)))
     assert metrics(tmp_path / "again") == metrics(undisturbed)
+
+
+def test_a_style_judge_sees_the_looks_and_leaves_the_prompts_to_the_judge(loras, undisturbed, tmp_path, run_stage, tiny_dino):
+    out, words_ = tmp_path / "out", words(loras, tmp_path / "out", "base@1", "teacher@1")
+    code, stderr = run_stage("evaluate", *words_, f"style_judge={tiny_dino}", f"cells={undisturbed}/cells")
+    assert code == 0, stderr
+    before, now = json.loads(metrics(undisturbed)), json.loads(metrics(out))
+    for cell, other in zip(before["cells"], now["cells"], strict=True):
+        assert {name for name in cell if cell[name] != other[name]} == {"style_similarity", "diversity", "kid"}
+    judge, ids = "data/miniature/judge", {name: record.digest(record.fingerprint(str(name))) for name in ("data/miniature/judge", tiny_dino)}
+    assert now["judged_by"] == {
+        "prompt_fidelity": judge,
+        "clip_score": judge,
+        **dict.fromkeys(("style_similarity", "diversity", "kid"), str(tiny_dino)),
+    }
+    assert f"The judge is {tiny_dino}." in (out / "report.html").read_text()
+    assert "judged_by" not in before
+    assert "style_judge" not in before["settings"]
+    assert {p["role"]: p["id"] for p in record.read(str(out)).parents}["style_judge"] == record.fingerprint(str(tiny_dino))
+    assert record.read(str(undisturbed)).config.keys() == record.read(str(out)).config.keys() - {"style_judge"}
+    for cell in (undisturbed / "cells").iterdir():
+        for name, width in ((judge, 64), (tiny_dino, 48)):
+            with safe_open(cell / f"embeddings-{ids[name][:16]}.safetensors", "pt") as file:
+                assert (file.metadata()["judge"], file.get_tensor("data").shape) == (ids[name], (8, width))
+
+    code, stderr = run_stage("evaluate", *words(loras, tmp_path / "swapped", "base@1"), f"judge={tiny_dino}", f"style_judge={judge}")
+    assert (code, f"judge={tiny_dino} is no readable CLIP model" in stderr, "It has no text tower" in stderr) == (2, True, True)
+    assert not (tmp_path / "swapped").exists()
+
+
+def test_every_picture_is_kept_with_its_guidance_and_cfg_scale(undisturbed):
+    sampled = {"teacher": ("1.0", "3.5"), "base": ("3.5", "1.0")}
+    with (undisturbed / "pictures.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8 * len(CELLS)
+    assert {(row["inference"], row["guidance"], row["cfg_scale"]) for row in rows} == {(name, *how) for name, how in sampled.items()}
+    files = list((undisturbed / "cells").glob(f"*/{WHOLE}"))
+    assert len(files) == BATCHES * len(CELLS)
+    for path in files:
+        described = json.loads((path.parent / "cell.json").read_text())
+        with safe_open(path, "pt") as file:
+            found = tuple(file.metadata()[key] for key in ("guidance", "cfg_scale"))
+        assert found == (str(described["guidance"]), str(described["cfg_scale"]))
+        assert found in sampled.values()
 
 
 def test_a_store_is_no_folder_for_pictures(loras, tmp_path, run_stage):

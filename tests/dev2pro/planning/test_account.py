@@ -70,6 +70,23 @@ def test_the_blocks_that_a_card_has_room_for_are_not_recomputed():
     assert plan.fewer_recomputed("recover", config, SQUARE, needed, least) == ""
 
 
+def test_an_evaluation_counts_its_style_judge_in_every_phase(tiny_dino):
+    def gpu(*overrides: str) -> dict[str, dict[str, float]]:
+        return planned("evaluate", composed("evaluate", "experiment=miniature", *overrides)).gpu
+
+    alone, base, tiny = gpu(), gpu(f"style_judge={fake_models.DINOV2_BASE}"), gpu(f"style_judge={tiny_dino}")
+    weights = sum(file.stat().st_size for file in tiny_dino.glob("*.safetensors"))
+    for phase, parts in alone.items():
+        assert base[phase]["style judge"] == 4 * 86_580_480  # float32
+        assert tiny[phase]["style judge"] == pytest.approx(weights, rel=0.1)
+        assert "style judge" not in parts
+        assert {name: bytes for name, bytes in base[phase].items() if name not in ("style judge", "activations")} == {
+            name: bytes for name, bytes in parts.items() if name != "activations"
+        }
+    assert base["judge"]["activations"] > alone["judge"]["activations"]
+    assert base["sample"]["activations"] == alone["sample"]["activations"]
+
+
 # ---- every hardware file, for what its first line says that it is for ---------------------------------------------------------------
 
 FILES = {file.stem: file.read_text() for file in sorted((ROOT / "conf/hardware").glob("*.yaml"))}
