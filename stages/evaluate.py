@@ -107,7 +107,7 @@ def run(config: EvaluateConfig) -> Artifact | None:
     result = {"settings": settings, **found, "memorisation_of_heldout": fresh, "recovery": recovery(config)}
     if config.style_judge:
         settings["style_judge"], named = config.style_judge, {"prompt_fidelity": config.judge, "clip_score": config.judge}
-        result["judged_by"] = named | dict.fromkeys(metrics.LOOKS, config.style_judge)
+        result["judged_by"] = named | {name: config.style_judge for name in metrics.LOOKS if name in found["cells"][0]}
     if accelerator.is_main_process:
         write_results(Path(config.out), result, judged, groups)
     summary = {"verdict": found["verdict"], "gains": found["gains"]}
