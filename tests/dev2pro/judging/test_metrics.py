@@ -90,10 +90,10 @@ def test_memorisation_by_loop_and_that_of_the_held_out_pictures():
 
 
 def test_memorisation_is_measured_where_the_training_pictures_are_known():
-    features, prompts, style, training = unit(3, 2, 8), unit(3, 8), unit(6, 8), unit(5, 8)
-    values, _ = metrics.measure(features, prompts, torch.arange(3), style, training, None)
-    torch.testing.assert_close(values["memorisation"], metrics.memorisation(features, training, style))
-    without, _ = metrics.measure(features, prompts, torch.arange(3), style, None, None)
+    features, looks, prompts, style, training = unit(3, 2, 8), unit(3, 2, 4), unit(3, 8), unit(6, 4), unit(5, 4)
+    values, _ = metrics.measure(features, looks, prompts, torch.arange(3), style, training, None)
+    torch.testing.assert_close(values["memorisation"], metrics.memorisation(looks, training, style))
+    without, _ = metrics.measure(features, looks, prompts, torch.arange(3), style, None, None)
     assert without.keys() == values.keys() - {"memorisation"}
 
 

@@ -42,7 +42,7 @@ def test_only_looks_come_from_the_style_judge():
         return torch.nn.functional.normalize(torch.randn(*shape), dim=-1)
 
     features, prompts, meaning = unit(3, 4, 8), unit(3, 8), torch.arange(3)
-    (one, kid), (other, other_kid) = (metrics.measure(features, unit(3, 4, 5), prompts, meaning, unit(6, 5), None) for _ in range(2))
+    (one, kid), (other, other_kid) = (metrics.measure(features, unit(3, 4, 5), prompts, meaning, unit(6, 5), unit(7, 5), None) for _ in range(2))
     changed = {name for name in one if not torch.equal(one[name], other[name])} | ({"kid"} if kid != other_kid else set())
     assert changed == set(metrics.LOOKS)
 
