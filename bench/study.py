@@ -17,7 +17,7 @@ import shutil
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +38,11 @@ from stages import frame
 
 RUNS, RESULTS = Path("runs/study"), Path("docs/study")
 BUNDLE = Path("data/miniature")
-METRICS = ("prompt_fidelity", "distance_to_ideal", "style_similarity", "clip_score", "diversity")
+METRICS = ("prompt_fidelity", "distance_to_ideal", "style_similarity", "clip_score", "diversity", "memorisation")
+EFFECTS = ("response_kept", "cosine", "ratio", "leak")  # of stages.diagnose: docs/diagnosis.md
+COLUMNS = ("base", "seed", "style", "arm", "digit", "pictures", "steps", "seconds", *EFFECTS, *METRICS)
+NO_EFFECT = ("1", "", "", "")
+OUTSIDE = f"{BUNDLE}/shards/ink/heldout-*.tar"  # pictures of no style, in the same words
 BASES = ("outside", "inside", "dead")  # where guidance 1 lies in what the base was distilled at; or its guidance input does nothing
 DEAD = {"guidance": [3.5, 3.5], "save_dtype": "bfloat16", "preview.pictures": 0}  # always the same guidance: the input means nothing
 
@@ -90,7 +94,7 @@ def jobs(plan: Plan, base: str, seed: int) -> list[Job]:
         needs = [f"{style} {arm}" for arm in plan.arms]
         values = {"out": str(judged(plan, out, "evaluate", style)), "loras": loras, "recovered": None, "cells": str(out / "cells")}
         found.append(Job(f"evaluate {style}", "evaluate", hydra_args(common, plan.evaluate, values), needs))
-        values = {"out": str(judged(plan, out, "diagnose", style)), "loras": loras, "teacher": plan.teacher}
+        values = {"out": str(judged(plan, out, "diagnose", style)), "loras": loras, "outside": [OUTSIDE]}
         found.append(Job(f"diagnose {style}", "diagnose", hydra_args(common, plan.styles[style], values), needs))
     return found
 
@@ -130,7 +134,7 @@ def run_all(todo: list[Job], name: str, log: Path, processes: int) -> None:
             progress.step(len(done))
 
 
-def rows(plan: Plan, base: str, seed: int) -> Iterator[list[Any]]:
+def rows(plan: Plan, base: str, seed: int) -> Iterator[list[str]]:
     """The rows of a part's CSV: means over a digit's phrasings and seeds, the LoRA on the base at its usual guidance."""
     out = RUNS / base / str(seed)
     for style in plan.styles:
@@ -140,12 +144,27 @@ def rows(plan: Plan, base: str, seed: int) -> Iterator[list[Any]]:
         for row in pictures:
             by_arm[row["arm"], row["meaning"]].append(row)
         diagnosis = json.loads((judged(plan, out, "diagnose", style) / "diagnosis.json").read_text())
-        kept = {Path(one["name"]).name: one["response_kept"] for one in diagnosis["found"][1:]}
+        effects = {Path(one["name"]).name: effect(one) for one in diagnosis["found"][1:]}
         for (arm, digit), some in by_arm.items():
             trained = record.read(str(out / "lora" / style / arm)) if arm in plan.arms else None
-            seconds = trained.step / trained.metrics["steps_per_second"] if trained else 0.0
+            steps, seconds = (trained.step, trained.step / trained.metrics["steps_per_second"]) if trained else (0, 0.0)
             means = [f"{sum(float(row[metric]) for row in some) / len(some):.6g}" for metric in METRICS]
-            yield [base, seed, style, arm, digit, len(some), trained.step if trained else 0, f"{seconds:.1f}", f"{kept.get(arm, 1.0):.4f}", *means]
+            yield [base, str(seed), style, arm, digit, str(len(some)), str(steps), f"{seconds:.1f}", *effects.get(arm, NO_EFFECT), *means]
+
+
+def effect(one: dict[str, Any]) -> list[str]:
+    """A diagnosed LoRA's EFFECTS, empty where there is no such number."""
+    numbers = (one["response_kept"], one["transfer"]["cosine"], one["transfer"]["ratio"], one["forgetting"]["leak"])
+    return ["" if number is None else f"{number:.4f}" for number in numbers]
+
+
+def write(file: Path, arms: Collection[str], found: Iterable[Sequence[str]]) -> None:
+    """Writes a part's CSV; rows that it has of other arms than these stay."""
+    there = list(csv.DictReader(file.open())) if file.exists() else []
+    kept = [[row.get(column, "") for column in COLUMNS] for row in there if row["arm"] not in arms]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="") as opened:
+        csv.writer(opened, lineterminator="\n").writerows([COLUMNS, *sorted([*kept, *found], key=lambda row: row[2])])
 
 
 def part(plan: Plan, base: str, seed: int, processes: int) -> None:
@@ -155,12 +174,17 @@ def part(plan: Plan, base: str, seed: int, processes: int) -> None:
         words = hydra_args(plan.common, DEAD, teacher=plan.teacher, out=str(RUNS / "bases/distilled/dead"))
         run_all([Job("dead base", "distill", words)], "study: the dead base", RUNS / "bases/log.txt", 1)
     run_all(jobs(plan, base, seed), f"study {base} {seed}", RUNS / base / f"{seed}.txt", processes)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    with (RESULTS / f"{base}-{seed}.csv").open("w", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["base", "seed", "style", "arm", "digit", "pictures", "steps", "seconds", "response_kept", *METRICS])
-        table.writerows(rows(plan, base, seed))
+    write(RESULTS / f"{base}-{seed}.csv", {*plan.arms, "none"}, rows(plan, base, seed))
     print(f"study {base} {seed}: {(time.monotonic() - start) / 60:.1f} min, {RESULTS / f'{base}-{seed}.csv'}", flush=True)
+
+
+def only(plan: Plan, arms: Sequence[str]) -> Plan:
+    """The plan with these arms, and those that they or the ideal come from. Raises ConfigError for one that it lacks."""
+    if unknown := [arm for arm in arms if arm not in plan.arms]:
+        raise ConfigError(f"--arm {unknown[0]} is not in the plan. Choose among {', '.join(plan.arms)}.")
+    ideal = {name for name, arm in plan.arms.items() if arm.base == "teacher"}
+    needed = {*arms, *ideal, *(plan.arms[arm].teacher_arm for arm in arms)}
+    return plan.model_copy(update={"arms": {name: arm for name, arm in plan.arms.items() if name in needed}})
 
 
 def main() -> None:
@@ -168,11 +192,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", choices=BASES, action="append", help="one of the bases; may be given several times; all of them without it")
     parser.add_argument("--seed", type=int, action="append", help="of every training and picture; may be given several times; 0, 1 and 2 without it")
+    parser.add_argument("--arm", action="append", default=[], help="one of the plan's; may be given several times; all of them without it")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--plan", default="study", help="of conf/pipeline/")
     asked = parser.parse_args()
     try:
         plan = plans.read(asked.plan)
+        plan = only(plan, asked.arm) if asked.arm else plan
     except ConfigError as error:
         raise SystemExit(f"study: {error}") from error
     for seed in asked.seed or [0, 1, 2]:

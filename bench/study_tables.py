@@ -33,36 +33,38 @@ PLAIN = ("base@1", "base@3.5")
 RECOVERED = tuple(name for name, arm in PLAN.arms.items() if "recovered" in arm.models)  # arms that need the recovered model
 PLAIN_LOSS = tuple(name for name, arm in PLAN.arms.items() if "loss.name" not in arm.lora)
 COLOURS = {"pictures only": "#7f8c99", "the empty caption": "#c55a11", "a recovered model": "#1f4e79"}
+EFFECTS = {"response_kept": "response kept", "cosine": "transfer, cosine", "leak": "leak", "memorisation": "memorisation"}
 METRICS = {"distance_to_ideal": "distance to the ideal", "prompt_fidelity": "prompt fidelity", "style_similarity": "style similarity"}
 
 
 @dataclass(frozen=True)
 class Results:
-    """One base's numbers: metric -> arm -> (digits, runs), the runs in the same order for all arms; and the response that each keeps."""
+    """One base's numbers: metric -> arm -> (digits, runs), the runs in the same order for all, NaN where an arm was not run; and arm -> EFFECTS."""
 
     runs: list[tuple[str, str]]
     tables: dict[str, dict[str, Tensor]]
-    kept: dict[str, float]
+    effects: dict[str, dict[str, float | None]]
 
     @property
     def arms(self) -> list[str]:
         """The arms that people could train, the nearest to the ideal first."""
         tables = self.tables["distance_to_ideal"]
-        return sorted((arm for arm in tables if arm not in REFERENCES), key=lambda arm: tables[arm].mean().item())
+        return sorted((arm for arm in tables if arm not in REFERENCES), key=lambda arm: tables[arm].nanmean().item())
 
-    @property
-    def bootstrap(self) -> Bootstrap:
-        """Over digits and runs."""
-        return Bootstrap(10, len(self.runs), DRAWS, seed=0)
+    def values(self, metric: str, arm: str) -> Tensor:
+        """An arm's numbers (digits, runs) in the runs that it has."""
+        return _present(self.tables[metric][arm])
 
     def gain(self, metric: str, arm: str, rival: str) -> Tensor:
-        """Paired differences (digits, runs), more is better."""
-        difference = self.tables[metric][arm] - self.tables[metric][rival]
+        """Paired differences (digits, runs) in the runs that both have, more is better. Raises ValueError for arms that have none in common."""
+        difference = _present(self.tables[metric][arm] - self.tables[metric][rival])
+        if not difference.numel():
+            raise ValueError(f"{arm} and {rival} have no run in common. Run a part with both.")
         return -difference if metric in LOWER else difference
 
 
 def read(base: str, folder: Path = RESULTS) -> Results | None:
-    """A base's parts; None if there are none. Raises ValueError for a run that lacks an arm."""
+    """A base's parts; None if there are none."""
     rows = [row for file in sorted(folder.glob(f"{base}-*.csv")) for row in csv.DictReader(file.open())]
     if not rows:
         return None
@@ -72,14 +74,28 @@ def read(base: str, folder: Path = RESULTS) -> Results | None:
     for row in rows:
         for metric in METRICS if row["arm"] in arms else ():
             tables[metric][row["arm"]][int(row["digit"]), runs.index((row["seed"], row["style"]))] = float(row[metric])
-    if lacking := [arm for arm in arms if tables["distance_to_ideal"][arm].isnan().any()]:
-        raise ValueError(f"{base}: not every run has {lacking[0]}. Run the parts that lack it again.")
-    kept = {arm: _mean([float(row["response_kept"]) for row in rows if row["arm"] == arm]) for arm in arms}
-    return Results(runs, tables, kept)
+    effects = {arm: {name: _mean([row.get(name) for row in rows if row["arm"] == arm]) for name in EFFECTS} for arm in arms}
+    return Results(runs, tables, effects)
 
 
-def _mean(numbers: Sequence[float]) -> float:
-    return sum(numbers) / len(numbers)
+def _present(table: Tensor) -> Tensor:
+    """The columns without NaN."""
+    return table[:, ~table.isnan().any(0)]
+
+
+def _mean(numbers: Sequence[str | None]) -> float | None:
+    found = [float(number) for number in numbers if number]
+    return sum(found) / len(found) if found else None
+
+
+def bootstrap(values: Tensor) -> Bootstrap:
+    """Over digits and runs."""
+    return Bootstrap(*values.shape, DRAWS, seed=0)
+
+
+def interval_of(values: Tensor) -> dict[str, float]:
+    """mean, low and high (95 %) of values (digits, runs)."""
+    return bootstrap(values).interval(values)
 
 
 def shown(interval: dict[str, float], metric: str, sign: bool = False) -> str:
@@ -91,11 +107,13 @@ def shown(interval: dict[str, float], metric: str, sign: bool = False) -> str:
 
 def table_of_arms(found: Results, *, alive: bool) -> list[str]:
     """Every arm at equal cost, the nearest to the ideal first, references last. Of a dead guidance input nothing could be kept."""
-    lines = ["| arm | " + " | ".join(METRICS.values()) + " | guidance response kept |", "|---|" + "---|" * (len(METRICS) + 1)]
+    lines = [f"| arm | runs | {' | '.join([*METRICS.values(), *EFFECTS.values()])} |", "|---|---|" + "---|" * (len(METRICS) + len(EFFECTS))]
     for arm in [*found.arms, *(one for one in REFERENCES if one in found.tables["distance_to_ideal"])]:
-        name = f"*{arm}*" if arm in REFERENCES else f"**{arm}**" if arm == found.arms[0] else arm
-        cells = [shown(found.bootstrap.interval(found.tables[metric][arm]), metric) for metric in METRICS]
-        lines.append(f"| {name} | {' | '.join(cells)} | {f'{found.kept[arm]:.2f}' if alive else ''} |")
+        title = f"*{arm}*" if arm in REFERENCES else f"**{arm}**" if arm == found.arms[0] else arm
+        cells = [shown(interval_of(values := found.values(metric, arm)), metric) for metric in METRICS]
+        numbers = {**found.effects[arm], **({} if alive else {"response_kept": None})}
+        cells += ["" if number is None else f"{number:.3f}" if name == "memorisation" else f"{number:.2f}" for name, number in numbers.items()]
+        lines.append(f"| {title} | {values.shape[1]} | {' | '.join(cells)} |")
     return lines
 
 
@@ -104,11 +122,11 @@ def table_of_gains(found: Results, arm: str, rivals: Sequence[str]) -> list[str]
     lines = []
     for metric in ("distance_to_ideal", "prompt_fidelity"):
         gains = [found.gain(metric, arm, rival) for rival in rivals]
-        adjusted = holm([found.bootstrap.p_value(gain) for gain in gains])
+        adjusted = holm([bootstrap(gain).p_value(gain) for gain in gains])
         for rival, gain, p in zip(rivals, gains, adjusted, strict=True):
-            interval = found.bootstrap.interval(gain)
+            interval = interval_of(gain)
             decided = "better" if p < 0.05 and interval["mean"] > 0 else "worse" if p < 0.05 else ""
-            needed = repetitions_needed(interval, len(found.runs), len(rivals))
+            needed = repetitions_needed(interval, gain.shape[1], len(rivals))
             open_ = f"undecided; {f'about {needed}' if needed < MANY else f'more than {MANY}'} runs would tell"
             lines.append(f"| {arm} | {rival} | {METRICS[metric]} | {shown(interval, metric, sign=True)} | {p:.3f} | {decided or open_} |")
     return lines
@@ -124,10 +142,10 @@ def table_of_bases(bases: dict[str, Results], folder: Path = RESULTS) -> list[st
     ]
     for base, found in bases.items():
         says, rival = diagnoses[base], next(arm for arm in found.arms if arm not in RECOVERED)
-        gains = [shown(found.bootstrap.interval(found.gain("distance_to_ideal", "recovered@1", arm)), "", sign=True) for arm in (*PLAIN, rival)]
+        gains = [shown(interval_of(found.gain("distance_to_ideal", "recovered@1", arm)), "", sign=True) for arm in (*PLAIN, rival)]
         acts_like = f"{float(says['acts_like']):.1f}" if says["acts_like"] else "none"
         losses = f"{float(says['loss']):.2f}, {float(says['loss_unguided']):.2f}"
-        lines.append(f"| {base} | {acts_like} | {losses} | {gains[0]} | {gains[1]} | {gains[2]}, {rival} |")
+        lines.append(f"| {base} | {acts_like} | {losses} | {' | '.join(gains)}, {rival} |")
     return lines
 
 
@@ -150,11 +168,11 @@ def report(bases: dict[str, Results], folder: Path = RESULTS) -> str:
 def draw(bases: dict[str, Results], path: Path) -> None:
     """The figure: how much nearer to the ideal than plain training at guidance 1 every arm comes, the best on top."""
     tables = [found.tables["distance_to_ideal"] for found in bases.values()]
-    arms = sorted(next(iter(bases.values())).arms, key=lambda arm: -sum(table[arm].mean().item() for table in tables))
+    arms = sorted(next(iter(bases.values())).arms, key=lambda arm: -sum(table[arm].nanmean().item() for table in tables))
     figure = Figure(figsize=(10, 1 + 0.3 * len(arms)), dpi=100, layout="constrained")
     for axis, (base, found) in zip(figure.subplots(1, len(bases), sharey=True, squeeze=False)[0], bases.items(), strict=True):
         for row, arm in enumerate(arms):
-            interval = found.bootstrap.interval(found.gain("distance_to_ideal", arm, PLAIN[0]))
+            interval = interval_of(found.gain("distance_to_ideal", arm, PLAIN[0]))
             colour = COLOURS["a recovered model" if arm in RECOVERED else "pictures only" if arm in PLAIN_LOSS else "the empty caption"]
             axis.plot([interval["low"], interval["high"]], [row, row], color=colour, linewidth=1.6)
             axis.plot(interval["mean"], row, color=colour, marker="o", markersize=5)

@@ -8,6 +8,7 @@ import pytest
 from bench import study, study_tables
 from bench.study_tables import METRICS
 from dev2pro.artifacts.record import ROOT
+from dev2pro.errors import ConfigError
 from dev2pro.judging import diagnosis
 from flows import plan as plans
 
@@ -86,7 +87,7 @@ def test_what_a_diagnosis_says_that_recovery_brings_is_what_the_study_found():
     for base, told in diagnosis.GAINS.items():
         found = study_tables.read(base, ROOT / study_tables.RESULTS)
         for rival, numbers in zip(("base@1", "cfg_augmented@3.5"), told, strict=True):
-            interval = found.bootstrap.interval(found.gain("distance_to_ideal", "recovered@1", rival))
+            interval = study_tables.interval_of(found.gain("distance_to_ideal", "recovered@1", rival))
             assert tuple(interval.values()) == pytest.approx(numbers, abs=0.0006), (base, rival)
 
 
@@ -128,11 +129,38 @@ def test_an_undecided_gain_says_how_many_runs_would_tell(tmp_path):
     assert "undecided; more than 200 runs would tell" in text
 
 
-def test_a_run_without_an_arm_is_named(tmp_path):
+def test_an_arm_is_compared_in_the_runs_that_both_have(tmp_path):
     write(tmp_path, "outside", 0, ARMS)
-    write(tmp_path, "outside", 1, {arm: value for arm, value in ARMS.items() if arm != "redistilled"})
-    with pytest.raises(ValueError, match="not every run has redistilled"):
-        study_tables.read("outside", tmp_path)
+    write(tmp_path, "outside", 1, {arm: value + 0.01 for arm, value in ARMS.items() if arm != "redistilled"})
+    found = study_tables.read("outside", tmp_path)
+    assert found.values("distance_to_ideal", "redistilled").shape == (10, 2)
+    assert found.gain("distance_to_ideal", "redistilled", "base@1").shape == (10, 2)
+    assert found.gain("distance_to_ideal", "recovered@1", "base@1").shape == (10, 4)
+    assert any(line.startswith("| **redistilled** | 2 |") for line in study_tables.report({"outside": found}).splitlines())
+
+
+def test_arms_that_share_no_run_cannot_be_compared(tmp_path):
+    write(tmp_path, "outside", 0, {"base@1": 0.2})
+    write(tmp_path, "outside", 1, {"redistilled": 0.1})
+    with pytest.raises(ValueError, match="redistilled and base@1 have no run in common"):
+        study_tables.read("outside", tmp_path).gain("distance_to_ideal", "redistilled", "base@1")
+
+
+def test_arms_that_are_added_leave_the_others_as_they_were(tmp_path):
+    file = tmp_path / "outside-0.csv"
+    first = [["outside", "0", "chalk", arm, "3"] + ["1"] * (len(study.COLUMNS) - 5) for arm in ("none", "base@1")]
+    study.write(file, {"base@1", "none"}, first)
+    study.write(file, {"redistilled", "none"}, [[*first[0][:5], *["2"] * (len(study.COLUMNS) - 5)], [*first[1][:3], "redistilled", *first[1][4:]]])
+    with file.open() as opened:
+        found = {row["arm"]: row["pictures"] for row in csv.DictReader(opened)}
+    assert found == {"none": "2", "base@1": "1", "redistilled": "1"}
+
+
+def test_some_arms_come_with_what_they_need():
+    plan = study.only(plans.read("study"), ["redistilled"])
+    assert set(plan.arms) == {"redistilled", STEP_TOWARDS, "teacher@1"}
+    with pytest.raises(ConfigError, match=r"--arm nothing is not in the plan\. Choose among base@1"):
+        study.only(plans.read("study"), ["nothing"])
 
 
 def test_a_base_without_parts_has_no_results(tmp_path):
