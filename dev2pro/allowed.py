@@ -71,7 +71,7 @@ RANGES = {  # by the end of a dotted key; the longest end counts
     "adapter.rank": Range(1, 16_384), "rank": Range(1, 16_384), "adapter.alpha": Range(0.001, 65_536),  # less than that over a rank trains zeros
     "lr": Range(1e-9, 1), "optim.warmup": Range(0, 10_000_000), "optim.weight_decay": Range(0, 10), "optim.beta2": Range(0, 1, below=True),
     "optim.clip": Range(0, 1_000_000, above=True),
-    "checkpoint.every": STEPS, "checkpoint.keep": Range(1, 10_000), "checkpoint.grace": Range(0, 1_000_000),
+    "checkpoint.every": STEPS, "checkpoint.keep": Range(1, 10_000), "checkpoint.loras": Range(0, 10_000_000), "checkpoint.grace": Range(0, 1_000_000),
     "guard.spike": MULTIPLE, "guard.collapse": MULTIPLE,
     "probe.every": STEPS, "probe.samples": Range(1, 100_000), "probe.bins": Range(1, 1000),
     "preview.pictures": Range(0, 16, words="0, which is off, to 16"),  # what fits on a sheet
