@@ -89,9 +89,7 @@ def run(config: TuneConfig) -> Artifact | None:
     gauge = Gauge(config, groups, folders, heldout, accelerator)
     bootstrap = Bootstrap(len(gauge.meaning), config.seeds, config.bootstrap, config.seed)
     gauge.measure("tune steps", [None, *by_step])
-    without, style = gauge.values[None], gauge.style
-    means = (without[name].mean().item() for name in ("style_similarity", "diversity"))
-    reference = Reference(*means, heldout_similarity=1 - metrics.diversity(style[None]).mean().item())
+    reference = gauge.reference()
     of_steps = selection.choose({point: gauge.values[point] for point in by_step}, default, reference, bootstrap, config.collapse)
     step = (of_steps.point or by_step[-1]).step  # where all have collapsed at strength 1, less may be well
     at_step = [Point(step, *setting) for setting in by_setting]
@@ -205,6 +203,11 @@ class Gauge:
                     self.pictures[point] = grids.thumbnails(cell.files, self.meaning, 1)[0]
                 log.step(sampled.forecast.done, fidelity=self.values[point]["prompt_fidelity"].mean().item())
 
+    def reference(self) -> Reference:
+        """Of the base without the LoRA, once that is measured, and of the held-out pictures."""
+        similarity, diversity = (self.values[None][name].mean().item() for name in ("style_similarity", "diversity"))
+        return Reference(similarity, diversity, 1 - metrics.diversity(self.style[None]).mean().item())
+
     def _cell(self, point: Point | None) -> PlannedCell:
         config, guidance = self.config, point.guidance if point else self.config.model.usual_guidance
         inference = Inference("base", config.model.path, guidance, config.sampling.cfg_scale)
@@ -248,8 +251,8 @@ def write_results(out: Path, result: dict[str, Any], gauge: Gauge, by_step: list
                 place = [row[name] for name in ("step", "strength", "guidance")]
                 rows.writerow([search, *place, *shown, row["gain"].get("p", ""), row["collapsed"], int(row["chosen"])])
     chosen = Point(**result["chosen"]) if result["chosen"] else None
-    pictures = ({point: gauge.pictures[point] for point in points} for points in (by_step, at_step))
-    grids.write_tune_sheets(out / "sheets", gauge.titles, gauge.pictures[None], *pictures, chosen)
+    of_steps, of_settings = ({point: gauge.pictures[point] for point in points} for points in (by_step, at_step))
+    grids.write_tune_sheets(out / "sheets", gauge.titles, gauge.pictures[None], of_steps, of_settings, chosen)
 
 
 if __name__ == "__main__":

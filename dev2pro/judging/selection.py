@@ -129,7 +129,7 @@ def _words(
     rows: list[dict[str, Any]], chosen: Point | None, default: Point, means: Mapping[Point, float], collapsed: Mapping[Point, str]
 ) -> list[str]:
     of = {Point(row["step"], row["strength"], row["guidance"]): row for row in rows}
-    told = [f"Collapsed, and not to be chosen: {point}, {why}." for point, why in collapsed.items()]
+    told = [f"Collapsed, and not to be chosen: {'; '.join(f'{point}, {why}' for point, why in collapsed.items())}."] if collapsed else []
     if chosen is None:
         return [*told, f"All {len(rows)} points have collapsed."]
     score, best = f"a score of {means[chosen]:.3f}", max(means, key=means.__getitem__)
