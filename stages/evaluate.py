@@ -175,7 +175,7 @@ def judge_cells(
             features = sampled.embeddings(cell, judge)
             looks = sampled.embeddings(cell, style_judge) if style_judge is not judge else features
             values, kid = metrics.measure(features, looks, prompts, meaning, *styles[cell.style], distance)
-            inference, thumbnails = cell.inference, grids.thumbnails(cell.files, meaning, config.seeds) if accelerator.is_main_process else []
+            inference, thumbnails = cell.inference, grids.thumbnails(cell.files, meaning) if accelerator.is_main_process else []
             judged.append(Cell(cell.style, cell.arm, inference.name, inference.guidance, inference.cfg_scale, values, kid, thumbnails))
             log.step(sampled.forecast.done, fidelity=values["prompt_fidelity"].mean().item())
     return judged

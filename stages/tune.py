@@ -200,7 +200,7 @@ class Gauge:
                 looks = sampled.embeddings(cell, self.style_judge) if self.style_judge is not self.judge else features
                 self.values[point], _ = metrics.measure(features, looks, self.prompts, self.meaning, self.style, None, None)
                 if self.accelerator.is_main_process:
-                    self.pictures[point] = grids.thumbnails(cell.files, self.meaning, 1)[0]
+                    self.pictures[point] = grids.thumbnails(cell.files, self.meaning)[0]
                 log.step(sampled.forecast.done, fidelity=self.values[point]["prompt_fidelity"].mean().item())
 
     def reference(self) -> Reference:

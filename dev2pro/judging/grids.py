@@ -18,11 +18,12 @@ SIDE = 64  # pixels of a thumbnail on a sheet
 TUNED_PROMPTS, TUNED_SIDE = 4, 160  # of a sheet of tune
 
 
-def thumbnails(files: CellFiles, meaning: Tensor, seeds: int) -> list[list[Image.Image]]:
+def thumbnails(files: CellFiles, meaning: Tensor) -> list[list[Image.Image]]:
     """The pictures of the first seeds and of the first prompt of each meaning, of up to LARGEST pixels: [seed][meaning].
 
-    `meaning` (P,): the number of each prompt's meaning; a cell has `seeds` pictures of each prompt, one after the other.
+    `meaning` (P,): the number of each prompt's meaning; a cell has as many pictures of each prompt, one after the other.
     """
+    seeds = files.batches[-1].stop // len(meaning)
     first = [int((meaning == number).nonzero()[0]) for number in meaning.unique()]
     shown = {seed: [prompt * seeds + seed for prompt in first] for seed in range(min(seeds, GRID_SEEDS))}
     rows = sorted(row for some in shown.values() for row in some)
