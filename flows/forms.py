@@ -8,23 +8,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, ValidationError, field_validator
 
-from flows.form_fields import (
-    Base,
-    Experiment,
-    Group,
-    Hardware,
-    Line,
-    Model,
-    Name,
-    PlanName,
-    RunFolder,
-    Seed,
-    Strength,
-    Text,
-    Url,
-    form_field,
-    number,
-)  # fmt: skip
+from flows.form_fields import Base, Experiment, Group, Hardware, Line, Model, Name, PlanName, RunFolder, Seed, Strength, Text, Url, form_field, number
 from flows.generations.aliases import LINE
 
 FOLDER_HELP = "Where the result goes, below runs/. The same values into the same folder go on, or return at once what is finished."

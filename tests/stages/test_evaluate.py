@@ -43,7 +43,7 @@ class LoraLike:
     data: dict[str, Any] = field(default_factory=dict)
 
 
-def make_lora(folder: Path, arm: str, trained_on: str, training: str = "", **how: float) -> None:
+def make_lora(folder: Path, arm: str, trained_on: str, training: str = "") -> None:
     """A LoRA of random numbers, as stages.lora writes it; `training`: the id of the training pictures, if its record names them."""
     adapter, config = AdapterConfig(rank=2, alpha=2, targets="attention"), LoraLike(str(folder / arm), {})
     config.data.update(name="chalk", heldout=[str(ROOT / "data/miniature/shards/chalk/heldout-*.tar")])
@@ -58,7 +58,7 @@ def make_lora(folder: Path, arm: str, trained_on: str, training: str = "", **how
             torch.nn.init.normal_(value, std=0.05)
     lora.save(transformer, adapter, config.out, {})
     contract = {key: {"path": path, "id": record.fingerprint(path)} for key, path in (("trained_on", trained_on), ("apply_to", BASE))}
-    record.write(config.out, "lora", "lora", config, parents, step=1, metrics={}, inference={"arm": arm, **contract, **how})
+    record.write(config.out, "lora", "lora", config, parents, step=1, metrics={}, inference={"arm": arm, **contract})
 
 
 @pytest.fixture(scope="module")
@@ -209,25 +209,6 @@ def test_every_picture_is_kept_with_its_guidance_and_cfg_scale(undisturbed):
             found = tuple(file.metadata()[key] for key in ("guidance", "cfg_scale"))
         assert found == (str(described["guidance"]), str(described["cfg_scale"]))
         assert found in sampled.values()
-
-
-def test_a_lora_is_applied_at_the_strength_that_its_record_suggests(loras, tmp_path, run_stage, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    make_lora(tmp_path, "base@1", BASE, suggested_strength=1.0)
-    make_lora(tmp_path, "base@1 tuned", BASE, suggested_strength=0.5, suggested_guidance=2.5)
-    for arms, out in ((["base@1"], "plain"), (["base@1", "base@1 tuned"], "both")):
-        found = f"loras=[{','.join(str(tmp_path / arm) for arm in arms)}]"
-        code, stderr = run_stage("evaluate", *words(loras, tmp_path / out), found, "teacher=null", "sampling.steps=2")
-        assert code == 0, stderr
-    described = {file.parent.name: json.loads(file.read_text()) for file in (tmp_path / "both/cells").glob("*/cell.json")}
-    plain = {folder.name for folder in (tmp_path / "plain/cells").iterdir()}
-    assert plain < described.keys(), "a strength of 1 is no other cell"
-    [tuned] = described.keys() - plain
-    assert described[tuned]["strength"] == 0.5
-    assert described[tuned]["guidance"] == 3.5, "that of the inference base"
-    assert json.loads(metrics(tmp_path / "both"))["settings"]["strengths"] == {"chalk/base@1 tuned": 0.5}
-    assert "strengths" not in json.loads(metrics(tmp_path / "plain"))["settings"]
-    assert "trained on the base at guidance 1, used as stages.tune chose" in (tmp_path / "both/report.html").read_text()
 
 
 def test_a_store_is_no_folder_for_pictures(loras, tmp_path, run_stage):

@@ -42,7 +42,7 @@ def write_weights(out: Path, size: float) -> None:
     lora.save(transformer, adapter, str(out), {})
 
 
-def make_lora(out: Path, sizes: dict[int, float]) -> Path:
+def make_lora(out: Path, sizes: dict[int, float], **how: Any) -> Path:
     """A finished LoRA whose last step is 60, with weights of such a size at some steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
@@ -52,9 +52,8 @@ def make_lora(out: Path, sizes: dict[int, float]) -> Path:
             write_weights(out if step == 60 else out / f"steps/{step:06d}", size)
         contract = {key: {"path": BASE, "id": record.fingerprint(BASE)} for key in ("trained_on", "apply_to")}
         parents = {"teacher": TEACHER}  # as of an arm whose loss has one
-        record.write(
-            config.out, "lora", "lora", config, parents, step=60, metrics={}, inference={"arm": "x@1", "suggested_strength": 1.0, **contract}
-        )
+        inference = {"arm": "base@1", "suggested_strength": 1.0, **contract, **how}
+        record.write(config.out, "lora", "lora", config, parents, step=60, metrics={}, inference=inference)
     return out
 
 
@@ -130,12 +129,14 @@ def test_a_short_lora_from_its_training_to_its_use(tune, tmp_path, run_stage, sa
     assert names == {"config.json", "tune.json", "points.csv", WEIGHTS, "sheets/steps.png", "sheets/settings.png"}
     parents = {parent["role"]: parent["id"] for parent in artifact.parents}
     assert parents["lora"] == record.read(str(source)).id
+    assert "data.train" in parents, "evaluate measures memorisation by them"
     assert parents["steps"] == record.fingerprint(str(source / "steps"))
 
-    judged = [f"loras=[{source},{out}]", "recovered=null", "teacher=null", f"prompts={tmp_path}/prompts.json", "seeds=2", "sampling.steps=4"]
+    judged = [f"loras=[{out},{source}]", "recovered=null", "teacher=null", f"prompts={tmp_path}/prompts.json", "seeds=2", "sampling.steps=4"]
     assert run_stage("evaluate", "experiment=miniature", *judged, "bootstrap=20", f"out={tmp_path}/evaluate") == (0, "")
     cells = json.loads((tmp_path / "evaluate/metrics.json").read_text())["cells"]
-    assert [cell["arm"] for cell in cells] == ["none", "base@3.5", "base@3.5 tuned"]
+    assert [cell["arm"] for cell in cells] == ["none", "base@3.5 tuned", "base@3.5"]
+    assert all("memorisation" in cell for cell in cells)
 
 
 def assert_same_weights(out: Path, folder: Path) -> None:
@@ -144,14 +145,16 @@ def assert_same_weights(out: Path, folder: Path) -> None:
     assert all(torch.equal(published[key], chosen[key]) for key in chosen)
 
 
-def test_a_ruined_last_step_is_named_and_the_weights_before_it_are_published(ruined, tune, tmp_path):
-    assert tune(ruined, "tuned") == (0, "")
+def test_a_ruined_last_step_is_named_and_the_weights_before_it_are_published(ruined, tune, tmp_path, tiny_dino):
+    assert tune(ruined, "tuned", *GRID, f"style_judge={tiny_dino}") == (0, "")
     found, artifact = json.loads((tmp_path / "tuned/tune.json").read_text()), record.read(str(tmp_path / "tuned"))
     assert found["chosen"]["step"] == artifact.step == 20
-    assert "Collapsed, and not to be chosen: step 60 at strength 1 and guidance 3.5, its prompt fidelity of " in found["words"][0]
+    assert "Collapsed, and not to be chosen: step 60 at strength 1 and guidance 3.5, its " in found["words"][0]
     assert artifact.metrics["words"] == found["words"]
     assert_same_weights(tmp_path / "tuned", ruined / "steps/000020")
-    assert {parent["role"] for parent in artifact.parents} >= {"teacher"}, "evaluate asks what helped to train it"
+    assert {parent["role"] for parent in artifact.parents} >= {"teacher", "style_judge"}, "evaluate asks what helped to train it"
+    for cell in (tmp_path / "tuned/cells").iterdir():
+        assert len(list(cell.glob("embeddings-*"))) == 2, "of the judge, and of the judge of style"
     code, stderr = tune(tmp_path / "tuned", "again")
     assert (code, "is a lora of stages.tune. Give the output folder of stages.lora itself." in stderr) == (2, True)
 
@@ -186,6 +189,22 @@ def _killed_after(times: int) -> Callable[..., Any]:
         return original(*args)
 
     return thumbnails
+
+
+def test_evaluate_applies_a_lora_at_the_strength_that_its_record_suggests(tmp_path, prompts, run_stage):
+    made = [make_lora(tmp_path / "a", {60: 0.05}), make_lora(tmp_path / "b", {60: 0.05}, arm="base@1 tuned", suggested_strength=0.5)]
+    words = ["recovered=null", "teacher=null", f"prompts={prompts}", "seeds=2", "sampling.steps=2", "sampling.batch=4", "bootstrap=20"]
+    for loras, out in ((made[:1], "plain"), (made, "both")):
+        found = f"loras=[{','.join(map(str, loras))}]"
+        assert run_stage("evaluate", "experiment=miniature", *words, found, f"out={tmp_path}/{out}") == (0, "")
+    described = {file.parent.name: json.loads(file.read_text()) for file in (tmp_path / "both/cells").glob("*/cell.json")}
+    plain = {folder.name for folder in (tmp_path / "plain/cells").iterdir()}
+    assert plain < described.keys(), "a strength of 1 is no other cell"
+    [tuned] = described.keys() - plain
+    assert (described[tuned]["strength"], described[tuned]["guidance"]) == (0.5, 3.5), "the guidance is that of the inference base"
+    settings = [json.loads((tmp_path / out / "metrics.json").read_text())["settings"] for out in ("plain", "both")]
+    assert [one.get("strengths") for one in settings] == [None, {"chalk/base@1 tuned": 0.5}]
+    assert "trained on the base at guidance 1, used as stages.tune chose" in (tmp_path / "both/report.html").read_text()
 
 
 def test_where_all_has_collapsed_nothing_is_published(tune, tmp_path):
