@@ -15,8 +15,8 @@ NAME = re.compile(r"(?!\.)[^/\x00-\x1f\x7f-\x9f]{1,64}")
 NAMES = ("data.name", "arm")  # of files and folders, and in tables
 WRITTEN = ("out", "cells", "to", "read.cache")  # folders that a stage makes
 PATHS = (  # on this machine, in a store or on the hub
-    *WRITTEN, "publish", "ledger", "model.path", "trained_on", "start", "teacher", "recovered", "judge", "style_judge", "loras", "prompts", "shards",
-    "data.train", "data.heldout", "outside", "loss.teacher", "loss.teacher_lora", "training_adapter", "captions",
+    *WRITTEN, "publish", "ledger", "model.path", "trained_on", "start", "teacher", "recovered", "judge", "style_judge", "lora", "loras", "prompts",
+    "shards", "data.train", "data.heldout", "outside", "loss.teacher", "loss.teacher_lora", "training_adapter", "captions",
 )  # fmt: skip
 
 
@@ -60,9 +60,10 @@ SECONDS = Range(0, 1_000_000, above=True)
 MULTIPLE = Range(1, 1_000_000, above=True, off=True)  # of a loss: of its own size or less, every step would be one too many
 RANGES = {  # by the end of a dotted key; the longest end counts
     "seed": Range(0, 2**63 - 1), "steps": STEPS, "batch": COUNT, "guidance": STRENGTH, "usual_guidance": STRENGTH, "cfg_scale": STRENGTH,
-    "loss.guidance_range": STRENGTH, "line": STRENGTH,
+    "loss.guidance_range": STRENGTH, "line": STRENGTH, "strengths": Range(0, 100, above=True), "guidances": Range(0, 100, above=True),
     "caption_dropout": SHARE, "ema": Range(0, 1, below=True, words="a number from 0 to 1, and not 1, which would keep the first weights"),
-    "flow_weight": Range(0, 1000), "preserve.weight": Range(0, 1000), "seeds": Range(1, 100_000), "bootstrap": Range(1, 1_000_000),
+    "flow_weight": Range(0, 1000), "preserve.weight": Range(0, 1000), "collapse": SHARE, "seeds": Range(1, 100_000),
+    "bootstrap": Range(1, 1_000_000),
     "resolution": Range(8, 8192), "bucket_step": Range(1, 8192),
     "aspect": Range(1, 8, words="1 for squares, or the longest form to keep, such as 2 for 2:1"),
     "data.max_enlarge": Range(1, words="1 or more, or null for no limit"),
@@ -71,7 +72,7 @@ RANGES = {  # by the end of a dotted key; the longest end counts
     "adapter.rank": Range(1, 16_384), "rank": Range(1, 16_384), "adapter.alpha": Range(0.001, 65_536),  # less than that over a rank trains zeros
     "lr": Range(1e-9, 1), "optim.warmup": Range(0, 10_000_000), "optim.weight_decay": Range(0, 10), "optim.beta2": Range(0, 1, below=True),
     "optim.clip": Range(0, 1_000_000, above=True),
-    "checkpoint.every": STEPS, "checkpoint.keep": Range(1, 10_000), "checkpoint.grace": Range(0, 1_000_000),
+    "checkpoint.every": STEPS, "checkpoint.keep": Range(1, 10_000), "checkpoint.loras": Range(0, 10_000_000), "checkpoint.grace": Range(0, 1_000_000),
     "guard.spike": MULTIPLE, "guard.collapse": MULTIPLE,
     "probe.every": STEPS, "probe.samples": Range(1, 100_000), "probe.bins": Range(1, 1000),
     "preview.pictures": Range(0, 16, words="0, which is off, to 16"),  # what fits on a sheet

@@ -34,7 +34,7 @@ class SpaceError(StageError):
 
 
 class DivergedError(StageError):
-    """The loss or the gradient diverged; earlier checkpoints are kept."""
+    """The loss or the gradient diverged, or every way to use a LoRA has collapsed; earlier checkpoints are kept."""
 
     exit_code = 5
 

@@ -29,6 +29,7 @@ Line = Annotated[str, StringConstraints(pattern=f"^{NAME}${END}")]
 Seed = Annotated[
     int, Field(0, **allowed.RANGES["seed"].bounds(), title="Seed", description="The same seed and values give the same result, bit for bit.")
 ]
+Strength = Annotated[float, Field(**allowed.RANGES["strengths"].bounds())]
 if TYPE_CHECKING:  # the names depend on the files in conf/
     Experiment = str
     Model = str

@@ -8,22 +8,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, ValidationError, field_validator
 
-from flows.form_fields import (
-    Base,
-    Experiment,
-    Group,
-    Hardware,
-    Line,
-    Model,
-    Name,
-    PlanName,
-    RunFolder,
-    Seed,
-    Text,
-    Url,
-    form_field,
-    number,
-)  # fmt: skip
+from flows.form_fields import Base, Experiment, Group, Hardware, Line, Model, Name, PlanName, RunFolder, Seed, Strength, Text, Url, form_field, number
 from flows.generations.aliases import LINE
 
 FOLDER_HELP = "Where the result goes, below runs/. The same values into the same folder go on, or return at once what is finished."
@@ -54,6 +39,12 @@ class Checkpoint(Group):
     model_config = ConfigDict(title="Checkpoints")
     every: int | None = number("checkpoint.every", "Every", "Steps between two checkpoints.")
     keep: int | None = number("checkpoint.keep", "Keep", "How many of the newest; the best one is kept besides.")
+
+
+class LoraCheckpoint(Checkpoint):
+    """When the run is written down, and which steps are kept as LoRAs."""
+
+    loras: int | None = number("checkpoint.loras", "LoRAs", "Steps between two LoRAs that are kept besides, for tune to choose among; 0 is none.")
 
 
 class Probe(Group):
@@ -141,6 +132,7 @@ class Lora(Training):
     trained_on: Base = form_field("Trained on", TRAINED_ON_HELP, "latest")
     arm: Name = form_field("Arm", "Its name in tables.", "recovered@1")
     guidance: float = number("guidance", "Guidance", "What the base expects in training: 1.0 for a recovered one.", 1.0)
+    checkpoint: LoraCheckpoint = form_field("Checkpoints", "When the run is written down.", LoraCheckpoint)
     adapter: Adapter = form_field("Adapter", "The LoRA itself.", Adapter)
     loss: Loss = form_field("Loss", "What it is trained with.", Loss)
     preserve: Preserve = form_field("Preserve", "What it leaves as it was.", Preserve)
@@ -157,6 +149,18 @@ class Evaluate(Stage):
     )
     prompts: Url | None = form_field("Prompts", "A text file with a prompt a line.")
     seeds: int | None = number("seeds", "Seeds", "Pictures for each prompt.")
+
+
+class Tune(Stage):
+    """Finds which step of a LoRA works best on the base, at which strength and guidance."""
+
+    model_config = ConfigDict(title="tune")
+    out: RunFolder = form_field("Folder", FOLDER_HELP, "runs/ui/tune")
+    lora: Url = form_field("LoRA", "The folder of a finished LoRA, trained with LoRAs kept besides its checkpoints.", "runs/ui/lora")
+    strengths: list[Strength] | None = form_field("Strengths", "What its effect is multiplied by; 1 is always tried.", min_length=1, max_length=16)
+    guidances: list[Strength] | None = form_field("Guidances", "Of the base; its usual one is always tried.", min_length=1, max_length=16)
+    prompts: Url | None = form_field("Prompts", "A text file with a prompt a line.")
+    seeds: int | None = number("seeds", "Seeds", "Pictures for each prompt and point, 2 or more.")
 
 
 class Judged(Group):

@@ -10,7 +10,7 @@ from prefect.states import Completed, State
 from dev2pro.errors import ConfigError
 from dev2pro.escape import printable
 from flows import frame
-from flows.forms import Diagnose, Distill, Evaluate, Lora, Recover, Stage, overrides
+from flows.forms import Diagnose, Distill, Evaluate, Lora, Recover, Stage, Tune, overrides
 from flows.generations import aliases
 from flows.plan import hydra_args
 from flows.processes import reach
@@ -28,7 +28,7 @@ def _run(name: str, form: Stage, *models: str) -> State:
         artifact = stage.with_options(task_run_name=NAMES.get(name, name))(name, hydra_args(overrides(form), resolved), form.out, form.processes)
     if artifact.kind == "evaluation":
         verdict.show(artifact)
-    if artifact.kind == "diagnosis":
+    if name in verdict.WORDS:
         verdict.show_words(artifact)
     return Completed(message=f"{artifact.kind} {artifact.id[:12]} in {artifact.uri}")
 
@@ -51,6 +51,12 @@ def evaluate(evaluate: Evaluate) -> State:
     return _run("evaluate", evaluate, "recovered")
 
 
+@flow(name="tune", flow_run_name="{tune.out}")
+def tune(tune: Tune) -> State:
+    """Finds which step of a LoRA works best on the base, at which strength and guidance, and makes a LoRA that says so."""
+    return _run("tune", tune)
+
+
 @flow(name="diagnose", flow_run_name="{diagnose.out}")
 def diagnose(diagnose: Diagnose) -> State:
     """Tells without a teacher, and before anything is trained, how a base was distilled and what its guidance input does."""
@@ -64,8 +70,8 @@ def distill(distill: Distill) -> State:
 
 
 FLOWS: dict[str, tuple[Any, type[Stage]]] = {
-    "recover": (recover, Recover), "lora": (lora, Lora), "evaluate": (evaluate, Evaluate), "diagnose": (diagnose, Diagnose),
-    "distill": (distill, Distill),
+    "recover": (recover, Recover), "lora": (lora, Lora), "evaluate": (evaluate, Evaluate), "tune": (tune, Tune),
+    "diagnose": (diagnose, Diagnose), "distill": (distill, Distill),
 }  # fmt: skip
 
 

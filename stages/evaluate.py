@@ -15,9 +15,8 @@ from dev2pro.artifacts import record, run_folder, store
 from dev2pro.artifacts.record import Artifact
 from dev2pro.errors import ConfigError, DataError, TryAgainError
 from dev2pro.escape import printable
-from dev2pro.judging import cells, comparison, grids, metrics, report
+from dev2pro.judging import cell_store, cells, comparison, grids, metrics, report
 from dev2pro.judging import prompts as prompt_file
-from dev2pro.judging.cell_store import CellFiles
 from dev2pro.judging.cells import Inference
 from dev2pro.judging.comparison import Cell
 from dev2pro.judging.judge import ImageJudge, Judge
@@ -64,8 +63,7 @@ class EvaluateConfig:
 def run(config: EvaluateConfig) -> Artifact | None:
     """Samples and judges every cell; writes metrics.json, pictures.csv, report.html, sheets/*.png and artifact.json into `config.out`."""
     config.sampling.check()
-    if config.cells and "://" in config.cells:
-        raise ConfigError(f"cells={config.cells} is no folder of this machine. Give a folder; pictures are not kept in a store.")
+    cell_store.check_folder(config.cells)
     groups = prompt_file.read_prompts(config.prompts)
     if plan.check("evaluate", config, [(config.resolution,) * 2], sum(map(len, groups))):
         return None
@@ -87,11 +85,7 @@ def run(config: EvaluateConfig) -> Artifact | None:
         return finished or frame.checked("evaluate", config)
 
     prompts = [prompt for group in groups for prompt in group]
-    sampler = Sampler(
-        config.model, config.sampling, prompts, seeds=config.seeds, seed=config.seed, resolution=config.resolution,
-        dtype=config.hardware.inference, encoder_dtype=config.hardware.encoders, device=accelerator.device,
-        offloaded_blocks=config.hardware.offloaded_blocks, int8_base=config.hardware.int8_base, int8_encoders=config.hardware.int8_encoders,
-    )  # fmt: skip
+    sampler = Sampler.of(config, prompts, accelerator.device)
     planned = plan_cells(config, inferences, loras, sampler)
     sampled, judge = SampledCells(planned, sampler, accelerator), Judge(config.judge, accelerator.device)
     style_judge = StyleJudge(config.style_judge, accelerator.device) if config.style_judge else judge
@@ -103,6 +97,8 @@ def run(config: EvaluateConfig) -> Artifact | None:
         "seeds": config.seeds, "steps": config.sampling.steps, "guidance": config.model.usual_guidance, "cfg_scale": config.sampling.cfg_scale,
         "images_per_cell": sampler.count, "bootstrap": config.bootstrap, "seed": config.seed,
     }  # fmt: skip
+    if strengths := {f"{cell.style}/{cell.arm}": cell.strength for cell in planned if cell.strength != 1}:
+        settings["strengths"] = strengths
     fresh = {style: metrics.memorisation_of_heldout(training, heldout) for style, (heldout, training) in styles.items() if training is not None}
     result = {"settings": settings, **found, "memorisation_of_heldout": fresh, "recovery": recovery(config)}
     if config.style_judge:
@@ -118,22 +114,18 @@ def plan_cells(config: EvaluateConfig, inferences: list[Inference], loras: list[
     """Every cell and its files, one inference base after the other. Pictures are kept exactly if their distance to the ideal is measured."""
     root = Path(config.cells or Path(config.out) / record.CELLS)
 
-    def files(inference: Inference, path: str | None) -> CellFiles:
-        what, exact = sampler.identity(inference, path), config.teacher is not None
-        return CellFiles(root, what, count=sampler.count, batch=config.sampling.batch, exact=exact, out=config.out)
+    def planned(inference: Inference, style: str, arm: str, lora: Artifact | None) -> PlannedCell:
+        path, strength = (lora.uri, cells.strength(lora)) if lora else (None, 1.0)
+        return PlannedCell.of(style, arm, inference, path, strength, sampler=sampler, root=root, exact=config.teacher is not None, out=config.out)
 
-    return [
-        PlannedCell(style, arm, inference, path, files(inference, path))
-        for inference in inferences
-        for style, arm, path in cells.plan([inference], loras)
-    ]
+    return [planned(inference, *cell) for inference in inferences for cell in cells.plan([inference], loras)]
 
 
 def read_references(config: EvaluateConfig, loras: list[Artifact]) -> dict[str, list[Batch]]:
     """style -> its held-out pictures, the ones its first LoRA was measured on."""
     return {
         style: list(sources.squares(data["heldout"], f"the held-out pictures of {style}", config.resolution, *sources.recorded(data)))
-        for style, data in ((style, arms[0].config["data"]) for style, arms in cells.by_style(loras).items())
+        for style, data in ((style, cells.data(arms[0])) for style, arms in cells.by_style(loras).items())
     }
 
 
@@ -144,7 +136,7 @@ def embed_references(config: EvaluateConfig, lora: Artifact, heldout: list[Batch
     """
     pictures = torch.cat([feed.pixels(batch) for batch in heldout]) / 2 + 0.5
     embedded = judge.shared(accelerator, len(pictures), lambda rows: pictures[rows.start : rows.stop])
-    data, ids = lora.config["data"], {parent["role"]: parent["id"] for parent in lora.parents}
+    data, ids = cells.data(lora), {parent["role"]: parent["id"] for parent in lora.parents}
     try:
         if not data.get("train") or "data.train" not in ids:
             raise DataError("its record names no training pictures.")
@@ -183,7 +175,7 @@ def judge_cells(
             features = sampled.embeddings(cell, judge)
             looks = sampled.embeddings(cell, style_judge) if style_judge is not judge else features
             values, kid = metrics.measure(features, looks, prompts, meaning, *styles[cell.style], distance)
-            inference, thumbnails = cell.inference, grids.thumbnails(cell.files, meaning, config.seeds) if accelerator.is_main_process else []
+            inference, thumbnails = cell.inference, grids.thumbnails(cell.files, meaning) if accelerator.is_main_process else []
             judged.append(Cell(cell.style, cell.arm, inference.name, inference.guidance, inference.cfg_scale, values, kid, thumbnails))
             log.step(sampled.forecast.done, fidelity=values["prompt_fidelity"].mean().item())
     return judged

@@ -1,8 +1,10 @@
 """lora: trains a LoRA on any base, with flow matching or a loss that keeps the guidance, and records what it may be applied to."""
 
 import itertools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +25,8 @@ from dev2pro.models.lora import AdapterConfig
 from dev2pro.models.transfer import to_device
 from dev2pro.planning import plan
 from dev2pro.training import checkpoint_space, distributed, feed, optim, time_limits
-from dev2pro.training.checkpoint import CheckpointConfig, Checkpoints
+from dev2pro.training.checkpoint import Checkpoints
+from dev2pro.training.checkpoint_space import LoraCheckpointConfig
 from dev2pro.training.distributed import HardwareConfig
 from dev2pro.training.divergence_guard import GuardConfig
 from dev2pro.training.heldout_probe import HeldoutProbe, ProbeConfig
@@ -54,7 +57,7 @@ class LoraConfig:
     batch: int
     guidance: float
     caption_dropout: float
-    checkpoint: CheckpointConfig = field(metadata={"identity": False})
+    checkpoint: LoraCheckpointConfig = field(metadata={"identity": False})
     guard: GuardConfig = field(metadata={"identity": False})
     preview: PreviewConfig = field(metadata={"identity": False})
     loss: LossConfig = field(default_factory=LossConfig, metadata={"identity": "if set"})
@@ -81,12 +84,12 @@ def run(config: LoraConfig) -> Artifact | None:
         snapshots = RunSnapshots(config.data, config.out, resuming=run_folder.has_output(config.out), is_main_process=accelerator.is_main_process)
         parents: record.Parents = {"trained_on": config.trained_on, "apply_to": config.model.path, **further_parents(config), **snapshots.parents()}
         if finished := run_folder.acquire(config.out, "lora", config, parents, look=config.check):
+            tell_missing_steps(config, config.steps)
             return finished
         snapshots.write_and_verify(write=not config.check)
 
-    scheduler, skeleton = flux1.scheduler_settings(config.model.path), flux1.skeleton(config.trained_on, hardware.weights)
-    lora.inject(skeleton, config.adapter, config.seed)
-    checkpoint_space.check(config.out, skeleton, config.optim, config.checkpoint, config.steps, 0, torch.float32)
+    scheduler, contract = flux1.scheduler_settings(config.model.path), inference_contract(config)
+    check_space(config, hardware.weights)
     stream = snapshots.stream(config.seed, config.batch, accelerator.process_index)
     data_facts = report.start(snapshots, stream, config.model.path, config.model.max_sequence_length, write=not config.check)
     if strangers := config.preserve.check_captions(stream.captions()[1]):
@@ -115,6 +118,7 @@ def run(config: LoraConfig) -> Artifact | None:
 
     checkpoints = Checkpoints(config.out, training, config.checkpoint, config.steps, stream.state)
     start, curve = checkpoints.restore()
+    tell_missing_steps(config, start)
     make_batch = batch_maker(config, train_feed, prompt_encoder, scheduler, accelerator.device)
     batches = Prefetcher(train_feed, make_batch, range(start, config.steps), training.slots, accelerator.device)
     log = Log(config.out, f"lora {config.arm}", config.steps, accelerator.is_main_process, start)
@@ -127,10 +131,10 @@ def run(config: LoraConfig) -> Artifact | None:
             if (step + 1) % config.probe.every == 0 or step + 1 == config.steps:
                 curve.append(validate(step + 1))
                 log.emit_validation(curve[-1])
+            save_step(config, training, contract, step + 1)  # before the checkpoint: a run that goes on from there does not come back for it
             checkpoints.on_step_end(step + 1, curve)
             log.step(step + 1, loss=loss, held_out=curve[-1]["loss"])
 
-    contract = inference_contract(config)
     record.invalidate(config.out)
     if accelerator.is_main_process:
         lora.save(accelerator.unwrap_model(training.model), config.adapter, config.out, {**contract, "config": record.identity(config)})
@@ -155,6 +159,32 @@ def batch_maker(
         return batch, to_device(guidance, device), batch.null_conditioning(prompt_encoder.empty), kept
 
     return make_batch
+
+
+def check_space(config: LoraConfig, dtype: torch.dtype) -> None:
+    """Raises SpaceError unless the checkpoints, the LoRAs of steps and the result fit into `out`, before a model is loaded."""
+    skeleton, checkpoint, steps = flux1.skeleton(config.trained_on, dtype), config.checkpoint, config.steps
+    lora.inject(skeleton, config.adapter, config.seed)
+    checkpoint_space.check(config.out, skeleton, config.optim, checkpoint, steps, 0, torch.float32, checkpoint.count(steps))
+
+
+def save_step(config: LoraConfig, training: Training, contract: dict[str, Any], step: int) -> None:
+    """Writes the LoRA as it is into `out`/steps/<step>, if this is one of the steps to keep; the same weights as a run that ends here would save."""
+    accelerator, every = training.accelerator, config.checkpoint.loras
+    if every and step % every == 0 and accelerator.is_main_process:
+        folder = Path(config.out) / record.STEPS / f"{step:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with training.clock.paused():
+            lora.save(accelerator.unwrap_model(training.model), config.adapter, str(folder), {**contract, "step": step})
+
+
+def tell_missing_steps(config: LoraConfig, done: int) -> None:
+    """Says which LoRAs of steps this run will not have, because it had come that far when `checkpoint.loras` was set."""
+    every, folder = config.checkpoint.loras, Path(config.out) / record.STEPS
+    missing = [step for step in range(every, done + 1, every) if not (folder / f"{step:06d}" / lora.WEIGHTS).exists()] if every else []
+    if missing and os.environ.get("RANK", "0") == "0":
+        several = f"{len(missing)} of them, of steps {missing[0]} to {missing[-1]}, are" if len(missing) > 1 else f"that of step {missing[0]} is"
+        print(f"checkpoint.loras={every}: {several} not kept, as the run had come that far before. For all of them choose another out=.", flush=True)
 
 
 def inference_contract(config: LoraConfig) -> dict[str, Any]:

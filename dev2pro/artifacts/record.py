@@ -25,9 +25,10 @@ CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")  # a folder
 CELLS = "cells"  # folder of an evaluation's sampled pictures
 TRANSIENT = re.compile(rf"(artifact|pruned)\.json$|checkpoint-|{CELLS}(/|$)|.*\.(partial|lock)$")  # in a stage's folder, but not part of its artifact
 PREVIEWS = "previews"  # folder of preview sheets sampled during training
+STEPS = "steps"  # folder of the LoRAs of intermediate steps, a folder each
 REPORT, FACTS = "data.html", "data.json"  # the report on the data of a training stage: for people, and for programs
-# logs, snapshots, previews, what the data holds; indexes, which hold the time of their tar; the id of a snapshot is among the parents
-EXCLUDED_FROM_ID = re.compile(rf".*\.(jsonl|log|snapshot)$|{PREVIEWS}/|data\.(html|json)$|\d{{6}}\.tar\.index$")
+# logs, snapshots, previews, LoRAs of steps, what the data holds; indexes, which hold the time of their tar; the id of a snapshot is among the parents
+EXCLUDED_FROM_ID = re.compile(rf".*\.(jsonl|log|snapshot)$|{PREVIEWS}/|{STEPS}/|data\.(html|json)$|\d{{6}}\.tar\.index$")
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 DATA = "data."  # prefix of the roles of data snapshots; `data/` computes their ids, and `watched` detects changes
 ROOT = Path(__file__).resolve().parents[2]

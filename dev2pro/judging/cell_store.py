@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dev2pro import signals
 from dev2pro.artifacts import record
-from dev2pro.errors import DataError, SpaceError
+from dev2pro.errors import ConfigError, DataError, SpaceError
 
 DESCRIPTION = "cell.json"
 SAMPLED = ("guidance", "cfg_scale", "steps", "seed")  # in the header of every file
@@ -117,6 +117,12 @@ class CellFiles:
         if metadata.get("sha256") != (sha256 := _sha256(tensor)) or len(tensor) != count:
             raise DataError(f"{file} is damaged (its SHA-256 is not the one it was written with).")
         return tensor, sha256
+
+
+def check_folder(path: str | None) -> None:
+    """Raises ConfigError for `cells=` in a store."""
+    if path and "://" in path:
+        raise ConfigError(f"cells={path} is no folder of this machine. Give a folder; pictures are not kept in a store.")
 
 
 def check_space(root: Path, need: int) -> None:

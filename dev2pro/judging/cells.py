@@ -2,14 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from dev2pro import allowed
 from dev2pro.artifacts import record, store
 from dev2pro.artifacts.record import Artifact
 from dev2pro.errors import ConfigError
 from dev2pro.judging import lora_folder
 from dev2pro.patterns import matches
 
+TUNED = " tuned"  # the end of an arm's name: its LoRA as stages.tune has chosen to use it
 HELP = ("teacher", "training_adapter")  # roles of a LoRA's parents that a recovered model may have
+INHERITED = (*HELP, "data.train")  # roles of its parents that a tuned LoRA has as well, for what evaluate makes of them
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ def find_loras(patterns: Sequence[str], base: str) -> list[Artifact]:
             raise ConfigError(
                 f"The LoRA {lora.uri} is to be applied to {lora.inference['apply_to']['path']}, not to {base}. Change model, or leave the LoRA out."
             )
+        strength(lora)
     for style, arms in by_style(loras).items():
         names = [lora.inference["arm"] for lora in arms]
         if twice := {name for name in names if names.count(name) > 1}:
@@ -48,12 +53,37 @@ def find_loras(patterns: Sequence[str], base: str) -> list[Artifact]:
     return loras
 
 
+def find_lora(path: str, base: str) -> Artifact:
+    """The finished LoRA that stages.lora trained for a base, in a folder or a store. Raises ConfigError for everything else."""
+    lora = lora_folder.read(store.resolve(path), "lora")
+    if (lora.kind, lora.stage) != ("lora", "lora"):
+        raise ConfigError(f"lora={path} is a {lora.kind} of stages.{lora.stage}. Give the output folder of stages.lora itself.")
+    if lora.inference["apply_to"]["id"] != record.fingerprint(base):
+        raise ConfigError(f"lora={path} is to be applied to {lora.inference['apply_to']['path']}, not to model.path={base}. Change one of them.")
+    return lora
+
+
 def by_style(loras: Sequence[Artifact]) -> dict[str, list[Artifact]]:
     """style -> LoRAs, in the order they were given."""
     styles: dict[str, list[Artifact]] = {}
     for lora in loras:
-        styles.setdefault(lora.config["data"]["name"], []).append(lora)
+        styles.setdefault(data(lora)["name"], []).append(lora)
     return styles
+
+
+def data(lora: Artifact) -> dict[str, Any]:
+    """The data configuration that a LoRA was trained with; one of stages.tune has it from the LoRA it was made of."""
+    return lora.inference.get("data") or lora.config["data"]
+
+
+def strength(lora: Artifact) -> float:
+    """The strength that a LoRA is to be applied at. Raises ConfigError for one that cannot be meant."""
+    value = lora.inference.get("suggested_strength", 1.0)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value not in allowed.RANGES["strengths"]:
+        raise ConfigError(
+            f"The record of the LoRA {lora.uri} suggests the strength {str(value)[:20]}, which cannot work. Make it again, or correct its record."
+        )
+    return float(value)
 
 
 def list_inferences(base: str, guidance: float, cfg_scale: float, *, teacher: str | None, recovered: str | None) -> list[Inference]:
@@ -68,15 +98,15 @@ def list_inferences(base: str, guidance: float, cfg_scale: float, *, teacher: st
     ]
 
 
-def plan(inferences: Sequence[Inference], loras: Sequence[Artifact]) -> Iterator[tuple[str, str, str | None]]:
+def plan(inferences: Sequence[Inference], loras: Sequence[Artifact]) -> Iterator[tuple[str, str, Artifact | None]]:
     """(style, arm, LoRA) of every cell; on the teacher only its own LoRA, the ideal."""
     for inference in inferences:
         for style, arms in by_style(loras).items():
             if inference.name == "teacher":
-                yield from ((style, "ideal", a.uri) for a in arms if a.inference["trained_on"]["id"] == record.fingerprint(inference.path))
+                yield from ((style, "ideal", a) for a in arms if a.inference["trained_on"]["id"] == record.fingerprint(inference.path))
             else:
                 yield style, "none", None
-                yield from ((style, a.inference["arm"], a.uri) for a in arms)
+                yield from ((style, a.inference["arm"], a) for a in arms)
 
 
 def kinds(loras: Sequence[Artifact], *, teacher: str | None, recovered: str | None) -> dict[str, str]:

@@ -10,31 +10,31 @@ from dev2pro.models import weight_headers
 from dev2pro.models.lora import CONTRACT, WEIGHTS
 
 CURE = (
-    "evaluate takes the output folders of stages.lora, because it needs their record of what they were trained on and are to be applied to; "
-    "it cannot read the LoRAs of other tools yet."
+    "evaluate and tune take the output folders of stages.lora, because they need their record of what they were trained on and are to be applied "
+    "to; they cannot read the LoRAs of other tools yet."
 )
 
 
-def read(path: str) -> Artifact:
-    """The record of a finished artifact; of a LoRA, its file is there, whole and not pruned, by size and header.
+def read(path: str, key: str = "loras") -> Artifact:
+    """The record of a finished artifact; of a LoRA, its file is there, whole and not pruned, by size and header. `key` names it in messages.
 
     Raises ConfigError for everything else, which names the tool, type, base and rank of another tool's LoRA.
     """
     folder = Path(path)
     try:
         if not (folder / record.RECORD).is_file() and (found := _describe(folder)):
-            raise ConfigError(f"loras={path} is no output folder of stages.lora: {found}. {CURE}")
+            raise ConfigError(f"{key}={path} is no output folder of stages.lora: {found}. {CURE}")
     except OSError as error:
-        raise ConfigError(f"loras={path} cannot be read ({error.strerror}). Correct the path or its permissions.") from error
+        raise ConfigError(f"{key}={path} cannot be read ({error.strerror}). Correct the path or its permissions.") from error
     lora = record.read(path)
     if lora.kind == "lora":
-        _check_weights(lora, folder)
+        _check_weights(lora, folder, f"Make it again, or leave it out of {key}=.")
     return lora
 
 
-def _check_weights(lora: Artifact, folder: Path) -> None:
+def _check_weights(lora: Artifact, folder: Path, cure: str) -> None:
     if record.pruned(lora.uri):
-        raise ConfigError(f"The weights of {lora.uri} were removed to make room; only its record is left. Make it again, or leave it out of loras=.")
+        raise ConfigError(f"The weights of {lora.uri} were removed to make room; only its record is left. {cure}")
     for entry in (entry for entry in lora.files if entry["path"] == WEIGHTS):
         try:
             weight_headers.read(folder / WEIGHTS)
@@ -43,7 +43,7 @@ def _check_weights(lora: Artifact, folder: Path) -> None:
         except ValueError as error:
             reason = str(error)
         if reason:
-            raise ConfigError(f"The LoRA {lora.uri} is damaged: {WEIGHTS} {reason}. Make it again, or leave it out of loras=.")
+            raise ConfigError(f"The LoRA {lora.uri} is damaged: {WEIGHTS} {reason}. {cure}")
 
 
 def _describe(path: Path) -> str:

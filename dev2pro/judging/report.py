@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from dev2pro import page
+from dev2pro.judging.cells import TUNED
 from dev2pro.page import number
 
 TEMPLATE = pathlib.Path(__file__).with_name("report.html.j2")
@@ -109,9 +110,11 @@ def _model(name: str) -> str:
 
 def _arm(name: str) -> dict[str, Any]:
     """An arm's name, a description of its training, and whether it is a reference."""
-    model, at, guidance = name.rpartition("@")
+    model, at, guidance = name.removesuffix(TUNED).rpartition("@")
     trained_on, loss = ("base", f" with {LOSSES[model]}") if model in LOSSES else (model, "")
     description = f"trained on {_model(trained_on)} at guidance {guidance}{loss}" if at else ""
+    if name.endswith(TUNED):
+        description = f"{description}{', ' * bool(description)}used as stages.tune chose"
     return {"name": name, "description": description, "reference": _is_reference(name)}
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -27,6 +28,16 @@ class PlannedCell:
     inference: Inference
     lora: str | None
     files: CellFiles
+    strength: float = 1.0
+
+    @classmethod
+    def of(
+        cls, style: str, arm: str, inference: Inference, lora: str | None, strength: float, *, sampler: Sampler, root: Path, exact: bool, out: str
+    ) -> "PlannedCell":
+        """A cell as this sampler samples it, with its files in `root`; see `CellFiles` for `exact` and `out`."""
+        what = sampler.identity(inference, lora, strength)
+        files = CellFiles(root, what, count=sampler.count, batch=sampler.config.batch, exact=exact, out=out)
+        return cls(style, arm, inference, lora, files, strength)
 
 
 class SampledCells:
@@ -67,7 +78,7 @@ class SampledCells:
 
         def sample_one(turn: int) -> str:
             number, meanwhile = missing[turn], sum(sizes[turn - turn % ranks :][:ranks])
-            self.sampler.apply(cell.inference, cell.lora)
+            self.sampler.apply(cell.inference, cell.lora, cell.strength)
             is_first = not self.forecast.seconds
             with self.forecast.timed(sizes[turn] * forwards):
                 sha256 = cell.files.write(number, self.sampler.sample(cell.files.batches[number]))

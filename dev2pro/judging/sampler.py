@@ -19,6 +19,7 @@ from dev2pro.models.encodings import PromptEncoder
 from dev2pro.models.flux1 import Encoders, ModelConfig
 from dev2pro.models.sampling import SamplingConfig
 
+NOTHING = (None, None, 1.0)
 DECODED_AT_ONCE = 1024 * 1024  # pixels: the VAE needs some 2.5 GB for a picture of 1024 px in bfloat16
 
 
@@ -37,37 +38,47 @@ class Sampler:
         self.dtype, self.encoder_dtype, self.device, self.offloaded_blocks = dtype, encoder_dtype, device, offloaded_blocks
         self.int8_base, self.int8_encoders = int8_base, int8_encoders
         self.transformer: FluxTransformer2DModel | None = None
-        self._applied: tuple[Inference | None, str | None] = (None, None)
+        self._applied: tuple[Inference | None, str | None, float] = NOTHING
         self._largest = config.batch
         self._fingerprint = functools.cache(record.fingerprint)
+
+    @classmethod
+    def of(cls, config: Any, prompts: Sequence[str], device: torch.device) -> "Sampler":
+        """Of a stage's configuration: its model, sampling, seeds, seed, resolution and hardware."""
+        hardware = config.hardware
+        return cls(
+            config.model, config.sampling, prompts, seeds=config.seeds, seed=config.seed, resolution=config.resolution, dtype=hardware.inference,
+            encoder_dtype=hardware.encoders, device=device, offloaded_blocks=hardware.offloaded_blocks, int8_base=hardware.int8_base,
+            int8_encoders=hardware.int8_encoders,
+        )  # fmt: skip
 
     @property
     def count(self) -> int:
         """Pictures of a cell."""
         return len(self.prompts) * self.seeds
 
-    def identity(self, inference: Inference, path: str | None) -> dict[str, Any]:
-        """Everything that the pictures of an inference base and a LoRA depend on, as JSON values."""
+    def identity(self, inference: Inference, path: str | None, strength: float = 1.0) -> dict[str, Any]:
+        """Everything that the pictures of an inference base and a LoRA depend on, as JSON values; a strength of 1 goes without saying."""
         return {
             "transformer": self._fingerprint(inference.path), "lora": self._fingerprint(path) if path else None,
             "guidance": inference.guidance, "cfg_scale": inference.cfg_scale, "encoders": self._fingerprint(self.model.path),
             "variant": self.model.variant, "max_sequence_length": self.model.max_sequence_length, "prompts": list(self.prompts),
             "seeds": self.seeds, "seed": self.seed, "draws": draws.VERSION, "resolution": self.resolution, "steps": self.config.steps,
             "batch": self.config.batch, "dtype": str(self.dtype), "encoder_dtype": str(self.encoder_dtype),
-            "int8": [self.int8_base, self.int8_encoders],
+            "int8": [self.int8_base, self.int8_encoders], **({"strength": strength} if path and strength != 1 else {}),
         }  # fmt: skip
 
     def forwards(self, inference: Inference) -> int:
         """Forward passes for one picture."""
         return self.config.steps * (1 if inference.cfg_scale == 1 else 2)
 
-    def apply(self, inference: Inference, path: str | None) -> None:
-        """Loads a transformer, once the one before is gone, and a LoRA file; nothing that is there already."""
-        if (inference, path) == self._applied:
+    def apply(self, inference: Inference, path: str | None, strength: float = 1.0) -> None:
+        """Loads a transformer, once the one before is gone, and a LoRA file at a strength; nothing that is there already."""
+        if (inference, path, strength) == self._applied:
             return
         _ = self._parts  # the text encoders come and go while no transformer is there
-        before, lora_before = self._applied
-        if inference != before or self.transformer is None:
+        before, lora_before, _ = self._applied
+        if before is None or inference.path != before.path or self.transformer is None:
             self.release()
             self.transformer = flux1.load_transformer(inference.path, self.dtype, self.model.variant).eval().requires_grad_(False)
             if self.int8_base:
@@ -76,15 +87,15 @@ class Sampler:
         elif lora_before:
             lora.unload_lora(self.transformer)
         if path:
-            lora.load_lora(self.transformer, path)
+            lora.load_lora(self.transformer, path, strength)
             for module in self.transformer.modules():
                 if isinstance(module, LoraLayer):  # peft puts its halves where the layer's weights wait
                     module.lora_A.to(self.device), module.lora_B.to(self.device)
-        self._applied = (inference, path)
+        self._applied = (inference, path, strength)
 
     def release(self) -> None:
         """Drops the transformer."""
-        self.transformer, self._applied = None, (None, None)
+        self.transformer, self._applied = None, NOTHING
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

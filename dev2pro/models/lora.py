@@ -1,6 +1,7 @@
 """LoRA on a FLUX transformer with peft: target modules, the diffusers file format, loading and unloading."""
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -134,7 +135,10 @@ def write(state: dict[str, Tensor], out: str, contract: dict[str, Any]) -> None:
     """Writes the weights of a LoRA file, with a contract in its header, as `out`/pytorch_lora_weights.safetensors."""
     content = serialized(state, {"format": "pt", CONTRACT: json.dumps(contract, sort_keys=True)})
     partial = Path(out) / f"{WEIGHTS}.partial"
-    partial.write_bytes(_in_order(content))
+    with partial.open("wb") as file:
+        file.write(_in_order(content))
+        file.flush()
+        os.fsync(file.fileno())
     partial.rename(Path(out) / WEIGHTS)
 
 

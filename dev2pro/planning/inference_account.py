@@ -21,7 +21,7 @@ from dev2pro.planning.fake_runs import nbytes
 
 
 def evaluation(stage: str, config: Any, sizes: Sequence[Size], prompts: int) -> Account:
-    """Of evaluate's configuration, for pictures of one size: one transformer at a time; the text encoders are gone when it comes."""
+    """Of evaluate's or tune's configuration, for pictures of one size: one transformer at a time; the text encoders are gone when it comes."""
     hardware, layout, sampling = config.hardware, Layout.of(config), config.sampling
     encoders, judge = load_encoders(config), fake_models.judge(config.judge)
     style_judge = fake_models.style_judge(path) if (path := getattr(config, "style_judge", None)) else None

@@ -47,7 +47,7 @@ def estimate(stage: str, config: Any, sizes: Sequence[Size], prompts: int = 0) -
     """The account of a stage."""
     if stage == "encode":
         return inference_account.encoding(stage, config, sizes)
-    if stage == "evaluate":
+    if stage in ("evaluate", "tune"):
         return inference_account.evaluation(stage, config, sizes, prompts)
     return training_account.training(stage, config, sizes)
 

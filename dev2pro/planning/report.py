@@ -67,7 +67,7 @@ def advice(account: Account, phase: str, config: Any) -> list[str]:
     cures = {
         "weights": ["set hardware.int8_base=true"] * (stage == "lora" and not hardware.int8_base)
         + ["set hardware.dtype=bfloat16"] * (training and hardware.dtype != "bfloat16" and not hardware.shard)
-        + ["set hardware.inference_dtype=bfloat16"] * (stage == "evaluate" and hardware.inference.itemsize > 2)
+        + ["set hardware.inference_dtype=bfloat16"] * (stage in ("evaluate", "tune") and hardware.inference.itemsize > 2)
         + ["spread it over more GPUs with hardware.shard=true (dev2pro.ranks)"] * full,
         "moments": ["set optim.name=adamw_8bit"] * (training and hardware.dtype == "bfloat16" and config.optim.name == "adamw"),
         "gradients": ["set hardware.step_in_backward=true"] * (full and alone and not hardware.step_in_backward),
@@ -76,7 +76,7 @@ def advice(account: Account, phase: str, config: Any) -> list[str]:
         + ["set hardware.int8_encoders=true"] * (not hardware.int8_encoders),
         "activations": ["set hardware.gradient_checkpointing=true"] * (training and not hardware.gradient_checkpointing)
         + ["lower hardware.micro_batch"] * (training and hardware.micro_batch > 1)
-        + ["lower sampling.batch"] * (stage == "evaluate" and config.sampling.batch > 1),
+        + ["lower sampling.batch"] * (stage in ("evaluate", "tune") and config.sampling.batch > 1),
     }
     ordered = sorted(parts, key=lambda part: -parts[part])
     return [cure for part in ordered for cure in cures.get(part, [])] or ["take a larger card, or lower the resolution"]

@@ -29,6 +29,7 @@ from dev2pro.planning.account import (
 )  # fmt: skip
 from dev2pro.planning.fake_runs import Shape, nbytes
 from dev2pro.training import checkpoint_files, distributed, ema
+from dev2pro.training.checkpoint_space import LoraCheckpointConfig
 from dev2pro.training.distributed import HardwareConfig
 from dev2pro.training.loss import LOSSES, LossConfig, distillation_loss, pair_distillation_loss
 from dev2pro.training.preserve import PreserveConfig, preservation_loss
@@ -81,11 +82,13 @@ def training(stage: str, config: Any, sizes: Sequence[Size]) -> Account:
     if stage == "recover" and config.teacher:
         gpu["teacher"] = resting | {"teacher": tensors.weights, **gathered, "activations": forward.peak}
     state = tensors.state * layout.shards
+    loras = config.checkpoint.count(config.steps) if isinstance(config.checkpoint, LoraCheckpointConfig) else 0
     saved = tensors.numbers * (distributed.DTYPES[config.save_dtype].itemsize if hasattr(config, "save_dtype") else 4)
+    intermediate = {"LoRAs of steps": loras * saved} if loras else {}
     return Account(
         stage=stage, ranks=layout.ranks, machines=layout.machines, gpu=gpu, blocks=len(flux1.blocks(model)), state=state,
         host=_training_host(config, layout, tensors, saved),
-        disk={"checkpoints": (config.checkpoint.keep + 2) * state * checkpoint_files.MARGIN, "the result": saved},
+        disk={"checkpoints": (config.checkpoint.keep + 2) * state * checkpoint_files.MARGIN, "the result": saved} | intermediate,
         flops={"a step": step.flops / micro, "measuring": forward.flops / micro, "encoding": encoding_flops(encoders, size)},
         captions=int(hardware.encodings_gb * 1e9 / encoders.text_bytes()) // (2 if getattr(config, "preserve", PreserveConfig()).rewrite else 1),
         staying=text_encoder_bytes(encoders),

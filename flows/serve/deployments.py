@@ -17,7 +17,7 @@ from flows.concepts import concepts
 from flows.pipeline import pipeline
 from flows.processes import gpu_slots, trust
 from flows.recurring import recurring
-from flows.single import diagnose, distill, evaluate, lora, recover
+from flows.single import diagnose, distill, evaluate, lora, recover, tune
 
 TRAINING = "training"  # the runner of flows that need GPUs; its runs queue
 CHEAP = "cheap"  # the runner of other flows, which never wait behind training
@@ -44,7 +44,7 @@ class Deployment:
 def for_runner(runner: str) -> list[Deployment]:
     """The deployments of a runner."""
     if runner == TRAINING:
-        flows = (pipeline, recover, lora, evaluate, diagnose, distill, concepts)
+        flows = (pipeline, recover, lora, tune, evaluate, diagnose, distill, concepts)
         return [Deployment(flow, flow.fn.__name__) for flow in flows]
     zone = os.environ.get(TIME_ZONE, "UTC")
     nightly = Cron("0 2 * * *", timezone=zone, slug="nightly", active=False)  # an operator activates it

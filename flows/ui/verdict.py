@@ -1,4 +1,4 @@
-"""The result of an evaluation or a diagnosis as a page of the UI: the verdict, the table of gains, pictures, and the path of the report."""
+"""The result of an evaluation, a diagnosis or a tuning as a page of the UI: the verdict, the table of gains, pictures, and the path of the report."""
 
 import base64
 import io
@@ -13,6 +13,7 @@ from flows.ui.progress import key
 
 SHEETS = 3  # contact sheets on the page; the report has all of them
 WIDTH, QUALITY = 900, 80
+WORDS = {"diagnose": ("diagnosis", "What the base's guidance input does"), "tune": ("choice", "How the LoRA is to be used")}
 
 
 def show(result: Artifact) -> None:
@@ -21,18 +22,22 @@ def show(result: Artifact) -> None:
 
 
 def show_words(result: Artifact) -> None:
-    """Creates the Prefect artifact `<folder>-diagnosis`: the sentences of a diagnosis."""
-    words = "\n\n".join(markdown(line) for line in result.metrics["words"])
-    create_markdown_artifact(key=f"{key(Path(result.uri))}-diagnosis", markdown=words, description="What the base's guidance input does")
+    """Creates the Prefect artifact `<folder>-diagnosis` or `-choice`: the sentences of a diagnosis or a tuning, and a tuning's sheets."""
+    name, description = WORDS[result.stage]
+    words = "\n\n".join([*(markdown(line) for line in result.metrics["words"]), *_sheets(result)])
+    create_markdown_artifact(key=f"{key(Path(result.uri))}-{name}", markdown=words, description=description)
 
 
 def page(result: Artifact) -> str:
     """The page in markdown."""
-    sheets = sorted(Path(result.uri, "sheets").glob("*.png"))[:SHEETS]
-    pictures = "\n\n".join(f"![]({_small(sheet)})" for sheet in sheets)
+    pictures = "\n\n".join(_sheets(result))
     return (
         f"## {markdown(result.metrics['verdict'])}\n\n{_table(result)}\n\nThe whole report: {markdown(f'{result.uri}/report.html')}\n\n{pictures}\n"
     )
+
+
+def _sheets(result: Artifact) -> list[str]:
+    return [f"![]({_small(sheet)})" for sheet in sorted(Path(result.uri, "sheets").glob("*.png"))[:SHEETS]]
 
 
 def _table(result: Artifact) -> str:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dev2pro import allowed
 from dev2pro.errors import ConfigError
 
-STAGES = ("recover", "lora", "distill", "encode", "evaluate", "diagnose", "extract", "draw", "miniature")
+STAGES = ("recover", "lora", "distill", "encode", "evaluate", "diagnose", "extract", "tune", "draw", "miniature")
 
 
 def schema(stage: str) -> type:

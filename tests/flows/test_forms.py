@@ -15,14 +15,14 @@ from pydantic import BaseModel, ValidationError
 from dev2pro.artifacts.record import ROOT
 from flows import plan, roots, single
 from flows.concepts import concepts
-from flows.forms import Concepts, Diagnose, Distill, Evaluate, Lora, Pipeline, Recover, Recurring, overrides
+from flows.forms import Concepts, Diagnose, Distill, Evaluate, Lora, Pipeline, Recover, Recurring, Tune, overrides
 from flows.pipeline import pipeline
 from flows.recurring import recurring
 
-STAGES = {Recover: "recover", Lora: "lora", Evaluate: "evaluate", Diagnose: "diagnose", Distill: "distill"}
+STAGES = {Recover: "recover", Lora: "lora", Evaluate: "evaluate", Tune: "tune", Diagnose: "diagnose", Distill: "distill"}
 FLOWS = {
     Pipeline: pipeline, Recover: single.recover, Lora: single.lora, Evaluate: single.evaluate, Diagnose: single.diagnose,
-    Distill: single.distill, Concepts: concepts, Recurring: recurring,
+    Tune: single.tune, Distill: single.distill, Concepts: concepts, Recurring: recurring,
 }  # fmt: skip
 GROUPS = ("experiment", "model", "hardware")  # of conf/
 
@@ -98,9 +98,11 @@ FILLED: dict[type, dict[str, Any]] = {
         "adapter": {"rank": 2, "targets": "all"},
         "loss": {"name": "guidance"},
         "probe": {"every": 4},
+        "checkpoint": {"loras": 50},
         "publish": "runs/store",
     },
     Evaluate: {"loras": ["runs/a b/*"], "recovered": "runs/x", "prompts": "runs/p.txt", "seeds": 2},
+    Tune: {"lora": "runs/a b", "strengths": [0.5, 1.5], "guidances": [2.0], "prompts": "runs/p.txt", "seeds": 2},
     Diagnose: {"data": {"heldout": ["runs/held out"]}, "loras": ["runs/x"], "outside": ["runs/y"], "teacher": "data/miniature/teacher"},
     Distill: {"teacher": "data/miniature/teacher", "model": "miniature", "hardware": "cpu"},
 }
@@ -161,6 +163,10 @@ IN_THE_FORM: list[Bad] = [
     (Recover, {"seed": -1}, "seed"),
     (Lora, {"arm": "a;rm -rf ~"}, "arm"),
     (Lora, {"adapter": {"targets": ".*"}}, "adapter.targets"),
+    (Tune, {"strengths": [0]}, "strengths.0"),
+    (Tune, {"guidances": [200]}, "guidances.0"),
+    (Tune, {"strengths": []}, "strengths"),
+    (Recover, {"checkpoint": {"loras": 5}}, "checkpoint.loras"),
     (Pipeline, {"plan": "../../etc/passwd"}, "plan"),
     (Pipeline, {"plan": "miniature", "evil": 1}, "evil"),
     (Concepts, {"concepts": [{"name": "a/b"}]}, "concepts.0.name"),

@@ -51,6 +51,7 @@ def command(stage: str, world: Path, tiny: Path, tiny_data: Path) -> dict[str, s
         | {"shards": f"[{heldout}]", "to": f"{world}/encoded", "resolution": "32", "bucket_step": "8", "read.cache": f"{world}/cache"},
         "evaluate": model | {"loras": f"[{world}/empty]", "prompts": f"{world}/prompts.txt"},
         "diagnose": model | {key: data[key] for key in ("data.heldout", "data.resolution", "data.bucket_step", "data.read.cache", "probe.bins")},
+        "tune": model | {"lora": f"{world}/empty", "prompts": f"{world}/prompts.txt"},
         "extract": model | {"recovered": str(tiny), "rank": "4"},
         "draw": model | {"prompts": f"{world}/prompts.txt", "resolution": "32", "sampling.steps": "1"},
         "miniature": {"out": f"{world}/out", "part": "pipeline"},
@@ -60,7 +61,7 @@ def command(stage: str, world: Path, tiny: Path, tiny_data: Path) -> dict[str, s
 @st.composite
 def commands(draw: st.DrawFn) -> tuple[str, dict[str, str]]:
     """A stage, and one to three of its keys with values that are odd, of another type, at the ends of a range, or places that exist or do not."""
-    stage = draw(st.sampled_from(["recover", "lora", "lora", "distill", "encode", "evaluate", "diagnose", "extract", "draw", "miniature"]))
+    stage = draw(st.sampled_from(["recover", "lora", "lora", "distill", "encode", "evaluate", "diagnose", "extract", "tune", "draw", "miniature"]))
     schema = allowed.keys(getattr(importlib.import_module(f"stages.{stage}"), f"{stage.title()}Config"))
     changes = {}
     for key in draw(st.lists(st.sampled_from(sorted(set(schema) - UNDRAWN)), min_size=1, max_size=3, unique=True)):

@@ -13,7 +13,7 @@ CHALK = "data/miniature/shards/chalk"
 WORDS = ["experiment=miniature", "steps=16", "batch=4", "probe.every=8", "probe.samples=4", "checkpoint.every=3"]
 STAGE_ARGS = {
     "recover": [f"data.train=[{CHALK}/train-000000.tar]", "optim.lr=1e-4", "data.flip=true", "data.crop=random", "data.read.workers=1"],
-    "lora": ["data.name=chalk", "trained_on=data/miniature/pipeline", "arm=x"],
+    "lora": ["data.name=chalk", "trained_on=data/miniature/pipeline", "arm=x", "checkpoint.loras=4"],
     "distill": [f"data.train=[{CHALK}/train-000000.tar]", "teacher=data/miniature/teacher"],
 }  # (mirroring is drawn, so recover reads at every step, in a process of its own; the others hold what they train on)
 CASES = [(stage, ranks, "") for stage in STAGE_ARGS for ranks in (1, 2)] + [("recover", 2, "hardware.shard=true")]

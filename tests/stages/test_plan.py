@@ -13,11 +13,12 @@ COMMANDS = {
     "distill": (*DATA, "teacher=data/miniature/teacher"),
     "encode": ("model=miniature", "hardware=cpu", "to=nowhere", "shards=[nowhere]", "resolution=32", "bucket_step=8"),
     "evaluate": ("experiment=miniature", "loras=[nowhere]"),
+    "tune": ("experiment=miniature", "lora=nowhere"),
 }
 PHASES = {
     "recover": ("encode text", "encode pictures", "load", "train", "measure", "sample", "checkpoint", "save"),
     "encode": ("encode latents",),
-    "evaluate": ("encode", "load", "sample", "decode", "judge"),
+    **dict.fromkeys(("evaluate", "tune"), ("encode", "load", "sample", "decode", "judge")),
 }
 
 

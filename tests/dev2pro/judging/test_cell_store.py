@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dev2pro.errors import DataError, SpaceError
-from dev2pro.judging import cell_store
+from dev2pro.judging import cell_store, grids
 from dev2pro.judging.cell_store import CellFiles
 
 WHAT = {"transformer": "a", "resolution": 4}
@@ -115,3 +115,12 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_sampled(tmp_path, d
     cell_store.check_space(small, 900_000)
     with pytest.raises(SpaceError, match=rf"need 0\.00112 GB in {small}, and .* Make room, or choose another folder with cells="):
         cell_store.check_space(small, 1_100_000)
+
+
+def test_thumbnails_are_of_the_first_prompt_of_each_meaning_and_of_the_first_two_seeds(tmp_path):
+    """Every picture has its own number as its grey; three prompts, of which the first two mean the same, with three seeds."""
+    files = cell(tmp_path, count=9)
+    for number, rows in enumerate(files.batches):
+        files.write(number, torch.stack([torch.full((3, 4, 4), row / 255) for row in rows]))
+    shown = grids.thumbnails(files, torch.tensor([0, 0, 1]))
+    assert [[image.getpixel((0, 0))[0] for image in images] for images in shown] == [[0, 6], [1, 7]]

@@ -95,3 +95,21 @@ def test_what_cannot_be_compared_is_refused(models, lora, tmp_path):
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):
             cells.find_loras(patterns, models["base"])
+
+
+def test_a_tuned_lora_is_applied_at_its_strength_and_has_its_style_from_what_it_was_made_of(models, lora, tmp_path):
+    lora("chalk", "x@1")
+    config = LoraLike(str(tmp_path / "lora/tuned"))
+    contract = lora("chalk", "y@1").inference | {"arm": "x@1 tuned", "data": {"name": "chalk"}}
+    assert run_folder.acquire(config.out, "tune", config, {"teacher": models["recovered"]}) is None
+    parents = {"teacher": models["recovered"]}
+    record.write(config.out, "tune", "lora", config, parents, step=1, metrics={}, inference=contract | {"suggested_strength": 0.8})
+    loras = {one.inference["arm"]: one for one in cells.find_loras([str(tmp_path / "lora/*")], models["base"])}
+    assert {arm: cells.strength(one) for arm, one in loras.items()} == {"x@1": 1.0, "y@1": 1.0, "x@1 tuned": 0.8}
+    assert list(cells.by_style(list(loras.values()))) == ["chalk"]
+    kinds = cells.kinds(list(loras.values()), teacher=models["teacher"], recovered=models["recovered"])
+    assert kinds == {"x@1": "base", "y@1": "base", "x@1 tuned": "recovered"}
+    for bad in (0, -1, True, "1", float("nan"), 1e9, None):
+        record.write(config.out, "tune", "lora", config, parents, step=1, metrics={}, inference=contract | {"suggested_strength": bad})
+        with pytest.raises(ConfigError, match=r"lora/tuned suggests the strength .*, which cannot work"):
+            cells.find_loras([config.out], models["base"])

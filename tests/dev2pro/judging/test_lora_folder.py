@@ -105,8 +105,8 @@ def test_a_lora_of_another_tool_is_said_to_be_one(tool, place, tmp_path, no_valu
     message = refusal(given)
     assert message.startswith(f"loras={given} is no output folder of stages.lora: ")
     assert said in message, message
-    assert "evaluate takes the output folders of stages.lora, because it needs their record" in message
-    assert message.endswith("it cannot read the LoRAs of other tools yet.")
+    assert "evaluate and tune take the output folders of stages.lora, because they need their record" in message
+    assert message.endswith("they cannot read the LoRAs of other tools yet.")
 
 
 def test_pickles_quantised_files_and_broken_ones(tmp_path):

@@ -132,6 +132,27 @@ def test_a_lora_comes_and_goes_and_blocks_may_wait_in_host_memory(made, inferenc
     assert sum(isinstance(module, OffloadedLinear) for module in offloaded.transformer.modules()) > 10
 
 
+def test_a_strength_scales_the_lora_and_a_guidance_is_no_other_model(made, inference, style, monkeypatch):
+    loads = list[str]()
+    load = flux1.load_transformer
+    monkeypatch.setattr(flux1, "load_transformer", lambda path, *rest: loads.append(path) or load(path, *rest))
+    weights, _ = lora.read(style)
+    half = Path(style) / "half"
+    half.mkdir()
+    lora.write({key: value * (0.5 if "lora_B" in key else 1) for key, value in weights.items()}, str(half), {})
+    one = made()
+    pictures = {}
+    for at in ((style, 1.0), (style, 0.5), (str(half), 1.0), (None, 1.0)):
+        one.apply(inference, *at)
+        pictures[at] = one.sample(range(3))
+    torch.testing.assert_close(pictures[style, 0.5], pictures[str(half), 1.0])
+    assert (pictures[style, 0.5] - pictures[style, 1.0]).abs().max() > 0.005
+    assert (pictures[style, 0.5] - pictures[None, 1.0]).abs().max() > 0.005
+    one.apply(Inference("base", inference.path, 2.0, 2.0), None)
+    assert (one.sample(range(3)) - pictures[None, 1.0]).abs().max() > 1e-4
+    assert loads == [inference.path]
+
+
 @pytest.mark.parametrize("offloaded_blocks", [0, 99])
 def test_in_int8_it_draws_nearly_the_same_with_a_lora_and_without(made, inference, style, offloaded_blocks):
     one, rounded = made(), made(int8=True, offloaded_blocks=offloaded_blocks)
@@ -164,4 +185,8 @@ def test_identity_names_all_that_pictures_depend_on(made, inference, tiny):
     ]  # fmt: skip
     assert all(other != identity for other in others)
     assert made().identity(Inference("recovered", str(tiny), 3.5, 2.0), None) == identity  # a name is no difference
+    at_full, at_less = made().identity(inference, str(tiny / "vae"), 1.0), made().identity(inference, str(tiny / "vae"), 0.8)
+    assert at_full == made().identity(inference, str(tiny / "vae"))
+    assert at_less == {**at_full, "strength": 0.8}, "cells of before, whose strength went without saying, stay valid"
+    assert made().identity(inference, None, 0.8) == identity, "without a LoRA there is no strength"
     assert {*identity} >= {"prompts", "seeds", "seed", "resolution", "steps", "batch", "dtype", "encoder_dtype", "encoders", "variant", "draws"}

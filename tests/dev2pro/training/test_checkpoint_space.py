@@ -47,10 +47,10 @@ def test_the_bytes_of_a_state_are_known_before_it_is_made(tiny, name, dtype, ave
     assert checkpoint_space.state_bytes(checkpoint_space.trained(skeleton), config, bool(average)) == wanted
 
 
-def start(out: Path, *, keep: int, steps: int, result: torch.dtype = torch.float32, values: int = MIB // 16) -> None:
+def start(out: Path, *, keep: int, steps: int, result: torch.dtype = torch.float32, values: int = MIB // 16, intermediate: int = 0) -> None:
     """A run whose checkpoints have 1 MiB each (4 bytes a value and two moments of 4, and 4 of the average), and a result of a quarter of it."""
     model = torch.nn.Linear(values - 1, 1, device="meta")
-    checkpoint_space.check(str(out), model, OptimConfig(lr=1), CheckpointConfig(every=10, keep=keep), steps, 0.9, result)
+    checkpoint_space.check(str(out), model, OptimConfig(lr=1), CheckpointConfig(every=10, keep=keep), steps, 0.9, result, intermediate)
 
 
 def test_all_that_is_kept_at_one_time_must_fit(disk):
@@ -76,3 +76,14 @@ def test_what_is_there_counts(disk):
     (folder / "filler").write_bytes(bytes(MIB))
     with pytest.raises(SpaceError, match=r"Of that 0\.0021 GB are there, and 0\.00147 GB are free"):
         start(folder, keep=2, steps=1000)
+
+
+def test_loras_of_steps_count_besides(disk):
+    folder = disk(4.4)
+    start(folder, keep=1, steps=1000, intermediate=3)
+    with pytest.raises(SpaceError, match=r"beside 2 of them, besides 8 LoRAs of intermediate steps\. Of that"):
+        start(folder, keep=1, steps=1000, intermediate=8)
+    (folder / "steps/000010").mkdir(parents=True)
+    (folder / "steps/000010/a").write_bytes(bytes(MIB // 4))
+    with pytest.raises(SpaceError, match=r"Of that 0\.000262 GB are there"):
+        start(folder, keep=1, steps=1000, intermediate=8)

@@ -42,6 +42,18 @@ def test_a_verdict_page_is_what_it_is_with_any_names(tmp_path):
     assert "onerror" in page  # it is shown, as text
 
 
+def test_the_words_of_a_choice_are_what_they_are_with_its_sheets(tmp_path, monkeypatch):
+    shown = dict[str, dict[str, str]]()
+    monkeypatch.setattr(verdict, "create_markdown_artifact", lambda **what: shown.update({what["key"].rpartition("-")[2]: what}))
+    for stage, text in (("tune", HOSTILE), ("diagnose", "plain")):
+        verdict.show_words(SimpleNamespace(stage=stage, uri=evaluation(tmp_path, "").uri, metrics={"words": [text, text]}))
+    page = shown["choice"]["markdown"]
+    assert shown["choice"]["description"] == "How the LoRA is to be used"
+    assert tokens(page) == tokens(shown["diagnosis"]["markdown"])
+    assert page.count("![](") == 1
+    assert page.replace("\n", "").isprintable()
+
+
 def test_a_summary_of_concepts_is_what_it_is_with_any_errors():
     def failed(text: str) -> SimpleNamespace:
         return SimpleNamespace(state=SimpleNamespace(name="Failed", result=lambda raise_on_failure: RuntimeError(text)))
