@@ -175,11 +175,8 @@ def test_a_style_judge_sees_the_looks_and_leaves_the_prompts_to_the_judge(loras,
     for cell, other in zip(before["cells"], now["cells"], strict=True):
         assert {name for name in cell if cell[name] != other[name]} == {"style_similarity", "diversity", "kid"}
     judge, ids = "data/miniature/judge", {name: record.digest(record.fingerprint(str(name))) for name in ("data/miniature/judge", tiny_dino)}
-    assert now["judged_by"] == {
-        "prompt_fidelity": judge,
-        "clip_score": judge,
-        **dict.fromkeys(("style_similarity", "diversity", "kid"), str(tiny_dino)),
-    }
+    looks = dict.fromkeys(("style_similarity", "diversity", "kid"), str(tiny_dino))
+    assert now["judged_by"] == {"prompt_fidelity": judge, "clip_score": judge, **looks}
     assert f"The judge is {tiny_dino}." in (out / "report.html").read_text()
     assert "judged_by" not in before
     assert "style_judge" not in before["settings"]
