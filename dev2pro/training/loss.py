@@ -40,8 +40,8 @@ class LossConfig:
             raise ConfigError(
                 "loss.teacher is for the other losses: flow matching learns from the pictures alone. Set it to null, or choose loss.name."
             )
-        if self.name == "distillation" and not self.teacher:
-            raise ConfigError("loss.name=distillation learns from an undistilled model. Set loss.teacher to a recovered one.")
+        if self.name in ("distillation", "model_guidance") and not self.teacher:
+            raise ConfigError(f"loss.name={self.name} learns from an undistilled model. Set loss.teacher to a recovered one.")
         if self.teacher_lora and not self.teacher:
             raise ConfigError("loss.teacher_lora belongs to a teacher. Set loss.teacher to the model that it was trained on.")
         if self.name != "flow_matching" and self.guidances(guidance)[0] <= 0:
@@ -149,9 +149,26 @@ def redistillation_loss(
     return distillation_loss(model, teacher, batch, null_conditioning, _each(guidance, batch), 0.0)
 
 
+def model_guidance_loss(
+    model: torch.nn.Module, batch: NoisedBatch, guidance: Guidance, null_conditioning: Conditioning, teacher: torch.nn.Module
+) -> Tensor:
+    """The prediction at guidance g against x + (g - 1) (v - u): the picture's velocity, and the guidance of a teacher; in float32.
+
+    v and u are the teacher's predictions for the caption and for the empty one. The teacher is the recovered model with the style's own LoRA, as in
+    `redistillation_loss`, but the style is learnt from the pictures and only the guidance from the teacher, whose own faults in v cancel in the
+    difference. The noise of x is not multiplied by g, as it is by `guidance_loss`. Three forward passes a step, one backward. The target is
+    Model-guidance's, whose difference is the model's own (Tang et al. 2025, https://arxiv.org/abs/2502.12154).
+    """
+    conditional, unconditional = teacher_velocities(teacher, batch, null_conditioning)
+    predicted = flux1.predict(model, batch.x_t, batch.t, batch.conditioning, guidance).float()
+    guided = flow_matching.apply_cfg(unconditional, conditional, _each(guidance, batch)) - conditional
+    return mse_loss(predicted, batch.velocity.float() + guided)
+
+
 LOSSES: dict[str, Loss] = {
     "flow_matching": lambda model, batch, guidance, *_: flow_matching_loss(model, batch, guidance),
     "guidance": guidance_loss,
     "cfg_augmented": cfg_augmented_loss,
     "distillation": redistillation_loss,
+    "model_guidance": model_guidance_loss,
 }

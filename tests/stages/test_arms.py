@@ -17,6 +17,7 @@ ARMS = {
     "guidance over a range": ["guidance=3.5", "loss.name=guidance", "loss.guidance_range=[2,6]"],
     "cfg augmented": ["guidance=3.5", "loss.name=cfg_augmented"],
     "another's empty caption": ["guidance=3.5", "loss.name=guidance", "loss.teacher={other}"],
+    "model guidance": ["guidance=3.5", "loss.name=model_guidance", "loss.teacher={other}"],
     "redistilled": ["guidance=3.5", "loss.name=distillation", "loss.guidance_range=[2,6]", "loss.teacher={other}"],
 }
 
@@ -135,7 +136,7 @@ def test_with_the_whole_recovery_as_its_training_adapter_a_lora_is_trained_as_on
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["loss.name=mse"], "loss.name=mse is unknown. Choose flow_matching, guidance, cfg_augmented or distillation."),
+        (["loss.name=mse"], "loss.name=mse is unknown. Choose flow_matching, guidance, cfg_augmented, distillation or model_guidance."),
         (["loss.nam=guidance"], "nam"),
         (["loss.name=guidance", "loss.teacher=nowhere/at/all/x"], "nowhere/at/all/x"),
         (["loss.guidance_range=[-1,3]"], "guidance_range"),

@@ -123,9 +123,9 @@ def test_at_one_guidance_the_cfg_augmented_loss_is_the_guidance_loss_in_other_un
     torch.testing.assert_close(ways[0] / 3.5**2, ways[1], rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["flow_matching", "guidance", "cfg_augmented"])
-def test_at_guidance_one_every_loss_on_pictures_is_flow_matching(transformer, batch, name):
-    loss = losses.LOSSES[name](transformer, batch, torch.ones(SAMPLES), conditioning(2), None)
+@pytest.mark.parametrize("name", ["flow_matching", "guidance", "cfg_augmented", "model_guidance"])
+def test_at_guidance_one_every_loss_on_pictures_is_flow_matching(transformer, other, batch, name):
+    loss = losses.LOSSES[name](transformer, batch, torch.ones(SAMPLES), conditioning(2), other)
     assert loss.item() == pytest.approx(flow_matching_loss(transformer, batch, 1.0).item(), rel=1e-5)
 
 
@@ -148,6 +148,17 @@ def test_distillation_is_the_teacher_s_cfg_and_nothing_of_the_pictures(transform
     assert loss.item() == pytest.approx(mse_loss(predicted, target).item(), rel=1e-4)
 
 
+def test_model_guidance_is_flow_matching_with_the_teacher_s_guidance_in_its_target(transformer, other, batch):
+    null, guidance = conditioning(2), torch.tensor([1.0, 3.5, 6.0])[:SAMPLES]
+    loss = losses.LOSSES["model_guidance"](transformer, batch, guidance, null, other)
+    conditional, empty = (flux1.predict(other, batch.x_t, batch.t, captions, 1.0) for captions in (batch.conditioning, null))
+    target = batch.velocity + (guidance - 1)[:, None, None] * (conditional - empty)
+    predicted = flux1.predict(transformer, batch.x_t, batch.t, batch.conditioning, guidance)
+    assert loss.item() == pytest.approx(mse_loss(predicted, target).item(), rel=1e-4)
+    loss.backward()
+    assert all(parameter.grad is None for parameter in other.parameters())
+
+
 def test_a_bypassed_guidance_input_changes_nothing_any_more(tiny, batch):
     model = flux1.load_transformer(str(tiny)).eval()
     before = [flux1.predict(model, batch.x_t, batch.t, batch.conditioning, guidance) for guidance in (1.0, 3.5)]
@@ -161,11 +172,12 @@ def test_a_bypassed_guidance_input_changes_nothing_any_more(tiny, batch):
 @pytest.mark.parametrize(
     ("values", "guidance", "said"),
     [
-        ({"name": "mse"}, 1.0, r"loss\.name=mse is unknown\. Choose flow_matching, guidance, cfg_augmented or distillation\."),
+        ({"name": "mse"}, 1.0, r"loss\.name=mse is unknown\. Choose flow_matching, guidance, cfg_augmented, distillation or model_guidance\."),
         ({"guidance_range": [6.0, 2.0]}, 1.0, r"loss\.guidance_range=\[6\.0, 2\.0\] is no range\."),
         ({"guidance_range": [2.0]}, 1.0, "is no range"),
         ({"teacher": "runs/recovered"}, 1.0, "flow matching learns from the pictures alone"),
         ({"name": "distillation"}, 3.5, r"Set loss\.teacher to a recovered one\."),
+        ({"name": "model_guidance"}, 3.5, r"loss\.name=model_guidance learns from an undistilled model\. Set loss\.teacher to a recovered one\."),
         ({"name": "guidance", "teacher_lora": "runs/lora"}, 3.5, r"Set loss\.teacher to the model that it was trained on\."),
         ({"name": "guidance"}, 0.0, "must be more than 0"),
         ({"name": "cfg_augmented", "guidance_range": [0.0, 6.0]}, 3.5, "must be more than 0"),
