@@ -62,6 +62,8 @@ RANGES = {  # by the end of a dotted key; the longest end counts
     "seed": Range(0, 2**63 - 1), "steps": STEPS, "batch": COUNT, "guidance": STRENGTH, "usual_guidance": STRENGTH, "cfg_scale": STRENGTH,
     "loss.guidance_range": STRENGTH, "line": STRENGTH, "strengths": Range(0, 100, above=True), "guidances": Range(0, 100, above=True),
     "caption_dropout": SHARE, "ema": Range(0, 1, below=True, words="a number from 0 to 1, and not 1, which would keep the first weights"),
+    "logit_mean": Range(-5, 5, words="a number from -5 to 5; 0 is the usual distribution, more is more noise"),
+    "stop": Range(0, 1, above=True, below=True, words="a share between 0 and 1, such as 0.01, or null to train all steps"),
     "flow_weight": Range(0, 1000), "preserve.weight": Range(0, 1000), "collapse": SHARE, "seeds": Range(1, 100_000),
     "bootstrap": Range(1, 1_000_000),
     "resolution": Range(8, 8192), "bucket_step": Range(1, 8192),

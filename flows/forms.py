@@ -122,6 +122,10 @@ class Recover(Training):
     model_config = ConfigDict(title="recover (dev2pro)")
     out: RunFolder = form_field("Folder", FOLDER_HELP, "runs/ui/recover")
     ema: float | None = number("ema", "Averaging", "Decay of the averaged weights; 0 is none.")
+    stop: float | None = number("stop", "Stop", "Ends when the steps left would gain less than this share of what was gained, such as 0.01.")
+    trainable: list[Text] | None = form_field(
+        "Trained weights", "Names with * for anything, such as single_transformer_blocks.*; the others are frozen.", min_length=1
+    )
 
 
 class Lora(Training):

@@ -165,7 +165,7 @@ def check_space(config: LoraConfig, dtype: torch.dtype) -> None:
     """Raises SpaceError unless the checkpoints, the LoRAs of steps and the result fit into `out`, before a model is loaded."""
     skeleton, checkpoint, steps = flux1.skeleton(config.trained_on, dtype), config.checkpoint, config.steps
     lora.inject(skeleton, config.adapter, config.seed)
-    checkpoint_space.check(config.out, skeleton, config.optim, checkpoint, steps, 0, torch.float32, checkpoint.count(steps))
+    checkpoint_space.check(config.out, skeleton, config.optim, checkpoint, steps, 0, torch.float32, checkpoint.count(steps), whole=False)
 
 
 def save_step(config: LoraConfig, training: Training, contract: dict[str, Any], step: int) -> None:

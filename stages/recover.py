@@ -5,7 +5,7 @@ that the base was distilled from. It is for training LoRAs on, not for use (John
 Overcome It?", 2024).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from dev2pro.log import Log
 from dev2pro.models import encodings, flux1, model_folder
 from dev2pro.models.flux1 import ModelConfig
 from dev2pro.planning import plan
-from dev2pro.training import checkpoint_space, distributed, feed, optim, time_limits, wrapping
+from dev2pro.training import checkpoint_space, distributed, feed, optim, plateau, time_limits, trainable, wrapping
 from dev2pro.training.checkpoint import CheckpointConfig, Checkpoints
 from dev2pro.training.distributed import HardwareConfig
 from dev2pro.training.divergence_guard import GuardConfig
@@ -54,6 +54,9 @@ class RecoverConfig:
     preview: PreviewConfig = field(metadata={"identity": False})
     start: str | None = None
     teacher: str | None = None
+    trainable: list[str] | None = field(default=None, metadata={"identity": "if set"})
+    logit_mean: float = field(default=0.0, metadata={"identity": "if set"})
+    stop: float | None = field(default=None, metadata={"identity": "if set"})
     ledger: str | None = field(default=None, metadata={"identity": False})
     publish: str | None = field(default=None, metadata={"identity": False})
     plan: bool = field(default=False, metadata={"identity": False})
@@ -74,16 +77,18 @@ def run(config: RecoverConfig) -> Artifact | None:
         snapshots.write_and_verify(write=not config.check)
 
     dtype, result, scheduler = config.hardware.weights, distributed.DTYPES[config.save_dtype], flux1.scheduler_settings(config.model.path)
-    checkpoint_space.check(config.out, flux1.skeleton(config.model.path, dtype), config.optim, config.checkpoint, config.steps, config.ema, result)
+    skeleton = trainable.select(flux1.skeleton(config.model.path, dtype), config.trainable, config.model.path)
+    checkpoint_space.check(config.out, skeleton, config.optim, config.checkpoint, config.steps, config.ema, result)
     stream = snapshots.stream(config.seed, config.batch, accelerator.process_index)
     data_facts = report.start(snapshots, stream, config.model.path, config.model.max_sequence_length, write=not config.check)
     if config.check:
         return frame.checked("recover", config)
     train_feed, prompt_encoder, held_out = feed.prepare(config.model, stream, snapshots.reference(config.probe.samples), config.hardware, accelerator)
-    transformer = wrapping.load_transformer(config.start or config.model.path, config.hardware, accelerator, config.model.variant)
+    whole = wrapping.load_transformer(config.start or config.model.path, config.hardware, accelerator, config.model.variant)
     training = Training(
-        accelerator, transformer, config.optim, config.hardware, steps=config.steps, batch=config.batch, ema=config.ema, guard=config.guard
-    )
+        accelerator, trainable.select(whole, config.trainable, config.model.path), config.optim, config.hardware, steps=config.steps,
+        batch=config.batch, ema=config.ema, guard=config.guard,
+    )  # fmt: skip
     probe = HeldoutProbe(held_out, config.probe, accelerator, scheduler=scheduler, seed=config.seed, batch=config.hardware.micro_batch)
     preview = Preview(
         config.preview, config.model, config.hardware, held_out, prompt_encoder, scheduler, accelerator, seed=config.seed, out=config.out
@@ -93,7 +98,8 @@ def run(config: RecoverConfig) -> Artifact | None:
 
     def make_batch(step: int, slots: range) -> encodings.NoisedBatch:
         encoded = train_feed.get_batch(step, slots)
-        return encodings.noise_batch(encoded, prompt_encoder.empty, scheduler, config.caption_dropout, config.seed, step, slots)
+        drawn = encoded, prompt_encoder.empty, scheduler, config.caption_dropout, config.seed, step, slots
+        return encodings.noise_batch(*drawn, logit_mean=config.logit_mean)
 
     def compute_loss(batch: encodings.NoisedBatch) -> torch.Tensor:
         return flow_matching_loss(training.model, batch, config.guidance)
@@ -104,29 +110,27 @@ def run(config: RecoverConfig) -> Artifact | None:
             return {"step": done, **probe.measure(model, config.guidance, config.model.usual_guidance)}
 
     checkpoints = Checkpoints(config.out, training, config.checkpoint, config.steps, stream.state)
-    start, curve = checkpoints.restore()
-    batches = Prefetcher(train_feed, make_batch, range(start, config.steps), training.slots, accelerator.device)
-    log = Log(config.out, "recover (dev2pro)", config.steps, accelerator.is_main_process, start)
+    done, curve = checkpoints.restore()
+    batches = Prefetcher(train_feed, make_batch, range(done, config.steps), training.slots, accelerator.device)
+    log = Log(config.out, "recover (dev2pro)", config.steps, accelerator.is_main_process, done)
     with batches, log, time_limits.strict(accelerator), checkpoints:
         curve = curve or [validate(0)]
         log.emit_validation(*curve)
-        for step in range(start, config.steps):
-            loss, norm = training.step(step, lambda slots: batches.get(step, slots), compute_loss)  # noqa: B023
-            log.write(step + 1, loss=loss, gradient_norm=norm, lr=training.lr)
-            if (step + 1) % config.probe.every == 0 or step + 1 == config.steps:
-                curve.append(validate(step + 1))
+        while not _ended(config, done, curve):
+            loss, norm = training.step(done, lambda slots: batches.get(done, slots), compute_loss)  # noqa: B023
+            done += 1
+            log.write(done, loss=loss, gradient_norm=norm, lr=training.lr)
+            if done % config.probe.every == 0 or done == config.steps:
+                curve.append(validate(done))
                 log.emit_validation(curve[-1])
-            checkpoints.on_step_end(step + 1, curve)
-            log.step(step + 1, loss=loss, held_out=curve[-1]["loss"])
+            checkpoints.on_step_end(done, curve, last=_ended(config, done, curve))
+            log.step(done, loss=loss, held_out=curve[-1]["loss"])
 
     record.invalidate(config.out)
     training.save(config.out, result)
-    metrics = {
-        **checkpoints.metrics(), "guidance": config.guidance, "curve": curve, "recovered": None if config.start else _recovered(curve),
-        "data": sources.describe(stream) | data_facts,
-    }  # fmt: skip
+    metrics = {**checkpoints.metrics(), **_results(config, done, curve), "data": sources.describe(stream) | data_facts}
     artifact = record.publish(
-        accelerator, config.out, "recover", "transformer", config, parents, step=config.steps, metrics=metrics, watched=snapshots.local_inputs()
+        accelerator, config.out, "recover", "transformer", config, parents, step=done, metrics=metrics, watched=snapshots.local_inputs()
     )
     return record_in_ledger(config, snapshots, artifact)
 
@@ -136,6 +140,7 @@ def check(config: RecoverConfig) -> bool:
     if plan.check("recover", config, bucket_sizes(config.data.resolution, config.data.bucket_step, config.data.aspect)):
         return True
     model_folder.check_models(config.model.path, config.model.variant, base=True, start=config.start, teacher=config.teacher)
+    trainable.select(flux1.skeleton(config.model.path), config.trainable, config.model.path)
     distributed.check_full(config.hardware)
     optim.check(config.optim, config.hardware.weights, shard=config.hardware.shard)
     distributed.check_dtype("save_dtype", config.save_dtype)
@@ -153,9 +158,22 @@ def _models(config: RecoverConfig) -> dict[str, str]:
 def record_in_ledger(config: RecoverConfig, snapshots: RunSnapshots, artifact: Artifact) -> Artifact:
     """Records the finished run in the ledger as a consumer of its shards, and returns the artifact."""
     if config.ledger and snapshots.is_main_process and not config.check:
-        epochs = config.steps / artifact.metrics["data"]["steps_per_epoch"]
+        epochs = artifact.step / artifact.metrics["data"]["steps_per_epoch"]
         ledger.record(config.ledger, artifact.id, snapshots.train.id, [shard.sha256 for shard in snapshots.train.shards], epochs)
     return artifact
+
+
+def _ended(config: RecoverConfig, done: int, curve: list[dict[str, Any]]) -> bool:
+    """Whether all steps are done, or what was just measured says that the others would gain too little."""
+    return done >= config.steps or (curve[-1]["step"] == done and plateau.reached(curve, config.steps, config.stop))
+
+
+def _results(config: RecoverConfig, done: int, curve: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the run's record says of its training; `stopped` is why it ended before its steps were done."""
+    results = {"guidance": config.guidance, "curve": curve, "recovered": None if config.start else _recovered(curve)}
+    if done < config.steps and (outlook := plateau.outlook(curve, config.steps)):
+        results["stopped"] = {"of_steps": config.steps, "share": config.stop, **asdict(outlook)}
+    return results
 
 
 def _recovered(curve: list[dict[str, Any]]) -> float | None:

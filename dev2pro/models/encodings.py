@@ -116,17 +116,18 @@ class NoisedBatch:
 
 
 def noise_batch(
-    batch: EncodedBatch, empty: tuple[Tensor, Tensor], scheduler: dict, dropout: float, seed: int, step: int, slots: Sequence[int]
-) -> NoisedBatch:
+    batch: EncodedBatch, empty: tuple[Tensor, Tensor], scheduler: dict, dropout: float, seed: int, step: int, slots: Sequence[int], *,
+    logit_mean: float = 0.0,
+) -> NoisedBatch:  # fmt: skip
     """Draws all random values for the slots of one step: posterior, noise, logit-normal shifted time, caption dropout.
 
-    `empty`: the embeddings that replace a dropped caption; `scheduler`: the settings with the resolution shift.
+    `empty`: the embeddings that replace a dropped caption; `scheduler`: the settings with the resolution shift; `logit_mean`: that of the times.
     """
     shape = batch.mean.shape[1:]
     device = batch.mean.device
     x0 = batch.mean + batch.std * to_device(draws.normal(seed, "posterior", step, slots, shape), device)
     noise = to_device(draws.normal(seed, "noise", step, slots, shape), device)
-    t = flow_matching.training_timesteps(draws.normal(seed, "time", step, slots), flow_matching.shift_mu(shape[0], scheduler))
+    t = flow_matching.training_timesteps(logit_mean + draws.normal(seed, "time", step, slots), flow_matching.shift_mu(shape[0], scheduler))
     t = to_device(t, device)
     keep = to_device(draws.uniform(seed, "caption dropout", step, slots) >= dropout, device)
     prompt = torch.where(keep[:, None, None], batch.prompt, empty[0])

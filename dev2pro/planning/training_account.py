@@ -28,7 +28,7 @@ from dev2pro.planning.account import (
     text_encoder_bytes,
 )  # fmt: skip
 from dev2pro.planning.fake_runs import Shape, nbytes
-from dev2pro.training import checkpoint_files, distributed, ema
+from dev2pro.training import checkpoint_files, distributed, ema, trainable
 from dev2pro.training.checkpoint_space import LoraCheckpointConfig
 from dev2pro.training.distributed import HardwareConfig
 from dev2pro.training.loss import LOSSES, LossConfig, distillation_loss, pair_distillation_loss
@@ -46,7 +46,8 @@ def training(stage: str, config: Any, sizes: Sequence[Size]) -> Account:
 
     def transformer(dtype: torch.dtype = hardware.weights) -> FluxTransformer2DModel:
         adapter, offloaded = getattr(config, "adapter", None), hardware.offloaded_blocks
-        return fake_models.transformer(path, dtype, adapter, int8=hardware.int8_base, offloaded=offloaded)
+        made = fake_models.transformer(path, dtype, adapter, int8=hardware.int8_base, offloaded=offloaded)
+        return trainable.select(made, getattr(config, "trainable", None), path)
 
     model = transformer()
     computing = transformer(hardware.compute) if hardware.shard else model  # sharded, what is gathered is in the computing precision
@@ -83,7 +84,7 @@ def training(stage: str, config: Any, sizes: Sequence[Size]) -> Account:
         gpu["teacher"] = resting | {"teacher": tensors.weights, **gathered, "activations": forward.peak}
     state = tensors.state * layout.shards
     loras = config.checkpoint.count(config.steps) if isinstance(config.checkpoint, LoraCheckpointConfig) else 0
-    saved = tensors.numbers * (distributed.DTYPES[config.save_dtype].itemsize if hasattr(config, "save_dtype") else 4)
+    saved = tensors.whole * distributed.DTYPES[config.save_dtype].itemsize if hasattr(config, "save_dtype") else tensors.numbers * 4
     intermediate = {"LoRAs of steps": loras * saved} if loras else {}
     return Account(
         stage=stage, ranks=layout.ranks, machines=layout.machines, gpu=gpu, blocks=len(flux1.blocks(model)), state=state,
@@ -99,7 +100,7 @@ def training(stage: str, config: Any, sizes: Sequence[Size]) -> Account:
 class _Tensors:
     """Bytes of one rank: all `weights` on the GPU and those `offloaded`, of the trained ones `own`, gradients, moments, average.
 
-    Of the whole model: `trained` bytes, and how many `numbers` these are.
+    Of the whole model: `trained` bytes, how many `numbers` these are, and how many there are as a `whole`, frozen ones with them.
     """
 
     weights: float
@@ -111,18 +112,20 @@ class _Tensors:
     average: float
     trained: int
     numbers: int
+    whole: int
 
     @classmethod
     def of(cls, config: Any, model: FluxTransformer2DModel, layout: Layout) -> "_Tensors":
         hardware, trained, shards = config.hardware, nbytes(model, trained=True), layout.shards
         numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
         offloaded = offloaded_bytes(model)
-        loaded = 0 if hardware.shard else sum(p.numel() for p in model.parameters()) * hardware.weights.itemsize  # as they are read
+        whole = sum(p.numel() for p in model.parameters())
+        loaded = 0 if hardware.shard else whole * hardware.weights.itemsize  # as they are read
         copies = 2 if layout.ranks > 1 and not hardware.shard else 1  # DDP's buckets hold the gradients again
         average = 4 * numbers / shards if getattr(config, "ema", 0) else 0
         moments = fake_runs.optimizer_state(config.optim, model) / shards
         weights = (nbytes(model) - offloaded) / shards
-        return cls(weights, offloaded, loaded, trained / shards, copies * trained / shards, moments, average, trained, numbers)
+        return cls(weights, offloaded, loaded, trained / shards, copies * trained / shards, moments, average, trained, numbers, whole)
 
     @property
     def state(self) -> float:
@@ -143,7 +146,8 @@ def _transient(model: FluxTransformer2DModel, hardware: HardwareConfig) -> Parts
     blocks = [nbytes(block) for block in flux1.blocks(model)]
     root, largest, itemsize = nbytes(model) - sum(blocks), max(blocks), hardware.compute.itemsize
     if hardware.shard:  # a block and the one ahead; its gradients as computed, and in float32 where they are reduced
-        return {"gathered weights": 2 * largest + root, "a block's gradients": largest + largest / itemsize * 4}
+        gradients = max(nbytes(block, trained=True) for block in flux1.blocks(model))
+        return {"gathered weights": 2 * largest + root, "a block's gradients": gradients + gradients / itemsize * 4}
     return {"a block from host memory": float(largest)} if hardware.offloaded_blocks else {}
 
 

@@ -72,8 +72,10 @@ class Checkpoints:
         with self._exit_stack, suppress(Exception) if kind else ExitStack():
             self.wait()
 
-    def on_step_end(self, step: int, curve: list[dict[str, Any]]) -> None:
+    def on_step_end(self, step: int, curve: list[dict[str, Any]], *, last: bool = False) -> None:
         """Call after every step. Writes a checkpoint if one is due, or if any rank received a stop signal; then raises InterruptedRun.
+
+        `last`: the run ends here, before its steps are done.
 
         Raises DivergedError if the new held-out loss diverged.
         """
@@ -81,7 +83,7 @@ class Checkpoints:
         new = bool(curve) and curve[-1]["step"] == step
         if new:
             self.training.guard.held_out(curve)
-        if step % self.config.every and step != self.steps and not self.training.stopping:
+        if step % self.config.every and step != self.steps and not (last or self.training.stopping):
             return
         self.wait()
         before = time.perf_counter()

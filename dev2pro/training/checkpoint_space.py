@@ -59,15 +59,16 @@ def _moment(values: int, width: int, optimizer: str) -> int:
 
 
 def check(
-    out: str, model: nn.Module, optim: OptimConfig, config: CheckpointConfig, steps: int, ema: float, result: torch.dtype, intermediate: int = 0
-) -> None:
-    """Raises SpaceError if what the run holds at one time does not fit into `out`. The model may be on the meta device; it is saved as `result`.
+    out: str, model: nn.Module, optim: OptimConfig, config: CheckpointConfig, steps: int, ema: float, result: torch.dtype, intermediate: int = 0, *,
+    whole: bool = True,
+) -> None:  # fmt: skip
+    """Raises SpaceError if what the run holds at one time does not fit into `out`. The model may be on the meta device.
 
-    While a checkpoint is written there are the `keep` newest, the best and it; when the result is written, one less. `intermediate` results of
-    earlier steps are there besides. What is there counts.
+    It is saved as `result`, with its frozen weights if `whole`. While a checkpoint is written there are the `keep` newest, the best and it; when
+    the result is written, one less. `intermediate` results of earlier steps are there besides. What is there counts.
     """
     state = state_bytes(trained(model), optim, bool(ema))
-    weights = sum(parameter.numel() for parameter in trained(model)) * result.itemsize
+    weights = sum(parameter.numel() for parameter in (model.parameters() if whole else trained(model))) * result.itemsize
     written = max(1, -(-steps // config.every))
     most, last = min(config.keep + 2, written), min(config.keep + 1, written)
     need = MARGIN * (max(most * state, last * state + weights) + intermediate * weights)

@@ -99,10 +99,10 @@ class Training:
         return float(self.schedule.get_last_lr()[0])
 
     def save(self, out: str, dtype: torch.dtype) -> None:
-        """Writes the model, with the averaged weights if there are any, as `out`/transformer in diffusers layout."""
+        """Writes the whole model, of what is trained the averaged weights if there are any, as `out`/transformer in diffusers layout."""
         model, main = self.accelerator.unwrap_model(self.model), self.accelerator.is_main_process
-        named = zip([name for name, _ in model.named_parameters()], self.ema.average, strict=True) if self.ema else model.named_parameters()
-        state = sharding.whole_tensors(named, dtype, keep=main)
+        averages = dict(zip(self.parameters, self.ema.average, strict=True)) if self.ema else {}
+        state = sharding.whole_tensors(((name, averages.get(p, p)) for name, p in model.named_parameters()), dtype, keep=main)
         if main:
             with torch.device("meta"):
                 copy = FluxTransformer2DModel.from_config(model.config)

@@ -24,10 +24,10 @@ def sha256(tensor):
 def record_encode(batch, *rest):
     batches.append(batch)
     return encode(batch, *rest)
-def record_noise(batch, empty, scheduler, dropout, seed, step, slots):
+def record_noise(batch, empty, scheduler, dropout, seed, step, slots, **more):
     if step == int(os.environ["STOP_AT"]):
         os._exit(9)
-    noised, source = draw(batch, empty, scheduler, dropout, seed, step, slots), batches[-1]
+    noised, source = draw(batch, empty, scheduler, dropout, seed, step, slots, **more), batches[-1]
     with open(os.environ["WITNESS"] + os.environ.get("RANK", "0"), "a") as file:
         for i, slot in enumerate(slots):
             tensors = source.pixels[i], noised.noise[i], noised.t[i], noised.conditioning.prompt[i]
