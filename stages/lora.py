@@ -258,9 +258,10 @@ def check_loras(config: LoraConfig) -> None:
     if config.training_adapter:
         path = store.resolve(config.training_adapter)
         lora.merge(flux1.skeleton(config.trained_on), path)
-        if lora.read(path)[1].get("base", base := record.fingerprint(config.trained_on)) != base:
+        contract, base = lora.read(path)[1], record.fingerprint(config.trained_on)
+        if contract.get("base", contract.get("trained_on", {}).get("id", base)) != base:  # of extract, and of a LoRA that was trained as an adapter
             raise ConfigError(
-                f"training_adapter={config.training_adapter} was extracted for another base than trained_on={config.trained_on}. Give that base, "
+                f"training_adapter={config.training_adapter} was made for another base than trained_on={config.trained_on}. Give that base, "
                 "or extract one for this."
             )
     if config.start:
@@ -281,10 +282,10 @@ def check_loras(config: LoraConfig) -> None:
 def check_guidance(base: str, guidance: float) -> None:
     """Raises ConfigError for training on a recovered model at another guidance than it was recovered at: its guidance input knows no other.
 
-    A training adapter that was extracted from one knows only that guidance, too.
+    A training adapter knows only the guidance of the model that it was extracted from, or that it was trained at.
     """
     artifact = record.read_if_artifact(store.resolve(base))
-    if artifact and artifact.stage in ("recover", "extract") and (recovered_at := artifact.metrics["guidance"]) != guidance:
+    if artifact and artifact.stage in ("recover", "extract", "lora") and (recovered_at := artifact.metrics["guidance"]) != guidance:
         raise ConfigError(
             f"guidance={guidance}, but {base} was recovered at guidance {recovered_at} and knows no other. Set "
             f"guidance={recovered_at}; the guidance people use the LoRA at is model.usual_guidance, and true CFG is sampling.cfg_scale."

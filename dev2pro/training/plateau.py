@@ -13,7 +13,7 @@ from typing import Any
 LEAST = 6  # points of a fit, which has three unknowns
 TRANSIENT = 0.25  # of the steps so far that a fit leaves out, in which the loss falls first and the average follows
 SURE = 2.0  # standard errors
-POWERS = [0.1 * 1.25**n for n in range(18)]  # c from 0.1, next to a logarithm, to 4.4
+POWERS = [0.02 * 1.35**n for n in range(18)]  # c from 0.02, next to a logarithm, to 3.3
 DECAYS = [0.05 * 1.35**n for n in range(16)]  # d from 0.05 to 4.5 of the steps so far
 SHAPES: list[Callable[[float], float]] = [  # of s / steps so far; 1 there
     *(lambda x, c=c: x**-c for c in POWERS),  # type: ignore[misc]
@@ -54,6 +54,11 @@ def _fit(shape: Callable[[float], float], points: Sequence[tuple[float, float]],
 
 
 def reached(curve: Sequence[dict[str, Any]], steps: int, share: float | None) -> bool:
-    """Whether the remaining steps could gain less than `share` of what has been gained; never with a share of None."""
-    found = outlook(curve, steps) if share is not None else None
-    return found is not None and share is not None and found.could_gain < share * found.gained
+    """Whether the last two points of the curve say that the remaining steps could gain less than `share` of what was gained; never if it is None.
+
+    Two, because the errors of neighbouring points are alike, so that few of them can lie on a line by chance.
+    """
+    if share is None:
+        return False
+    found = [outlook(curve[:end], steps) for end in (len(curve) - 1, len(curve)) if end]
+    return len(found) == 2 and all(one is not None and one.could_gain < share * one.gained for one in found)

@@ -127,10 +127,32 @@ def test_with_the_whole_recovery_as_its_training_adapter_a_lora_is_trained_as_on
     assert {parent["role"]: parent["id"] for parent in artifact["parents"]}["training_adapter"] == extracted["id"]
     code, stderr = train("refused", "guidance=1", f"training_adapter={tmp_path}/adapter", f"trained_on={other}", fails=True)
     assert code == 2
-    assert "was extracted for another base than trained_on=" in stderr
+    assert "was made for another base than trained_on=" in stderr
     code, stderr = train("refused", "guidance=3.5", f"training_adapter={tmp_path}/adapter", fails=True)
     assert code == 2
     assert "knows no other" in stderr
+
+
+def test_a_lora_trained_on_the_base_at_guidance_1_is_a_training_adapter(tiny, train, tmp_path):
+    """Recovery as a LoRA: merged into the base it is the model that another LoRA is then trained on, and no part of that one."""
+    _, _, recovery = train("recovery", "guidance=1", "adapter.targets=all", "caption_dropout=0.1")
+    file, whole = tmp_path / "recovery", flux1.load_transformer(str(tiny))
+    lora.merge(whole, str(file))
+    whole.save_pretrained(tmp_path / "merged/transformer")
+    expected, losses, _ = train("on the merged model", "guidance=1", f"trained_on={tmp_path}/merged")
+    found, same_losses, artifact = train("through the adapter", "guidance=1", f"training_adapter={file}")
+    assert same_losses == losses
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    assert {parent["role"]: parent["id"] for parent in artifact["parents"]}["training_adapter"] == recovery["id"]
+    _, without, _ = train("without it", "guidance=1")
+    assert without != losses
+    code, stderr = train("refused", "guidance=1", f"training_adapter={file}", f"trained_on={tmp_path}/merged", fails=True)
+    assert code == 2
+    assert "was made for another base than trained_on=" in stderr
+    code, stderr = train("refused", "guidance=3.5", f"training_adapter={file}", fails=True)
+    assert code == 2
+    assert "guidance=3.5, but" in stderr
+    assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize(

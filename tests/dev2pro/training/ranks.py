@@ -1,6 +1,6 @@
 """One rank of a training, sharded or replicated, started by test_sharding.py; writes what it saw into <out>/rank-<N>.json, and the weights.
 
-python ranks.py <model> <out> <HardwareConfig as JSON> <steps>
+python ranks.py <model> <out> <HardwareConfig as JSON> <steps> [<globs over what is trained>]
 """
 
 import json
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dev2pro.models import flux1, lora
 from dev2pro.models.lora import AdapterConfig
-from dev2pro.training import distributed, sharding, wrapping
+from dev2pro.training import distributed, sharding, trainable, wrapping
 from dev2pro.training.checkpoint import CheckpointConfig, Checkpoints
 from dev2pro.training.distributed import HardwareConfig
 from dev2pro.training.optim import OptimConfig
@@ -42,12 +42,13 @@ class Collectives(TorchDispatchMode):
 class Run:
     """Trains on inputs that depend only on the number of the step; measures with the averaged weights after each."""
 
-    def __init__(self, model: str, out: str, hardware: HardwareConfig) -> None:
+    def __init__(self, model: str, out: str, hardware: HardwareConfig, globs: list[str] | None) -> None:
         self.accelerator = distributed.accelerator(hardware)
         transformer = wrapping.load_transformer(model, hardware, self.accelerator)
         if hardware.int8_base:
             lora.to_int8(transformer, self.accelerator.device)
             lora.inject(transformer, AdapterConfig(rank=4, alpha=4, targets="attention"), 0)
+        trainable.select(transformer, globs, model)
         config = OptimConfig(lr=1e-3, schedule="constant")
         self.training = Training(self.accelerator, transformer, config, hardware, steps=STEPS, batch=BATCH, ema=0.5)
         self.checkpoints = Checkpoints(out, self.training, CheckpointConfig(every=1, keep=9), STEPS, {"snapshot": "abc"})
@@ -96,9 +97,9 @@ class Run:
         block.attn.register_forward_pre_hook(lambda module, args, kwargs: note(module, args, kwargs), with_kwargs=True)
 
 
-def main(model: str, out: str, hardware: str, steps: str) -> None:
+def main(model: str, out: str, hardware: str, steps: str, *globs: str) -> None:
     torch.compiler.set_stance("force_eager")  # compiling the 8-bit optimizer takes a minute
-    run = Run(model, out, HardwareConfig(**json.loads(hardware)))
+    run = Run(model, out, HardwareConfig(**json.loads(hardware)), list(globs) or None)
     run.watch_block()
     start, _ = run.checkpoints.restore()
     with Collectives() as collectives, run.checkpoints:
@@ -121,6 +122,8 @@ def main(model: str, out: str, hardware: str, steps: str) -> None:
     averages = sharding.whole_tensors(zip(trained, run.training.ema.average, strict=True), torch.float32, keep=run.accelerator.is_main_process)
     if averages:
         save_file(averages, f"{out}/averages.safetensors")
+    if globs:
+        run.training.save(out, torch.float32)
 
 
 if __name__ == "__main__":
