@@ -12,7 +12,7 @@ from typing import Any
 
 LEAST = 6  # points of a fit, which has three unknowns
 TRANSIENT = 0.25  # of the steps so far that a fit leaves out, in which the loss falls first and the average follows
-SURE = 2.0  # standard errors
+SURE = 3.0  # standard errors; not two, because the errors of neighbouring points are alike (docs/recovery.md)
 POWERS = [0.02 * 1.35**n for n in range(18)]  # c from 0.02, next to a logarithm, to 3.3
 DECAYS = [0.05 * 1.35**n for n in range(16)]  # d from 0.05 to 4.5 of the steps so far
 SHAPES: list[Callable[[float], float]] = [  # of s / steps so far; 1 there
@@ -23,7 +23,7 @@ SHAPES: list[Callable[[float], float]] = [  # of s / steps so far; 1 there
 
 @dataclass(frozen=True)
 class Outlook:
-    """`gained`: by how much the held-out loss has fallen; `could_gain`: at most, with 95 % confidence, by the remaining steps."""
+    """`gained`: by how much the held-out loss has fallen; `could_gain`: the most that the remaining steps promise."""
 
     gained: float
     could_gain: float

@@ -1,4 +1,4 @@
-"""recover of a subset of the weights, with more noise, or with an end at the plateau: what each does, costs and records; without them nothing changes."""
+"""recover of some weights, with more noise, or up to a plateau: what each does, costs and records; without them nothing changes."""
 
 import json
 import shutil

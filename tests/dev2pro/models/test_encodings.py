@@ -146,6 +146,14 @@ def test_larger_pictures_are_noised_more(data):
     assert (noised(large).t > noised(data).t).all()
 
 
+def test_a_higher_mean_of_the_logits_moves_every_time_towards_noise_by_that_much(data):
+    usual, more = (encodings.noise_batch(data, EMPTY, SCHEDULER, 0.5, 0, 3, SLOTS, logit_mean=mean) for mean in (0.0, 1.5))
+    torch.testing.assert_close(torch.logit(more.t), torch.logit(usual.t) + 1.5, rtol=1e-4, atol=1e-4)
+    assert torch.equal(usual.t, noised(data).t)
+    assert torch.equal(more.noise, usual.noise)
+    assert torch.equal(more.conditioning.prompt, usual.conditioning.prompt)
+
+
 def test_latents_are_a_draw_from_the_posterior(data):
     wide = replace(data, mean=torch.full_like(data.mean, 3.0), std=torch.full_like(data.std, 0.5))
     x0 = torch.cat([noised(wide, step=step).x0 for step in range(20)])

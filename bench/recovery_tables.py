@@ -1,0 +1,105 @@
+"""Writes the tables and the figure of docs/recovery.md from docs/recovery/*.csv: `python -m bench.recovery_tables`."""
+
+import csv
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from bench.recovery import BASES, RESULTS, VARIANTS
+
+PAGE, FIGURE = Path("docs/recovery.md"), RESULTS / "distance.png"
+BEGIN, END = "<!-- written by bench.recovery_tables -->", "<!-- end -->"
+HEAD = {
+    "outside": "Guidance 1 outside the distilled range (outside)",
+    "inside": "Guidance 1 inside the distilled range (inside)",
+}
+LENGTHS = ("125 steps", "250 steps", "full", "1000 steps")  # the same recovery, each with its learning rate down to zero
+GROUPS = {"#1f4e79": LENGTHS, "#c55a11": ("double blocks", "single blocks", "attention"), "#4f8a3c": ("LoRA 4", "LoRA 16", "LoRA 64")}
+
+
+def read(base: str, folder: Path = RESULTS) -> dict[str, dict[str, float]]:
+    """Variant -> its numbers, means over the seeds that are there, and `seeds`, their number; `none` is the base. Empty without a file."""
+    path = folder / f"{base}.csv"
+    rows = defaultdict[str, list[dict[str, str]]](list)
+    for row in csv.DictReader(path.open()) if path.is_file() else ():
+        rows[row["variant"]].append(row)
+    order = [name for name in ("none", *VARIANTS) if name in rows]
+    return {name: _mean(rows[name]) for name in order}
+
+
+def _mean(rows: Sequence[dict[str, str]]) -> dict[str, float]:
+    numbers = [key for key in rows[0] if key not in ("base", "seed", "variant")]
+    return {key: sum(float(row[key]) for row in rows) / len(rows) for key in numbers} | {"seeds": len(rows)}
+
+
+def closed(found: dict[str, dict[str, float]], name: str, measure: str = "distance") -> float:
+    """The share of the base's distance that a variant closed; below 0 where it went away from the teacher."""
+    return 1 - found[name][measure] / found["none"][measure]
+
+
+def table(found: dict[str, dict[str, float]]) -> list[str]:
+    """A line a variant, in the order of the plan."""
+    lines = [
+        "| variant | pictures | steps | trained | state MB | CPU s | distance | closed | high noise | empty caption | CFG 3.5 | held-out loss |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, one in found.items():
+        cost = ["", "", "", "", ""]
+        if name != "none":
+            cost = [f"{one['pictures']:,.0f}", f"{one['steps']:.0f}", f"{one['trained']:,.0f}", f"{one['state_mb']:.1f}", f"{one['cpu_seconds']:.0f}"]
+        share = f"{closed(found, name):.1%}" if name != "none" else ""
+        measured = [f"{one['distance']:.4f}", share, f"{one['high']:.4f}", f"{one['empty']:.4f}", f"{one['cfg']:.3f}", f"{one['loss']:.4f}"]
+        lines.append(f"| {'*the base*' if name == 'none' else name} | {' | '.join([*cost, *measured])} |")
+    return lines
+
+
+def draw(bases: dict[str, dict[str, dict[str, float]]], path: Path = FIGURE) -> None:
+    """A PNG: of each base, the distance against the pictures seen, and against the training state."""
+    figure = Figure(figsize=(10, 3.4 * len(bases)), dpi=100, layout="constrained")
+    grid = figure.subplots(len(bases), 2, squeeze=False)
+    for (base, found), (left, right) in zip(bases.items(), grid, strict=True):
+        _points(left, found, GROUPS["#1f4e79"], "#1f4e79", lambda one: one["steps"] * one["batch"], line=True)
+        _points(right, found, ("full",), "#1f4e79", lambda one: one["state_mb"])
+        for colour, names in list(GROUPS.items())[1:]:
+            _points(right, found, names, colour, lambda one: one["state_mb"], line="LoRA 4" in names)
+        left.set(title=f"{base}: distance to the teacher", xlabel="pictures seen")
+        right.set(title=f"{base}: distance to the teacher, 500 steps", xlabel="weights, average and moments, MB", xscale="log")
+        for axis in (left, right):
+            axis.axhline(found["none"]["distance"], color="#b8c4d0", linewidth=1)
+            axis.set_yscale("log")
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.tick_params(labelsize=8, which="both")
+            axis.title.set_fontsize(10)
+    figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def _points(axis, found, names, colour, at, line=False) -> None:
+    shown = [(name, found[name]) for name in names if name in found]
+    places = [(at(one), one["distance"]) for _, one in shown]
+    axis.plot(*zip(*places, strict=True), color=colour, marker="o", markersize=4, linewidth=1.2 if line else 0) if places else None
+    for (name, _), place in zip(shown, places, strict=True):
+        axis.annotate(name, place, fontsize=7, xytext=(4, 4), textcoords="offset points", color=colour)
+
+
+def report(bases: dict[str, dict[str, dict[str, float]]]) -> str:
+    """The page's written part."""
+    parts = []
+    for base, found in bases.items():
+        counts = sorted({int(one["seeds"]) for one in found.values()})
+        parts += [f"### {HEAD[base]}", "", f"Seeds a row: {', '.join(map(str, counts))}.", "", *table(found), ""]
+    return "\n".join(parts)
+
+
+def main() -> None:
+    """Writes the figure, and the tables into docs/recovery.md between its two marks."""
+    bases = {base: found for base in BASES if (found := read(base))}
+    draw(bases)
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{report(bases)}\n{END}{rest.partition(END)[2]}")
+    print(f"{PAGE}: {', '.join(f'{base} {len(found)} rows' for base, found in bases.items())}")
+
+
+if __name__ == "__main__":
+    main()
