@@ -51,7 +51,8 @@ def table(found: dict[str, dict[str, float]]) -> list[str]:
             cost = [f"{one['pictures']:,.0f}", f"{one['steps']:.0f}", f"{one['trained']:,.0f}", f"{one['state_mb']:.1f}", f"{one['cpu_seconds']:.0f}"]
         share = f"{closed(found, name):.1%}" if name != "none" else ""
         measured = [f"{one['distance']:.4f}", share, f"{one['high']:.4f}", f"{one['empty']:.4f}", f"{one['cfg']:.3f}", f"{one['loss']:.4f}"]
-        lines.append(f"| {'*the base*' if name == 'none' else name} | {' | '.join([*cost, *measured])} |")
+        label = "*the base*" if name == "none" else f"{name} ({one['seeds']} seeds)" if one["seeds"] > 1 else name
+        lines.append(f"| {label} | {' | '.join([*cost, *measured])} |")
     return lines
 
 
@@ -87,8 +88,7 @@ def report(bases: dict[str, dict[str, dict[str, float]]]) -> str:
     """The page's written part."""
     parts = []
     for base, found in bases.items():
-        counts = sorted({int(one["seeds"]) for one in found.values()})
-        parts += [f"### {HEAD[base]}", "", f"Seeds a row: {', '.join(map(str, counts))}.", "", *table(found), ""]
+        parts += [f"### {HEAD[base]}", "", *table(found), ""]
     return "\n".join(parts)
 
 
