@@ -12,7 +12,7 @@ from dev2pro.errors import ConfigError
 from dev2pro.judging import diagnosis
 from flows import plan as plans
 
-PASSES = {"flow_matching": 3, "guidance": 4, "cfg_augmented": 4, "distillation": 5}  # of a step, a backward pass counted as two
+PASSES = {"flow_matching": 3, "guidance": 4, "cfg_augmented": 4, "distillation": 5, "model_guidance": 5}  # of a step, a backward pass counted as two
 STEP_TOWARDS = "recovered@1-short"
 
 
