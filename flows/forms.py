@@ -68,9 +68,13 @@ class Loss(Group):
     """What the LoRA is trained with."""
 
     model_config = ConfigDict(title="Loss")
-    name: Literal["flow_matching", "guidance", "cfg_augmented"] | None = form_field(
-        "Loss", "flow_matching is for a recovered model; guidance and cfg_augmented train on the base itself, at guidance 3.5, for twice the passes."
+    name: Literal["flow_matching", "guidance", "cfg_augmented", "distillation", "model_guidance"] | None = form_field(
+        "Loss",
+        "flow_matching is for a recovered model. The others train on the base itself, at guidance 3.5: guidance and cfg_augmented for twice the "
+        "passes, distillation and model_guidance for a few steps, from a LoRA that was trained on the recovered model.",
     )
+    teacher: Url | None = form_field("Teacher", "Of the last two losses: the recovered model's folder or store address.")
+    teacher_lora: Url | None = form_field("Its LoRA", "Of the last two losses: the style's LoRA that was trained on the teacher.")
 
 
 class Preserve(Group):
@@ -139,6 +143,7 @@ class Lora(Training):
     checkpoint: LoraCheckpoint = form_field("Checkpoints", "When the run is written down.", LoraCheckpoint)
     adapter: Adapter = form_field("Adapter", "The LoRA itself.", Adapter)
     loss: Loss = form_field("Loss", "What it is trained with.", Loss)
+    start: Url | None = form_field("Begin from", "A LoRA with the same adapter, such as that of the loss's teacher.")
     preserve: Preserve = form_field("Preserve", "What it leaves as it was.", Preserve)
 
 

@@ -54,7 +54,9 @@ METRICS = (  # the template has a sentence on each
     Metric("diversity", "Diversity", 1, 3),
     Metric("memorisation", "Memorisation", -1, 3),
 )
-LOSSES = {"cfg_augmented": "the CFG-augmented loss", "guidance": "the guidance loss"}  # arms that are named after theirs
+LOSSES = {  # arms that are named after theirs
+    "cfg_augmented": "the CFG-augmented loss", "guidance": "the guidance loss", "model_guidance": "the recovered model's guidance in its target",
+}  # fmt: skip
 GAINS = METRICS[:3]  # the ones whose gains are drawn
 
 

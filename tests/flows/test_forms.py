@@ -96,7 +96,8 @@ FILLED: dict[type, dict[str, Any]] = {
     Lora: {
         "trained_on": "data/miniature/pipeline",
         "adapter": {"rank": 2, "targets": "all"},
-        "loss": {"name": "guidance"},
+        "loss": {"name": "model_guidance", "teacher": "runs/recovered", "teacher_lora": "runs/lora"},
+        "start": "runs/lora",
         "probe": {"every": 4},
         "checkpoint": {"loras": 50},
         "publish": "runs/store",

@@ -290,9 +290,9 @@ def test_the_best_is_marked_where_it_ties_and_references_do_not_compete():
 @pytest.mark.parametrize(
     ("name", "description"),
     [
-        ("base@1", "trained on the base at guidance 1"),
         ("recovered@1", "trained on the recovered model at guidance 1"),
         ("cfg_augmented@3.5", "trained on the base at guidance 3.5 with the CFG-augmented loss"),
+        ("model_guidance@3.5", "trained on the base at guidance 3.5 with the recovered model's guidance in its target"),
         ("redistilled", ""),
     ],
 )
