@@ -86,8 +86,8 @@ def test_what_recovery_gains_is_told_beside_each_base_s_diagnosis(found):
 def test_what_a_diagnosis_says_that_recovery_brings_is_what_the_study_found():
     for base, told in diagnosis.GAINS.items():
         found = study_tables.read(base, ROOT / study_tables.RESULTS)
-        for rival, numbers in zip(("base@1", "cfg_augmented@3.5"), told, strict=True):
-            interval = study_tables.interval_of(found.gain("distance_to_ideal", "recovered@1", rival))
+        for (arm, rival), numbers in zip(diagnosis.COMPARED, told, strict=True):
+            interval = study_tables.interval_of(found.gain("distance_to_ideal", arm, rival))
             assert tuple(interval.values()) == pytest.approx(numbers, abs=0.0006), (base, rival)
 
 

@@ -1,4 +1,4 @@
-"""DINOv2 as the judge of what pictures look like: style similarity, diversity, memorisation and KID. It reads no prompts; those are the CLIP judge's."""
+"""DINOv2 as the judge of what pictures look like: style similarity, diversity, memorisation and KID. Prompts are the CLIP judge's."""
 
 from typing import Any
 
