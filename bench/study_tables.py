@@ -133,19 +133,21 @@ def table_of_gains(found: Results, arm: str, rivals: Sequence[str]) -> list[str]
 
 
 def table_of_bases(bases: dict[str, Results], folder: Path = RESULTS) -> list[str]:
-    """What each base's diagnosis says, and what recovery gains there in distance to the ideal: over the plain arms and over the best rival."""
+    """What each base's diagnosis says, and what recovery gains there in distance to the ideal: plainly, and the best that it makes possible."""
     with (folder / "bases.csv").open() as file:
         diagnoses = {row["base"]: row for row in csv.DictReader(file)}
     lines = [
-        "| base | acts like, at 1 | loss at 1, and unguided | recovered@1 over base@1 | over base@3.5 | over its best rival |",
-        "|---|---|---|---|---|---|",
+        "| base | acts like | loss at 1, unguided | recovered@1 over base@1 | over base@3.5 | over the best without | the best with, over that |",
+        "|---|---|---|---|---|---|---|",
     ]
     for base, found in bases.items():
-        says, rival = diagnoses[base], next(arm for arm in found.arms if arm not in RECOVERED)
-        gains = [shown(interval_of(found.gain("distance_to_ideal", "recovered@1", arm)), "", sign=True) for arm in (*PLAIN, rival)]
+        says, best = diagnoses[base], next(arm for arm in found.arms if arm in RECOVERED)
+        rival = next(arm for arm in found.arms if arm not in RECOVERED)
+        pairs = [*(("recovered@1", arm) for arm in (*PLAIN, rival)), (best, rival)]
+        gains = [shown(interval_of(found.gain("distance_to_ideal", *pair)), "", sign=True) for pair in pairs]
         acts_like = f"{float(says['acts_like']):.1f}" if says["acts_like"] else "none"
         losses = f"{float(says['loss']):.2f}, {float(says['loss_unguided']):.2f}"
-        lines.append(f"| {base} | {acts_like} | {losses} | {' | '.join(gains)}, {rival} |")
+        lines.append(f"| {base} | {acts_like} | {losses} | {' | '.join(gains[:3])}, {rival} | {gains[3]}, {best} |")
     return lines
 
 

@@ -79,8 +79,11 @@ def write(folder: Path, base: str, seed: int, arms: dict[str, float]) -> None:
 def test_what_recovery_gains_is_told_beside_each_base_s_diagnosis(found):
     _, _, line = study_tables.table_of_bases({"outside": found})
     assert line.startswith("| outside | 3.9 | 1.18, 0.49 | +0.0")
-    assert "-0.0" in line.split("|")[-2]
-    assert line.endswith("cfg_augmented@3.5 |")
+    *_, plainly, best, _ = line.split("|")
+    assert plainly.startswith(" -0.0")
+    assert plainly.endswith("cfg_augmented@3.5 ")
+    assert best.startswith(" +0.0")
+    assert best.endswith("redistilled ")
 
 
 def test_what_a_diagnosis_says_that_recovery_brings_is_what_the_study_found():
