@@ -38,7 +38,9 @@ BASES = ("outside", "inside")
 CFG = 3.5
 COMMON = {"experiment": "miniature", "preview.pictures": 0, "probe.every": 100, "checkpoint.every": 500}
 LORA = COMMON | {"probe.every": 1000, "steps": 500, "batch": 32, "caption_dropout": 0.1, "guidance": 1.0, "adapter.targets": "all"}
-PICTURES = {"fifth": 5, "twentieth": 20}  # every so many of the training pictures
+INK = f"{study.BUNDLE}/shards/ink/train-*.tar"  # the training pictures: 1,500, with 50 captions
+PARTS = {"fifth": 5, "twentieth": 20}  # every so many of them
+OWN = {"own@3.5": CFG, "own@1": 1.0}  # the guidance at which the base draws its own for their captions, 30 for each: as many
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Variant:
 
     values: dict[str, Any]
     stage: str = "recover"
-    pictures: str = ""  # of PICTURES; all of them without
+    pictures: tuple[str, ...] = ()  # ink, of PARTS, of OWN; ink without
 
 
 def _lora(rank: int, lr: float) -> Variant:
@@ -67,8 +69,11 @@ VARIANTS = {
     "dropout 0.5": Variant({"caption_dropout": 0.5}),
     "logit mean 0.5": Variant({"logit_mean": 0.5}),
     "logit mean 1": Variant({"logit_mean": 1.0}),
-    "a fifth of the pictures": Variant({}, pictures="fifth"),
-    "a twentieth of the pictures": Variant({}, pictures="twentieth"),
+    "a fifth of the pictures": Variant({}, pictures=("fifth",)),
+    "a twentieth of the pictures": Variant({}, pictures=("twentieth",)),
+    "own pictures": Variant({}, pictures=("own@3.5",)),
+    "own and real pictures": Variant({}, pictures=("own@3.5", "ink")),
+    "own pictures at guidance 1": Variant({}, pictures=("own@1",)),
     "double blocks": Variant({"trainable": ["transformer_blocks.*"]}),
     "single blocks": Variant({"trainable": ["single_transformer_blocks.*"]}),
     "attention": Variant({"trainable": ["*.attn.*"]}),
@@ -112,12 +117,28 @@ class Distances:
         return sums | {"high": 2 * sums["high"]}  # a mean over half the times
 
 
+def pictures(base: str, name: str) -> str:
+    """The shards of a name in Variant.pictures; those that are not bundled are made once."""
+    if name in OWN:
+        return draw(base, OWN[name])
+    return shard(name) if name in PARTS else INK
+
+
 def shard(name: str) -> str:
     """A tar with every so many of the training pictures."""
     path = RUNS / f"pictures/{name}.tar"
     if not path.with_name(f"{path.name}.index").is_file():
-        digits.write_shard(path, digits.load()[0][:: PICTURES[name]], digits.ink, 0)
+        digits.write_shard(path, digits.load()[0][:: PARTS[name]], digits.ink, 0)
     return str(path)
+
+
+def draw(base: str, guidance: float, seeds: int = 30) -> str:
+    """Shards of the base's own pictures at a guidance, `seeds` for each caption of the training pictures."""
+    out = RUNS / base / f"own-{guidance:g}"
+    values = {"experiment": "miniature", "prompts": None, "captions": [INK], "seeds": seeds, "guidance": guidance}
+    values |= {"model.path": str(study.pipeline(base)), "out": str(out)}
+    study.run(study.Job(f"own pictures at {guidance:g}", "draw", hydra_args(values)), str(RUNS / base / "log.txt"))
+    return f"{out}/*.tar"
 
 
 def train(base: str, seed: int, name: str, log: Path) -> tuple[Artifact, float]:
@@ -125,7 +146,7 @@ def train(base: str, seed: int, name: str, log: Path) -> tuple[Artifact, float]:
     variant, pipeline = VARIANTS[name], str(study.pipeline(base))
     out = RUNS / base / str(seed) / name.replace(" ", "-")
     values = variant.values | {"model.path": pipeline, "seed": seed, "out": str(out)}
-    values |= {"data.train": [shard(variant.pictures)]} if variant.pictures else {}
+    values |= {"data.train": [pictures(base, one) for one in variant.pictures]} if variant.pictures else {}
     values = LORA | {"trained_on": pipeline} | values if variant.stage == "lora" else COMMON | values
     begun = time.process_time()
     study.run(study.Job(name, variant.stage, hydra_args(values)), str(log))

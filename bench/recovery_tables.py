@@ -16,7 +16,9 @@ HEAD = {
     "inside": "Guidance 1 inside the distilled range (inside)",
 }
 LENGTHS = ("125 steps", "250 steps", "full", "1000 steps")  # the same recovery, each with its learning rate down to zero
-GROUPS = {"#1f4e79": LENGTHS, "#c55a11": ("double blocks", "single blocks", "attention"), "#4f8a3c": ("LoRA 4", "LoRA 16", "LoRA 64")}
+SUBSETS, LORAS = ("double blocks", "single blocks", "attention"), ("LoRA 4", "LoRA 16", "LoRA 64")
+BLUE, ORANGE, GREEN, GREY = "#1f4e79", "#c55a11", "#4f8a3c", "#8a96a3"
+ABOVE, BELOW, RIGHT = (0, 6), (0, -12), (5, 4)  # points from a marker to its name
 
 
 def read(base: str, folder: Path = RESULTS) -> dict[str, dict[str, float]]:
@@ -57,31 +59,44 @@ def table(found: dict[str, dict[str, float]]) -> list[str]:
 
 
 def draw(bases: dict[str, dict[str, dict[str, float]]], path: Path = FIGURE) -> None:
-    """A PNG: of each base, the distance against the pictures seen, and against the training state."""
+    """A PNG: of each base, the distance against the pictures seen, and against the training state; all four with one scale of distances."""
     figure = Figure(figsize=(10, 3.4 * len(bases)), dpi=100, layout="constrained")
     grid = figure.subplots(len(bases), 2, squeeze=False)
+    top = 1.25 * max(found[name]["distance"] for found in bases.values() for name in (*LENGTHS, *SUBSETS, *LORAS) if name in found)
     for (base, found), (left, right) in zip(bases.items(), grid, strict=True):
-        _points(left, found, GROUPS["#1f4e79"], "#1f4e79", lambda one: one["steps"] * one["batch"], line=True)
-        _points(right, found, ("full",), "#1f4e79", lambda one: one["state_mb"])
-        for colour, names in list(GROUPS.items())[1:]:
-            _points(right, found, names, colour, lambda one: one["state_mb"], line="LoRA 4" in names)
-        left.set(title=f"{base}: distance to the teacher", xlabel="pictures seen")
-        right.set(title=f"{base}: distance to the teacher, 500 steps", xlabel="weights, average and moments, MB", xscale="log")
+        _points(left, found, LENGTHS, BLUE, lambda one: one["steps"] * one["batch"], RIGHT, line=True)
+        _points(right, found, ("full",), BLUE, lambda one: one["state_mb"], BELOW)
+        _points(right, found, SUBSETS, ORANGE, lambda one: one["state_mb"], ABOVE)
+        _points(right, found, LORAS, GREEN, lambda one: one["state_mb"], BELOW, line=True)
+        left.set(title=f"{base}: distance to the teacher", xlabel="pictures seen, thousands", xticks=range(0, 40_001, 8000), xlim=(0, 40_000))
+        left.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}")
+        right.set(title=f"{base}: distance to the teacher, 500 steps", xlabel="weights, average and moments, MB", xscale="log", xlim=(0.4, 30))
+        right.set_xticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])
+        right.minorticks_off()
         for axis in (left, right):
-            axis.axhline(found["none"]["distance"], color="#b8c4d0", linewidth=1)
-            axis.set_yscale("log")
+            _base(axis, found["none"]["distance"], top)
+            axis.set_ylim(0, top)
             axis.spines[["top", "right"]].set_visible(False)
-            axis.tick_params(labelsize=8, which="both")
+            axis.tick_params(labelsize=8)
             axis.title.set_fontsize(10)
     figure.savefig(path, format="png", metadata={"Software": None})
 
 
-def _points(axis, found, names, colour, at, line=False) -> None:
+def _base(axis, distance: float, top: float) -> None:
+    """A line where the base is, or words where that is off the scale."""
+    if shown := distance < top:
+        axis.axhline(distance, color=GREY, linewidth=1)
+    words, height = ("the base", distance) if shown else (f"the base: {distance:.2f}, above", top)
+    at = {"xycoords": ("axes fraction", "data"), "xytext": (0, -10), "textcoords": "offset points", "ha": "right"}
+    axis.annotate(words, (1, height), fontsize=7, color=GREY, **at)
+
+
+def _points(axis, found, names, colour, at, offset, line=False) -> None:
     shown = [(name, found[name]) for name in names if name in found]
     places = [(at(one), one["distance"]) for _, one in shown]
     axis.plot(*zip(*places, strict=True), color=colour, marker="o", markersize=4, linewidth=1.2 if line else 0) if places else None
     for (name, _), place in zip(shown, places, strict=True):
-        axis.annotate(name, place, fontsize=7, xytext=(4, 4), textcoords="offset points", color=colour)
+        axis.annotate(name, place, fontsize=7, xytext=offset, textcoords="offset points", color=colour, ha="left" if offset == RIGHT else "center")
 
 
 def report(bases: dict[str, dict[str, dict[str, float]]]) -> str:

@@ -1,6 +1,5 @@
 """lora: trains a LoRA on any base, with flow matching or a loss that keeps the guidance, and records what it may be applied to."""
 
-import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -218,9 +217,8 @@ def check(config: LoraConfig) -> bool:
     model_folder.check_models(config.model.path, config.model.variant, base=has_base, **models)
     lora.check_fit(config.adapter, flux1.skeleton(config.trained_on), config.trained_on)
     check_loras(config)
-    for guidance, model in itertools.product(config.loss.guidances(config.guidance), (config.trained_on, config.training_adapter)):
-        if model:
-            check_guidance(model, guidance)
+    for model in filter(None, (config.trained_on, config.training_adapter)):
+        check_guidance(model, *config.loss.guidances(config.guidance))
     return False
 
 
@@ -279,16 +277,22 @@ def check_loras(config: LoraConfig) -> None:
             )
 
 
-def check_guidance(base: str, guidance: float) -> None:
-    """Raises ConfigError for training on a recovered model at another guidance than it was recovered at: its guidance input knows no other.
+def check_guidance(base: str, low: float, high: float) -> None:
+    """Raises ConfigError for training from `low` to `high` on a recovered model that does not know these guidances: its input knows no other.
 
-    A training adapter knows only the guidance of the model that it was extracted from, or that it was trained at.
+    A training adapter knows only the guidance of the model that it was extracted from, or those that it was trained at.
     """
     artifact = record.read_if_artifact(store.resolve(base))
-    if artifact and artifact.stage in ("recover", "extract", "lora") and (recovered_at := artifact.metrics["guidance"]) != guidance:
+    if not artifact or artifact.stage not in ("recover", "extract", "lora"):
+        return
+    known = artifact.inference.get("training_guidance", artifact.metrics["guidance"])
+    first, last = known if isinstance(known, list) else (known, known)
+    if not first <= low <= high <= last:
+        given = f"guidance={low}" if low == high else f"loss.guidance_range=[{low}, {high}]"
+        only, cure = (f"guidance {first}", f"guidance={first}") if first == last else (f"guidances from {first} to {last}", "guidances within these")
         raise ConfigError(
-            f"guidance={guidance}, but {base} was recovered at guidance {recovered_at} and knows no other. Set "
-            f"guidance={recovered_at}; the guidance people use the LoRA at is model.usual_guidance, and true CFG is sampling.cfg_scale."
+            f"{given}, but {base} was recovered at {only} and knows no other. Set {cure} instead; the guidance people use the LoRA at is "
+            "model.usual_guidance, and true CFG is sampling.cfg_scale."
         )
 
 

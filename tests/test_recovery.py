@@ -1,11 +1,13 @@
 """The bench of recovery: its variants are commands that stages take, its distances are distances, its tables say what its numbers say."""
 
+import glob
 import tarfile
 from pathlib import Path
 
 import pytest
 
 from bench import recovery, recovery_tables
+from dev2pro.artifacts import record
 from dev2pro.artifacts.record import ROOT
 from dev2pro.models import flux1
 from flows.plan import hydra_args
@@ -46,6 +48,38 @@ def test_a_part_of_the_pictures_is_every_so_many_of_them_and_made_once(monkeypat
     written = path.stat().st_mtime_ns
     assert recovery.shard("twentieth") == str(path)
     assert path.stat().st_mtime_ns == written
+
+
+def captions_of(shards: str) -> list[str]:
+    found = []
+    for path in sorted(glob.glob(shards)):
+        with tarfile.open(path) as tar:
+            found += [tar.extractfile(member).read().decode() for member in tar if member.name.endswith(".txt")]
+    return found
+
+
+def test_a_base_draws_its_own_pictures_once_for_the_captions_of_the_real_ones(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(recovery, "RUNS", tmp_path)
+    (tmp_path / "outside").mkdir()
+    shards = recovery.draw("outside", 1.0, seeds=1)
+    real = captions_of(recovery.INK)
+    assert sorted(captions_of(shards)) == sorted(set(real)), "one picture for each caption"
+    assert recovery.pictures("outside", "ink") == recovery.INK
+    drawn = record.read(str(tmp_path / "outside/own-1"))
+    assert drawn.config["guidance"] == 1.0
+    written = [path.stat().st_mtime_ns for path in (tmp_path / "outside/own-1").iterdir()]
+    assert recovery.draw("outside", 1.0, seeds=1) == shards
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "outside/own-1").iterdir()] == written
+
+
+def test_own_pictures_are_as_many_as_the_real_ones_and_half_of_those_they_are_mixed_with(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for base in recovery.BASES:
+        rows = recovery_tables.read(base)
+        own, mixed, real = (rows[name]["pictures"] for name in ("own pictures", "own and real pictures", "full"))
+        assert own == real == 1500
+        assert mixed == own + real
 
 
 NUMBERS = "1500,500,32,1000,1.5,40,0.5"

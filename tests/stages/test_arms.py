@@ -155,6 +155,23 @@ def test_a_lora_trained_on_the_base_at_guidance_1_is_a_training_adapter(tiny, tr
     assert not (tmp_path / "refused").exists()
 
 
+def test_a_training_adapter_that_was_trained_over_a_range_is_for_guidances_within_it(train, tmp_path):
+    train("range")
+    adapter = f"training_adapter={tmp_path}/range"
+    for words in (["guidance=1"], ["guidance=3.5", "loss.guidance_range=[1,4]"], ["guidance=3.5", "loss.guidance_range=[2,6.5]"]):
+        code, stderr = train("refused", *words, adapter, fails=True)
+        assert code == 2, words
+        assert "was recovered at guidances from 2.0 to 6.0 and knows no other" in stderr
+    assert not (tmp_path / "refused").exists()
+    train("plain", adapter)
+    train("within", "guidance=1", "loss.guidance_range=[3,6]", adapter)
+    train("recovery", "guidance=1")
+    code, stderr = train("refused", "guidance=1", "loss.guidance_range=[1,4]", f"training_adapter={tmp_path}/recovery", fails=True)
+    assert code == 2
+    assert "loss.guidance_range=[1.0, 4.0], but" in stderr
+    assert "Set guidance=1.0 instead" in stderr
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

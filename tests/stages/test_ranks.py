@@ -10,6 +10,8 @@ import pytest
 from PIL import Image, ImageChops, ImageStat
 from safetensors.torch import load_file
 
+from dev2pro.training import plateau
+
 ROOT = Path(__file__).resolve().parents[2]
 ARGS = ["experiment=miniature", "steps=3", "batch=8", "probe.samples=8", "hardware.micro_batch=2", "data.flip=true", "data.crop=random"]
 WITNESS = """
@@ -101,6 +103,20 @@ def test_ranks_see_the_same_and_end_within_rounding(alone, undisturbed, ranks, s
     assert types(tmp_path) == ["DTensor" if shard == "true" else "Tensor"] * ranks
     same(read_run(tmp_path), alone)
     same_previews(tmp_path, undisturbed)
+
+
+def test_ranks_end_together_at_the_plateau(tmp_path):
+    """What is measured is shared before it is judged: a rank that ended alone would leave the other waiting until the time limit."""
+    args = ["steps=120", "probe.every=4", "probe.bins=2", "preview.pictures=0", "optim.schedule=constant", "ema=0.9", "stop=0.5"]
+    assert start(tmp_path, 2, *args) == 0
+    written = json.loads((tmp_path / "out/artifact.json").read_text())
+    done, curve = written["step"], written["metrics"]["curve"]
+    assert done < written["metrics"]["stopped"]["of_steps"] == 120
+    ends = [point["step"] for end, point in enumerate(curve, 1) if plateau.reached(curve[:end], 120, 0.5)]
+    assert ends == [done], "at the first measurement that says so"
+    for rank in range(2):
+        steps = {json.loads(line)[0] for line in (tmp_path / f"seen-{rank}").read_text().splitlines()}
+        assert steps == set(range(done))
 
 
 @pytest.mark.slow
