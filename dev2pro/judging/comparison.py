@@ -101,10 +101,10 @@ def verdict(gains: list[dict[str, Any]]) -> str:
             by_style.setdefault(gain["style"], []).append(gain)
     better = [s for s, style_gains in by_style.items() if all(g["low"] > 0 for g in style_gains)]
     worse = [s for s, style_gains in by_style.items() if any(g["high"] < 0 for g in style_gains)]
-    word = "more" if overall["mean"] >= 0 else "less"
+    word, points = "more" if overall["mean"] >= 0 else "less", f"{abs(100 * overall['mean']):.0f}"
     subject = f"the LoRA {overall['arm']}, the best of {len(arms)} that need the recovered model," if len(arms) > 1 else TRAINED_ON_RECOVERED
     return (
-        f"Applied to the base, {subject} obeys the prompt {abs(100 * overall['mean']):.0f} points {word} often than "
+        f"Applied to the base, {subject} obeys the prompt {points} point{'s' * (points != '1')} {word} often than "
         f"{overall['rival']}, its nearest rival (95% interval {100 * overall['low']:.0f} to {100 * overall['high']:.0f}, mean over styles): "
         f"clearly better in {_names(better, by_style)}, clearly worse in {_names(worse, by_style)}."
     )
