@@ -29,6 +29,7 @@ from dev2pro.training.checkpoint_space import LoraCheckpointConfig
 from dev2pro.training.distributed import HardwareConfig
 from dev2pro.training.divergence_guard import GuardConfig
 from dev2pro.training.heldout_probe import HeldoutProbe, ProbeConfig
+from dev2pro.training.lora_origins import Origins
 from dev2pro.training.loss import LOSSES, LossConfig
 from dev2pro.training.optim import OptimConfig
 from dev2pro.training.prefetch import Prefetcher
@@ -81,7 +82,7 @@ def run(config: LoraConfig) -> Artifact | None:
     distributed.rank_slots(config.batch, hardware, accelerator)
     with accelerator.main_process_first():
         snapshots = RunSnapshots(config.data, config.out, resuming=run_folder.has_output(config.out), is_main_process=accelerator.is_main_process)
-        parents: record.Parents = {"trained_on": config.trained_on, "apply_to": config.model.path, **further_parents(config), **snapshots.parents()}
+        parents: record.Parents = {**origins_of(config).parents(apply_to=config.model.path), **snapshots.parents()}
         if finished := run_folder.acquire(config.out, "lora", config, parents, look=config.check):
             tell_missing_steps(config, config.steps)
             return finished
@@ -215,18 +216,13 @@ def check(config: LoraConfig) -> bool:
     has_base = model_folder.has_transformer(config.model.path)  # training reads only the encoders of what the LoRA is to be applied to
     models = {"trained_on": config.trained_on, "loss.teacher": config.loss.teacher}
     model_folder.check_models(config.model.path, config.model.variant, base=has_base, **models)
-    lora.check_fit(config.adapter, flux1.skeleton(config.trained_on), config.trained_on)
-    check_loras(config)
-    for model in filter(None, (config.trained_on, config.training_adapter)):
-        check_guidance(model, *config.loss.guidances(config.guidance))
+    origins_of(config).check(config.adapter, config.loss.guidances(config.guidance))
     return False
 
 
-def further_parents(config: LoraConfig) -> dict[str, str]:
-    """Role -> path of what a LoRA may be made from besides its base."""
-    paths = {"start": config.start, "training_adapter": config.training_adapter}
-    paths |= {"teacher": config.loss.teacher, "teacher_lora": config.loss.teacher_lora}
-    return {role: path for role, path in paths.items() if path}
+def origins_of(config: LoraConfig) -> Origins:
+    """What the LoRA is made from besides pictures."""
+    return Origins(config.trained_on, config.training_adapter, config.start, config.loss.teacher, config.loss.teacher_lora)
 
 
 def load_models(
@@ -249,51 +245,6 @@ def load_models(
     if config.loss.teacher_lora:
         lora.merge(teacher, store.resolve(config.loss.teacher_lora))
     return transformer, teacher.to(accelerator.device).eval().requires_grad_(False)
-
-
-def check_loras(config: LoraConfig) -> None:
-    """Raises ConfigError for a LoRA to begin from, to merge or of the teacher that cannot be read or does not fit, or not trained on the teacher."""
-    if config.training_adapter:
-        path = store.resolve(config.training_adapter)
-        lora.merge(flux1.skeleton(config.trained_on), path)
-        contract, base = lora.read(path)[1], record.fingerprint(config.trained_on)
-        if contract.get("base", contract.get("trained_on", {}).get("id", base)) != base:  # of extract, and of a LoRA that was trained as an adapter
-            raise ConfigError(
-                f"training_adapter={config.training_adapter} was made for another base than trained_on={config.trained_on}. Give that base, "
-                "or extract one for this."
-            )
-    if config.start:
-        skeleton = flux1.skeleton(config.trained_on)
-        lora.inject(skeleton, config.adapter, config.seed)
-        lora.begin_from(skeleton, config.adapter, store.resolve(config.start))
-    if config.loss.teacher and config.loss.teacher_lora:
-        path = store.resolve(config.loss.teacher_lora)
-        lora.merge(flux1.skeleton(config.loss.teacher), path)
-        trained_on = lora.read(path)[1].get("trained_on")
-        if trained_on and trained_on["id"] != record.fingerprint(config.loss.teacher):
-            raise ConfigError(
-                f"loss.teacher_lora={config.loss.teacher_lora} was trained on {trained_on['path']}, not on loss.teacher={config.loss.teacher}. "
-                "Give the LoRA that was trained on the teacher."
-            )
-
-
-def check_guidance(base: str, low: float, high: float) -> None:
-    """Raises ConfigError for training from `low` to `high` on a recovered model that does not know these guidances: its input knows no other.
-
-    A training adapter knows only the guidance of the model that it was extracted from, or those that it was trained at.
-    """
-    artifact = record.read_if_artifact(store.resolve(base))
-    if not artifact or artifact.stage not in ("recover", "extract", "lora"):
-        return
-    known = artifact.inference.get("training_guidance", artifact.metrics["guidance"])
-    first, last = known if isinstance(known, list) else (known, known)
-    if not first <= low <= high <= last:
-        given = f"guidance={low}" if low == high else f"loss.guidance_range=[{low}, {high}]"
-        only, cure = (f"guidance {first}", f"guidance={first}") if first == last else (f"guidances from {first} to {last}", "guidances within these")
-        raise ConfigError(
-            f"{given}, but {base} was recovered at {only} and knows no other. Set {cure} instead; the guidance people use the LoRA at is "
-            "model.usual_guidance, and true CFG is sampling.cfg_scale."
-        )
 
 
 if __name__ == "__main__":
