@@ -62,7 +62,7 @@ class Serve:
         until(lambda: self.log_file.read_text().count("ready after") > before or self.process.poll() is not None, what="make serve")
         assert self.process.poll() is None, self.log_file.read_text()
         self.log_in((self.home / "password").read_text().strip())
-        until(lambda: len(self.deployments()) == 8, what="registering the deployments")
+        until(lambda: len(self.deployments()) == 9, what="registering the deployments")
         return time.monotonic() - began
 
     def log_in(self, user: str) -> None:
