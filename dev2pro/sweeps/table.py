@@ -63,7 +63,9 @@ RESULTS: dict[str, Callable[[Artifact], dict[str, Any]]] = {
     "evaluate": _evaluation,
     "diagnose": _diagnosis,
     "extract": lambda artifact: {"lost_mean": artifact.metrics["lost_mean"]},
+    "tune": lambda artifact: artifact.metrics["chosen"],
     "encode": lambda artifact: {"samples": artifact.metrics["samples"]},
+    "draw": lambda artifact: {"pictures": artifact.metrics["pictures"]},
 }
 
 
