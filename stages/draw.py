@@ -60,11 +60,7 @@ def run(config: DrawConfig) -> Artifact | None:
     if finished or config.check:
         return finished or frame.checked("draw", config)
 
-    sampler = Sampler(
-        config.model, config.sampling, prompts, seeds=config.seeds, seed=config.seed, resolution=config.resolution,
-        dtype=config.hardware.inference, encoder_dtype=config.hardware.encoders, device=accelerator.device,
-        offloaded_blocks=config.hardware.offloaded_blocks, int8_base=config.hardware.int8_base, int8_encoders=config.hardware.int8_encoders,
-    )  # fmt: skip
+    sampler = Sampler.of(config, prompts, accelerator.device)
     inference = Inference("base", config.model.path, config.guidance, config.sampling.cfg_scale)
     batch = config.sampling.batch
     size = max(1, SHARD_PICTURES // batch) * batch
