@@ -33,7 +33,7 @@ def evaluation(stage: str, config: Any, sizes: Sequence[Size], prompts: int) -> 
     texts = fake_runs.text_encoding(encoders)
     vae, encoded = nbytes(encoders.pipeline.vae), prompts * encoders.text_bytes()
     weights = nbytes(transformer) - offloaded_bytes(transformer)
-    staying = {**layout.overhead, **judges, "VAE": vae, "weights": weights, "encodings": encoded}
+    staying: dict[str, float] = {**layout.overhead, **judges, "VAE": vae, "weights": weights, "encodings": encoded}
     pictures = prompts * config.seeds * 3 * sizes[0][0] * sizes[0][1]
     always = {"processes": PROCESS * layout.local, "encodings": encoded * layout.local, "pictures of a cell": 4 * pictures}
     passes = sampling.steps * (2 if sampling.cfg_scale != 1 else 1)
