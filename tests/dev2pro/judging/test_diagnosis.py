@@ -89,4 +89,5 @@ def test_the_words_name_the_regime(parts):
     assert "about 3.9" in text
     assert "the true response is 100%" in text
     assert "use loss.name=cfg_augmented" in text
-    assert "by +0.022 (95 % interval +0.009 to +0.040)" in text
+    mean, low, high = diagnosis.GAINS["outside"][0]
+    assert f"by {mean:+.3f} (95 % interval {low:+.3f} to {high:+.3f})" in text
