@@ -1,7 +1,7 @@
 """Merges the parts of the study: tables and figure of docs/study.md, from docs/study/*.csv. `python -m bench.study_tables`.
 
-A run is a style and a training seed: every arm was trained in each of them, so arms are compared run by run and digit by digit. Intervals are of a
-two-way bootstrap over digits and runs; p-values are Holm's, over all rivals of an arm on a base.
+A run is a style and a training seed: arms are compared run by run and digit by digit, in the seeds that both were trained with. Intervals are of a
+bootstrap over digits, styles and seeds; p-values are Holm's, over all rivals of an arm on a base.
 """
 
 import csv
@@ -39,9 +39,10 @@ METRICS = {"distance_to_ideal": "distance to the ideal", "prompt_fidelity": "pro
 
 @dataclass(frozen=True)
 class Results:
-    """One base's numbers: metric -> arm -> (digits, runs), the runs in the same order for all, NaN where an arm was not run; and arm -> EFFECTS."""
+    """One base's numbers: metric -> arm -> (digits, styles, seeds), NaN where an arm was not run; and arm -> EFFECTS."""
 
-    runs: list[tuple[str, str]]
+    styles: list[str]
+    seeds: list[str]
     tables: dict[str, dict[str, Tensor]]
     effects: dict[str, dict[str, float | None]]
 
@@ -52,14 +53,14 @@ class Results:
         return sorted((arm for arm in tables if arm not in REFERENCES), key=lambda arm: tables[arm].nanmean().item())
 
     def values(self, metric: str, arm: str) -> Tensor:
-        """An arm's numbers (digits, runs) in the runs that it has."""
+        """An arm's numbers (digits, styles, seeds) for the seeds that it has."""
         return _present(self.tables[metric][arm])
 
     def gain(self, metric: str, arm: str, rival: str) -> Tensor:
-        """Paired differences (digits, runs) in the runs that both have, more is better. Raises ValueError for arms that have none in common."""
+        """Paired differences (digits, styles, seeds), more is better, for the seeds that both have. Raises ValueError for arms without any."""
         difference = _present(self.tables[metric][arm] - self.tables[metric][rival])
         if not difference.numel():
-            raise ValueError(f"{arm} and {rival} have no run in common. Run a part with both.")
+            raise ValueError(f"{arm} and {rival} have no seed in common. Run a part with both.")
         return -difference if metric in LOWER else difference
 
 
@@ -68,19 +69,20 @@ def read(base: str, folder: Path = RESULTS) -> Results | None:
     rows = [row for file in sorted(folder.glob(f"{base}-*.csv")) for row in csv.DictReader(file.open())]
     if not rows:
         return None
-    runs = list(dict.fromkeys((row["seed"], row["style"]) for row in rows))
+    styles, seeds = (list(dict.fromkeys(row[name] for row in rows)) for name in ("style", "seed"))
     arms = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm != "ideal"]
-    tables = {metric: {arm: torch.full((10, len(runs)), float("nan"), dtype=torch.float64) for arm in arms} for metric in METRICS}
+    shape = (10, len(styles), len(seeds))
+    tables = {metric: {arm: torch.full(shape, float("nan"), dtype=torch.float64) for arm in arms} for metric in METRICS}
     for row in rows:
         for metric in METRICS if row["arm"] in arms else ():
-            tables[metric][row["arm"]][int(row["digit"]), runs.index((row["seed"], row["style"]))] = float(row[metric])
+            tables[metric][row["arm"]][int(row["digit"]), styles.index(row["style"]), seeds.index(row["seed"])] = float(row[metric])
     effects = {arm: {name: _mean([row.get(name) for row in rows if row["arm"] == arm]) for name in EFFECTS} for arm in arms}
-    return Results(runs, tables, effects)
+    return Results(styles, seeds, tables, effects)
 
 
 def _present(table: Tensor) -> Tensor:
-    """The columns without NaN."""
-    return table[:, ~table.isnan().any(0)]
+    """The seeds without NaN."""
+    return table[..., ~table.isnan().any(1).any(0)]
 
 
 def _mean(numbers: Sequence[str | None]) -> float | None:
@@ -89,12 +91,12 @@ def _mean(numbers: Sequence[str | None]) -> float | None:
 
 
 def bootstrap(values: Tensor) -> Bootstrap:
-    """Over digits and runs."""
-    return Bootstrap(*values.shape, DRAWS, seed=0)
+    """Over digits, styles and seeds."""
+    return Bootstrap(values.shape, DRAWS, seed=0)
 
 
 def interval_of(values: Tensor) -> dict[str, float]:
-    """mean, low and high (95 %) of values (digits, runs)."""
+    """mean, low and high (95 %) of values (digits, styles, seeds)."""
     return bootstrap(values).interval(values)
 
 
@@ -113,7 +115,7 @@ def table_of_arms(found: Results, *, alive: bool) -> list[str]:
         cells = [shown(interval_of(values := found.values(metric, arm)), metric) for metric in METRICS]
         numbers = {**found.effects[arm], **({} if alive else {"response_kept": None})}
         cells += ["" if number is None else f"{number:.3f}" if name == "memorisation" else f"{number:.2f}" for name, number in numbers.items()]
-        lines.append(f"| {title} | {values.shape[1]} | {' | '.join(cells)} |")
+        lines.append(f"| {title} | {values[0].numel()} | {' | '.join(cells)} |")
     return lines
 
 
@@ -126,7 +128,7 @@ def table_of_gains(found: Results, arm: str, rivals: Sequence[str]) -> list[str]
         for rival, gain, p in zip(rivals, gains, adjusted, strict=True):
             interval = interval_of(gain)
             decided = "better" if p < 0.05 and interval["mean"] > 0 else "worse" if p < 0.05 else ""
-            needed = repetitions_needed(interval, gain.shape[1], len(rivals))
+            needed = repetitions_needed(interval, gain[0].numel(), len(rivals))
             open_ = f"undecided; {f'about {needed}' if needed < MANY else f'more than {MANY}'} runs would tell"
             lines.append(f"| {arm} | {rival} | {METRICS[metric]} | {shown(interval, metric, sign=True)} | {p:.3f} | {decided or open_} |")
     return lines
@@ -156,8 +158,7 @@ def report(bases: dict[str, Results], folder: Path = RESULTS) -> str:
     head = ["| arm | against | measure | gain, more is better | p (Holm) | |", "|---|---|---|---|---|---|"]
     parts = [*table_of_bases(bases, folder), ""]
     for base, found in bases.items():
-        styles, seeds = {style for _, style in found.runs}, {seed for seed, _ in found.runs}
-        parts += [f"### {BASES[base].capitalize()} ({base})", "", f"{len(found.runs)} runs: {len(styles)} styles, {len(seeds)} seeds.", ""]
+        parts += [f"### {BASES[base].capitalize()} ({base})", "", f"{len(found.styles)} styles, {len(found.seeds)} seeds.", ""]
         parts += [*table_of_arms(found, alive=base != "dead"), ""]
         naive = [arm for arm in found.arms if arm not in RECOVERED]
         best = found.arms[0]
@@ -196,7 +197,7 @@ def main() -> None:
     before, _, rest = text.partition(BEGIN)
     PAGE.write_text(f"{before}{BEGIN}\n\n{report(bases)}\n{END}{rest.partition(END)[2]}")
     draw(bases, FIGURE)
-    print(f"{PAGE}: {', '.join(f'{base} {len(found.runs)} runs' for base, found in bases.items())}")
+    print(f"{PAGE}: {', '.join(f'{base} {len(found.seeds)} seeds' for base, found in bases.items())}")
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def run(config: TuneConfig) -> Artifact | None:
         )
 
     gauge = Gauge(config, groups, folders, heldout, accelerator)
-    bootstrap = Bootstrap(len(gauge.meaning), config.seeds, config.bootstrap, config.seed)
+    bootstrap = Bootstrap((len(gauge.meaning), config.seeds), config.bootstrap, config.seed)
     gauge.measure("tune steps", [None, *by_step])
     reference = gauge.reference()
     of_steps = selection.choose({point: gauge.values[point] for point in by_step}, default, reference, bootstrap, config.collapse)

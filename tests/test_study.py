@@ -105,8 +105,8 @@ def found(tmp_path) -> study_tables.Results:
 
 
 def test_parts_are_merged_run_by_run(found):
-    assert found.runs == [("0", "chalk"), ("0", "poster"), ("1", "chalk"), ("1", "poster")]
-    assert found.tables["prompt_fidelity"]["base@1"].shape == (10, 4)
+    assert (found.styles, found.seeds) == (["chalk", "poster"], ["0", "1"])
+    assert found.tables["prompt_fidelity"]["base@1"].shape == (10, 2, 2)
     assert found.arms == ["redistilled", "cfg_augmented@3.5", "recovered@1", "base@1", "base@3.5"]
 
 
@@ -119,7 +119,7 @@ def test_the_report_names_the_best_and_what_is_undecided(found):
     text = study_tables.report({"outside": found})
     assert "| **redistilled** |" in text
     assert "| *none* |" in text
-    assert "4 runs: 2 styles, 2 seeds." in text
+    assert "2 styles, 2 seeds." in text
     lines = [line for line in text.splitlines() if line.startswith("| recovered@1 |")]
     assert any("cfg_augmented@3.5 | distance" in line and line.endswith("| worse |") for line in lines)
     assert any("base@1 | distance" in line and line.endswith("| better |") for line in lines)
@@ -132,20 +132,20 @@ def test_an_undecided_gain_says_how_many_runs_would_tell(tmp_path):
     assert "undecided; more than 200 runs would tell" in text
 
 
-def test_an_arm_is_compared_in_the_runs_that_both_have(tmp_path):
+def test_an_arm_is_compared_in_the_seeds_that_both_have(tmp_path):
     write(tmp_path, "outside", 0, ARMS)
     write(tmp_path, "outside", 1, {arm: value + 0.01 for arm, value in ARMS.items() if arm != "redistilled"})
     found = study_tables.read("outside", tmp_path)
-    assert found.values("distance_to_ideal", "redistilled").shape == (10, 2)
-    assert found.gain("distance_to_ideal", "redistilled", "base@1").shape == (10, 2)
-    assert found.gain("distance_to_ideal", "recovered@1", "base@1").shape == (10, 4)
+    assert found.values("distance_to_ideal", "redistilled").shape == (10, 2, 1)
+    assert found.gain("distance_to_ideal", "redistilled", "base@1").shape == (10, 2, 1)
+    assert found.gain("distance_to_ideal", "recovered@1", "base@1").shape == (10, 2, 2)
     assert any(line.startswith("| **redistilled** | 2 |") for line in study_tables.report({"outside": found}).splitlines())
 
 
-def test_arms_that_share_no_run_cannot_be_compared(tmp_path):
+def test_arms_that_share_no_seed_cannot_be_compared(tmp_path):
     write(tmp_path, "outside", 0, {"base@1": 0.2})
     write(tmp_path, "outside", 1, {"redistilled": 0.1})
-    with pytest.raises(ValueError, match="redistilled and base@1 have no run in common"):
+    with pytest.raises(ValueError, match="redistilled and base@1 have no seed in common"):
         study_tables.read("outside", tmp_path).gain("distance_to_ideal", "redistilled", "base@1")
 
 

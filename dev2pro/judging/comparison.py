@@ -36,8 +36,7 @@ def compare(cells: list[Cell], kinds: dict[str, str], draws: int, seed: int) -> 
     `kinds`: arm -> what it was made of (recovered, base or teacher). A gain is a paired difference on the inference base
     "base", signed so that more is better; style None is the mean over styles.
     """
-    prompts, repetitions = cells[0].values["prompt_fidelity"].shape
-    bootstrap = Bootstrap(prompts, repetitions, draws, seed)
+    bootstrap = Bootstrap(cells[0].values["prompt_fidelity"].shape, draws, seed)
     gains = [
         {"style": style, "arm": arm, "rival": rival, "inference": "base", "metric": metric, **bootstrap.interval(difference)}
         for arm in (a for a, kind in kinds.items() if kind == "recovered")

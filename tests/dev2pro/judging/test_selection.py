@@ -22,7 +22,7 @@ def measured(fidelity: float, style: float, diversity: float) -> dict[str, torch
 
 
 def choose(points: dict[Point, Numbers], share: float = 0.5, reference: Reference = REFERENCE, default: Point = DEFAULT) -> Choice:
-    bootstrap = Bootstrap(PROMPTS, SEEDS, 400, seed=0)
+    bootstrap = Bootstrap((PROMPTS, SEEDS), 400, seed=0)
     return selection.choose({point: measured(*numbers) for point, numbers in points.items()}, default, reference, bootstrap, share)
 
 
@@ -55,7 +55,7 @@ def lucky(gain: float, spread: float, seed: int = 3) -> dict[str, torch.Tensor]:
 
 
 def among(points: dict[Point, dict[str, torch.Tensor]]) -> Choice:
-    return selection.choose(points, DEFAULT, REFERENCE, Bootstrap(PROMPTS, SEEDS, 2000, seed=0), 0.5)
+    return selection.choose(points, DEFAULT, REFERENCE, Bootstrap((PROMPTS, SEEDS), 2000, seed=0), 0.5)
 
 
 def test_the_default_stays_where_nothing_is_shown_and_the_best_is_named():
@@ -121,4 +121,4 @@ def test_more_points_change_no_score_and_prompts_in_another_order_no_choice():
     few, many = choose(points), choose({**points, at(1.2): (0.7, 0.5, 0.3), at(1, 2.5): (0.6, 0.5, 0.3)})
     assert [row["score"] for row in many.rows[:2]] == [row["score"] for row in few.rows]
     turned = {point: {name: value.flip(0) for name, value in measured(*numbers).items()} for point, numbers in points.items()}
-    assert selection.choose(turned, DEFAULT, REFERENCE, Bootstrap(PROMPTS, SEEDS, 400, seed=0), 0.5).point == few.point
+    assert selection.choose(turned, DEFAULT, REFERENCE, Bootstrap((PROMPTS, SEEDS), 400, seed=0), 0.5).point == few.point
