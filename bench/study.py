@@ -167,15 +167,15 @@ def write(file: Path, arms: Collection[str], found: Iterable[Sequence[str]]) -> 
         csv.writer(opened, lineterminator="\n").writerows([COLUMNS, *sorted([*kept, *found], key=lambda row: row[2])])
 
 
-def part(plan: Plan, base: str, seed: int, processes: int) -> None:
-    """Runs a part and writes its CSV."""
+def part(plan: Plan, base: str, seed: int, processes: int, results: Path = RESULTS) -> None:
+    """Runs a part and writes its CSV into `results`."""
     start = time.monotonic()
     if base == "dead":
         words = hydra_args(plan.common, DEAD, teacher=plan.teacher, out=str(RUNS / "bases/distilled/dead"))
         run_all([Job("dead base", "distill", words)], "study: the dead base", RUNS / "bases/log.txt", 1)
     run_all(jobs(plan, base, seed), f"study {base} {seed}", RUNS / base / f"{seed}.txt", processes)
-    write(RESULTS / f"{base}-{seed}.csv", {*plan.arms, "none"}, rows(plan, base, seed))
-    print(f"study {base} {seed}: {(time.monotonic() - start) / 60:.1f} min, {RESULTS / f'{base}-{seed}.csv'}", flush=True)
+    write(file := results / f"{base}-{seed}.csv", {*plan.arms, "none"}, rows(plan, base, seed))
+    print(f"study {base} {seed}: {(time.monotonic() - start) / 60:.1f} min, {file}", flush=True)
 
 
 def only(plan: Plan, arms: Sequence[str]) -> Plan:
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, action="append", help="of every training and picture; may be given several times; 0, 1 and 2 without it")
     parser.add_argument("--arm", action="append", default=[], help="one of the plan's; may be given several times; all of them without it")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--plan", default="study", help="of conf/pipeline/")
+    parser.add_argument("--plan", default="study", help="of conf/pipeline/; the CSV files of another than study go to a folder of its name")
     asked = parser.parse_args()
     try:
         plan = plans.read(asked.plan)
@@ -203,7 +203,7 @@ def main() -> None:
         raise SystemExit(f"study: {error}") from error
     for seed in asked.seed or [0, 1, 2]:
         for base in asked.base or BASES:
-            part(plan, base, seed, asked.processes)
+            part(plan, base, seed, asked.processes, RESULTS if asked.plan == "study" else RESULTS / asked.plan)
 
 
 if __name__ == "__main__":
