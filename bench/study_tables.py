@@ -17,7 +17,8 @@ from torch import Tensor
 from dev2pro.judging.bootstrap import Bootstrap, holm, repetitions_needed
 from flows import plan as plans
 
-RESULTS, PAGE, FIGURE = Path("docs/study"), Path("docs/study.md"), Path("docs/study/arms.png")
+RESULTS, PAGE = Path("docs/study"), Path("docs/study.md")
+STEPS, PASSES, ALL = "study_steps", (225, 450, 900, 1800, 3600), 1800  # conf/pipeline/study_steps.yaml: arm-225 is the arm with so many passes
 BEGIN, END = "<!-- written by bench.study_tables -->", "<!-- end -->"
 DRAWS, MANY = 10_000, 200
 BASES = {"outside": "guidance 1 outside the distilled range", "inside": "guidance 1 inside the distilled range", "dead": "dead guidance input"}
@@ -32,6 +33,7 @@ REFERENCES = (
 PLAIN = ("base@1", "base@3.5")
 RECOVERED = tuple(name for name, arm in PLAN.arms.items() if "recovered" in arm.models)  # arms that need the recovered model
 PLAIN_LOSS = tuple(name for name, arm in PLAN.arms.items() if "loss.name" not in arm.lora)
+LEADERS = {"base@1": "#7f8c99", "cfg_augmented@3.5": "#c55a11", "recovered@1": "#1f4e79", "model_guidance@3.5": "#4f8a3c"}  # of STEPS
 COLOURS = {"pictures only": "#7f8c99", "the empty caption": "#c55a11", "a recovered model": "#1f4e79"}
 EFFECTS = {"response_kept": "response kept", "cosine": "transfer, cosine", "leak": "leak", "memorisation": "memorisation"}
 METRICS = {"distance_to_ideal": "distance to the ideal", "prompt_fidelity": "prompt fidelity", "style_similarity": "style similarity"}
@@ -153,10 +155,27 @@ def table_of_bases(bases: dict[str, Results], folder: Path = RESULTS) -> list[st
     return lines
 
 
-def report(bases: dict[str, Results], folder: Path = RESULTS) -> str:
+def means_over_steps(found: Results, metric: str, arm: str) -> list[float]:
+    """One of the leaders with each of PASSES: its means, which for prompt fidelity are percents."""
+    names = [arm if passes == ALL else f"{arm}-{passes}" for passes in PASSES]
+    return [found.tables[metric][name].mean().item() * (100 if metric == "prompt_fidelity" else 1) for name in names]
+
+
+def table_of_steps(found: Results) -> list[str]:
+    """The leaders with fewer and more steps."""
+    lines = [f"| arm | measure | {' | '.join(f'{passes:,} passes' for passes in PASSES)} |", "|---|---|" + "---|" * len(PASSES)]
+    for metric, title in METRICS.items():
+        digits = 0 if metric == "prompt_fidelity" else 3
+        for arm in LEADERS:
+            lines.append(f"| {arm} | {title} | {' | '.join(f'{mean:.{digits}f}' for mean in means_over_steps(found, metric, arm))} |")
+    return lines
+
+
+def report(bases: dict[str, Results], folder: Path = RESULTS, steps: Results | None = None) -> str:
     """The page's written part."""
     head = ["| arm | against | measure | gain, more is better | p (Holm) | |", "|---|---|---|---|---|---|"]
     parts = [*table_of_bases(bases, folder), ""]
+    parts += ["### Fewer and more steps (outside, seed 0)", "", *table_of_steps(steps), ""] if steps else []
     for base, found in bases.items():
         parts += [f"### {BASES[base].capitalize()} ({base})", "", f"{len(found.styles)} styles, {len(found.seeds)} seeds.", ""]
         parts += [*table_of_arms(found, alive=base != "dead"), ""]
@@ -190,13 +209,32 @@ def draw(bases: dict[str, Results], path: Path) -> None:
     figure.savefig(path)
 
 
+def draw_steps(found: Results, path: Path) -> None:
+    """The figure: what the leaders reach with fewer and more steps."""
+    figure = Figure(figsize=(10, 3.2), dpi=100, layout="constrained")
+    for axis, (metric, title) in zip(figure.subplots(1, len(METRICS)), METRICS.items(), strict=True):
+        for arm, colour in LEADERS.items():
+            axis.plot(PASSES, means_over_steps(found, metric, arm), color=colour, marker="o", markersize=4, linewidth=1.6, label=arm)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(PASSES, [f"{passes:,}" for passes in PASSES])
+        axis.set_title(f"{title}{', %' if metric == 'prompt_fidelity' else ''}", fontsize=9, loc="left")
+        axis.set_xlabel("forward passes of a batch", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=len(LEADERS), fontsize=8, frameon=False)
+    figure.savefig(path)
+
+
 def main() -> None:
-    """Writes the figure, and the tables into docs/study.md between its two marks."""
+    """Writes the figures, and the tables into docs/study.md between its two marks."""
     bases = {base: found for base in BASES if (found := read(base))}
     text = PAGE.read_text()
     before, _, rest = text.partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{report(bases)}\n{END}{rest.partition(END)[2]}")
-    draw(bases, FIGURE)
+    steps = read("outside", RESULTS / STEPS)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{report(bases, steps=steps)}\n{END}{rest.partition(END)[2]}")
+    draw(bases, RESULTS / "arms.png")
+    if steps:
+        draw_steps(steps, RESULTS / "steps.png")
     print(f"{PAGE}: {', '.join(f'{base} {len(found.seeds)} seeds' for base, found in bases.items())}")
 
 

@@ -27,6 +27,26 @@ def test_every_arm_costs_the_same():
     assert {cost(plan, arm) for arm in plan.arms if arm != STEP_TOWARDS} == {1800}
 
 
+def test_arms_with_fewer_and_more_steps_cost_what_their_names_say():
+    plan = plans.read(study_tables.STEPS)
+    for leader in study_tables.LEADERS:
+        for passes in study_tables.PASSES:
+            arm = leader if passes == study_tables.ALL else f"{leader}-{passes}"
+            assert cost(plan, arm) == pytest.approx(passes, abs=2), arm
+        assert plan.arms[leader] == plans.read("study").arms[leader], "at 1,800 passes it is the study's own arm"
+
+
+def test_a_leader_s_means_are_in_the_order_of_its_passes(tmp_path):
+    arms = {arm if passes == study_tables.ALL else f"{arm}-{passes}": 1 / passes for arm in study_tables.LEADERS for passes in study_tables.PASSES}
+    write(tmp_path, "outside", 0, arms)
+    found = study_tables.read("outside", tmp_path)
+    distances = study_tables.means_over_steps(found, "distance_to_ideal", "recovered@1")
+    assert distances == sorted(distances, reverse=True)
+    assert "| recovered@1 | prompt fidelity | 94 | 94 | 94 | 94 | 94 |" in study_tables.table_of_steps(found)
+    study_tables.draw_steps(found, tmp_path / "steps.png")
+    assert (tmp_path / "steps.png").stat().st_size > 10_000
+
+
 def test_a_part_is_the_pipeline_s_stages_in_an_order_that_can_be_run(monkeypatch, tmp_path):
     monkeypatch.setattr(study, "pipeline", lambda base: tmp_path / base)
     plan, done = plans.read("study"), set()
