@@ -18,8 +18,8 @@ INSIDE = 0.5  # of the way from guidance 1 to the line's lower point: a base tha
 COMPARED = (("recovered@1", "base@1"), ("model_guidance@3.5", "cfg_augmented@3.5"))  # what needs recovery, and the best like it that does not
 GAINS = {  # docs/study.md: how much nearer to the ideal the first of each two came; mean, low, high
     "outside": ((0.017, 0.006, 0.036), (0.011, -0.001, 0.028)),
-    "inside": ((0.002, -0.005, 0.011), (0.004, -0.013, 0.019)),
-    "dead": ((0.011, 0.002, 0.024), (0.006, -0.007, 0.019)),
+    "inside": ((0.000, -0.007, 0.008), (0.007, -0.006, 0.022)),
+    "dead": ((0.012, 0.003, 0.026), (0.009, -0.002, 0.021)),
 }
 WITHOUT = "without a recovered model use loss.name=cfg_augmented at the usual guidance; with one, end the LoRA with loss.name=model_guidance."
 ADVICE = {
